@@ -1,13 +1,14 @@
 """The modules of the package minGRU-pytorch (``import minGRU_pytorch``) on our operators.
 
-``minGRU`` and ``minLSTM`` have the peer's constructor, parameter names and ``forward``, and load its
-``state_dict`` as it is; :func:`load` turns one into our layers. Its model is the paper's appendix B:
-candidates are ``g(x)``, so states are positive.
+``minGRU`` and ``minLSTM`` have the peer's constructor, parameter names and ``forward``, and load
+its ``state_dict`` as it is; :func:`load` turns one into our layers. Its model is the paper's
+appendix B: candidates are ``g(x)``, so states are positive.
 
-States that are handed over are ``h`` itself, after the activation, ``(B, 1, dim_inner)``; none means
-zero. There the peer contradicts itself, and we follow its step-by-step form: its minLSTM adds up to
-0.5 to a state given with more than one step. Where the peer returns the state in the dtype of the
-output, ours is float32 (float64 in double modules), and takes either.
+A state that is handed over is ``h`` itself, after the activation, ``(B, 1, dim_inner)``; none means
+zero. There the peer contradicts itself, and we follow its step-by-step form: given more than one
+step, its minLSTM begins with ``h + 0.5`` (``log_g`` where its minGRU has ``log``). Where the peer
+returns the state in the dtype of the output, ours is float32 (float64 in double modules), and
+takes either.
 """
 
 from collections.abc import Mapping
@@ -147,24 +148,21 @@ def load(
     elif not isinstance(source, Mapping):
         source = torch.load(source, map_location="cpu", weights_only=True)
 
-    # Rows of the peer's projection: candidate, then the gates. Of ours: the gates, then candidate.
-    for layer, name, num_gates in [
-        (MinGRU, "to_hidden_and_gate.weight", 1),
-        (MinLSTM, "to_hidden_and_f_i_gate.weight", 2),
-    ]:
-        if prefix + name in source:
-            weight = source[prefix + name]
-            break
-    else:
+    gru, lstm = prefix + "to_hidden_and_gate.weight", prefix + "to_hidden_and_f_i_gate.weight"
+    if gru not in source and lstm not in source:
         raise ValueError(
-            f"load: source has no {prefix}to_hidden_and_gate.weight or "
-            f"{prefix}to_hidden_and_f_i_gate.weight, expected one of them; it has {list(source)}"
+            f"load: source has neither {gru} nor {lstm}, expected one of them; it has "
+            f"{list(source)}"
         )
+    layer, num_gates, weight = (
+        (MinGRU, 2, source[gru]) if gru in source else (MinLSTM, 3, source[lstm])
+    )
     factory = {"device": weight.device, "dtype": weight.dtype}
-    hidden_size = weight.shape[0] // (num_gates + 1)
+    hidden_size = weight.shape[0] // num_gates
     rnn = layer(
         weight.shape[1], hidden_size, bias=False, batch_first=True, activation="g", **factory
     )
+    # Rows of the peer's projection: the candidate, then the gates. Of ours: the candidate last.
     rnn.load_state_dict({"weight_ih_l0": weight.roll(-hidden_size, 0)})
 
     to_out = None
