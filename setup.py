@@ -3,7 +3,7 @@
 CMakeLists.txt has the list of sources and every flag, cmake/toolchain.py finds what is needed; this
 file runs CMake and puts its results into the Python package. Environment variables:
 
-    TORCH_EXT_CUDA=0|1       without or with CUDA kernels (default: with, if torch and toolkit allow)
+    TORCH_EXT_CUDA=0|1       without or with CUDA kernels (default: with, if torch and toolkit can)
     TORCH_CUDA_ARCH_LIST     "8.0;9.0a;12.0+PTX" (default: what torch itself was built for)
     TORCH_EXT_WERROR=1       warnings of our own code are errors
     MAX_JOBS                 compilations at a time (default: one per core)

@@ -52,7 +52,7 @@ def find_torch():
     except ImportError as e:
         stop(
             "it is compiled against the torch it will run with, and no torch can be imported "
-            f"here ({e}). pip's build isolation hides an installed one, so install it like this:\n\n"
+            f"here ({e}). pip's build isolation hides an installed one; install it like this:\n\n"
             '    pip install torch "setuptools>=77" cmake ninja\n'
             f"    pip install --no-build-isolation {ROOT}\n"
         )

@@ -322,7 +322,7 @@ def test_the_library_contains_no_python():
 
 
 def test_instruction_sets_share_nothing():
-    """What is not an instruction set's own is linked once for all, perhaps AVX-512's for everyone."""
+    """What is not an instruction set's own is linked once for all, maybe AVX-512's for everyone."""
     built = sorted(
         (ROOT / "build").glob(f"torch-{torch.__version__}-{sys.implementation.cache_tag}-*")
     )
@@ -358,7 +358,7 @@ def configure(program, *prefix, version="2.15", cuda=True):
 
 
 def test_a_cxx_program_names_no_operator_and_has_them_all(program):
-    """find_package(TorchExt) brings torch, and a library of which no symbol is used stays linked."""
+    """find_package(TorchExt) brings torch, and a library whose symbols are not used stays."""
     (program / "main.cpp").write_text(
         "#include <ATen/core/dispatch/Dispatcher.h>\n"
         "int main() {\n"

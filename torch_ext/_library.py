@@ -20,8 +20,8 @@ try:
     from . import _build_info as build_info
 except ImportError:
     raise ImportError(
-        f"torch_ext was imported from {folder}, where it has not been built. If that is the source "
-        "tree, it hides the installed package: run Python from another folder. To build and install "
+        f"torch_ext was imported from {folder}, where it has not been built. If this is the source "
+        "tree, it hides the installed package: run Python from another folder. To install "
         f"it: pip install --no-build-isolation {folder.parent} (or, for developers, in place: "
         "python setup.py build_ext --inplace)"
     ) from None
@@ -63,7 +63,7 @@ def _load():
         if not other.exists() or not other.samefile(path):
             raise ImportError(
                 f"another copy of libtorch_ext is already loaded in this process, {other}, and its "
-                f"operators can be registered only once; this package has {path}. Use one of the two."
+                f"operators can be registered only once; this package has {path}. Use only one."
             )
     try:
         torch.ops.load_library(str(path))
