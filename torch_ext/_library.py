@@ -68,7 +68,9 @@ def _load():
     try:
         torch.ops.load_library(str(path))
     except OSError as e:
-        raise ImportError(f"libtorch_ext could not be loaded: {e}. {_REBUILD}") from e
+        raise ImportError(
+            f"libtorch_ext could not be loaded: {e.__cause__ or e}. {_REBUILD}"
+        ) from e
 
 
 _load()
