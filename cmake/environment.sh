@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by examples/quickstart.sh, tests/run.sh and .ci/run: a Python environment with torch and torch_ext.
 #   TORCH_EXT_VENV   the environment to use, made when it does not exist. Default: the active one if it has torch,
 #                    else .venv in the repository
@@ -66,8 +67,8 @@ prepare_environment() {
   "$python" "$root/cmake/toolchain.py" > /dev/null || exit 1
   say "compiling and installing torch_ext"
   rm -f "$log.failed"
-  { "$python" -m pip install -v --no-build-isolation "$root[$1]" 2>&1 || touch "$log.failed"; } | tee "$log" |
-    grep --line-buffered -oE '(torch_ext: .*|\[[0-9]+/[0-9]+\] .*|Downloading .*)' || true
+  { "$python" -m pip install -v --no-build-isolation "${root}[$1]" 2>&1 || touch "$log.failed"; } | tee "$log" |
+    grep --line-buffered -E '^ *(torch_ext: |\[[0-9]+/|Downloading )' || true
   if [ -e "$log.failed" ]; then
     tail -n 30 "$log"
     fail "torch_ext could not be installed, the reason is above, and all that was printed in $log"
