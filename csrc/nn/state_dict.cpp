@@ -108,7 +108,7 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
-}  // namespace
+} // namespace
 
 StateDict read_state_dict(const std::string& path) {
   TORCH_CHECK(
@@ -186,4 +186,4 @@ void load_state_dict(
   load_state_dict(module, state_dict);
 }
 
-}  // namespace torch_ext::nn
+} // namespace torch_ext::nn

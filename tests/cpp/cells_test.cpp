@@ -45,7 +45,7 @@ class Cells : public ::testing::Test {
   static constexpr int N = num_inputs<Cell>;
   const Cell cell{C::flags};
   Random random;
-  double x[N], h, dh;  // the inputs, the state before, the gradient of the state after
+  double x[N], h, dh; // the inputs, the state before, the gradient of the state after
 
   void draw(double scale) {
     for (double& each : x) each = random.normal(scale);
@@ -88,7 +88,8 @@ TYPED_TEST(Cells, GradientIsThatOfDualNumbers) {
     EXPECT_NEAR(dual.a, want.a, 1e-14 * (1 + fabs(want.a)));
     for (int i = 0; i < N; ++i) {
       const double exact = this->dh * (this->h * want.da[i] + want.db[i]);
-      const double tolerance = 1e-13 * (1 + fabs(this->dh) * (fabs(this->h) + fabs(this->x[N - 1])));
+      const double tolerance =
+          1e-13 * (1 + fabs(this->dh) * (fabs(this->h) + fabs(this->x[N - 1])));
       EXPECT_NEAR(own_dx[i], exact, tolerance) << "input " << i;
       EXPECT_NEAR(dual_dx[i], exact, tolerance) << "input " << i;
     }
@@ -101,7 +102,7 @@ TYPED_TEST(Cells, GradientIsThatOfDifferences) {
   for (int repeat = 0; repeat < 2000; ++repeat) {
     this->draw(2);
     constexpr double kEpsilon = 1e-5;
-    if (fabs(this->x[N - 1]) < 2 * kEpsilon) continue;  // g's derivative jumps at 0
+    if (fabs(this->x[N - 1]) < 2 * kEpsilon) continue; // g's derivative jumps at 0
     double dx[N];
     unpack<Cell, double>(
         step_vjp(this->cell, pack<Cell, double>(this->x), this->h, this->dh).dx, dx);
@@ -169,7 +170,9 @@ TEST(ComplexLinearScan, GradientIsThatOfDifferences) {
     };
     const auto g = cell.vjp(LinearScan::Input<C>{a, b}, h, dh);
     constexpr double e = 1e-5;
-    const auto slope = [&](C da, C db) { return (loss(a + da, b + db) - loss(a + C{-da.re, -da.im}, b + C{-db.re, -db.im})) / (2 * e); };
+    const auto slope = [&](C da, C db) {
+      return (loss(a + da, b + db) - loss(a + C{-da.re, -da.im}, b + C{-db.re, -db.im})) / (2 * e);
+    };
     EXPECT_NEAR(g.dx.a.re, slope({e, 0}, {0, 0}), 1e-8);
     EXPECT_NEAR(g.dx.a.im, slope({0, e}, {0, 0}), 1e-8);
     EXPECT_NEAR(g.dx.b.re, slope({0, 0}, {e, 0}), 1e-8);
@@ -179,5 +182,5 @@ TEST(ComplexLinearScan, GradientIsThatOfDifferences) {
   }
 }
 
-}  // namespace
-}  // namespace torch_ext::test
+} // namespace
+} // namespace torch_ext::test

@@ -30,7 +30,8 @@ struct DTypeInfo {
   const char* name;
   int64_t size;
   bool complex;
-  double epsilon, state_epsilon;  // relative error of what is stored, and of the state and the arithmetic
+  double epsilon,
+      state_epsilon; // relative error of what is stored, and of the state and the arithmetic
 };
 const DTypeInfo kDTypes[] = {
     {DType::f32, DType::f32, "float32", 4, false, 6e-8, 6e-8},
@@ -60,37 +61,52 @@ class Array {
   bool guards_intact() const {
     const auto is_poison = [](char c) { return c == kPoison; };
     return std::all_of(memory_.begin(), memory_.begin() + begin_, is_poison) &&
-           std::all_of(memory_.begin() + begin_ + count_ * info_of(dtype_).size, memory_.end(), is_poison);
+           std::all_of(
+               memory_.begin() + begin_ + count_ * info_of(dtype_).size, memory_.end(), is_poison);
   }
   bool same_bytes(const Array& other) const {
-    return count_ == other.count_ && !memcmp(memory_.data() + begin_, other.memory_.data() + other.begin_,
-                                             size_t(count_ * info_of(dtype_).size));
+    return count_ == other.count_ &&
+           !memcmp(
+               memory_.data() + begin_, other.memory_.data() + other.begin_,
+               size_t(count_ * info_of(dtype_).size));
   }
   Value get(int64_t i) const {
     const char* at = memory_.data() + begin_ + i * info_of(dtype_).size;
     switch (dtype_) {
-      case DType::f32: return read<float>(at);
-      case DType::f64: return read<double>(at);
-      case DType::bf16: return decode(read<uint16_t>(at), 8);
-      case DType::f16: return decode(read<uint16_t>(at), 5);
-      case DType::c64: return Value(read<std::complex<float>>(at));
-      default: return read<Value>(at);
+      case DType::f32:
+        return read<float>(at);
+      case DType::f64:
+        return read<double>(at);
+      case DType::bf16:
+        return decode(read<uint16_t>(at), 8);
+      case DType::f16:
+        return decode(read<uint16_t>(at), 5);
+      case DType::c64:
+        return Value(read<std::complex<float>>(at));
+      default:
+        return read<Value>(at);
     }
   }
   void set(int64_t i, Value x) {
     char* at = memory_.data() + begin_ + i * info_of(dtype_).size;
     switch (dtype_) {
-      case DType::f32: return write(at, float(x.real()));
-      case DType::f64: return write(at, x.real());
-      case DType::bf16: return write(at, encode(float(x.real()), 8));
-      case DType::f16: return write(at, encode(float(x.real()), 5));
-      case DType::c64: return write(at, std::complex<float>(x));
-      default: return write(at, x);
+      case DType::f32:
+        return write(at, float(x.real()));
+      case DType::f64:
+        return write(at, x.real());
+      case DType::bf16:
+        return write(at, encode(float(x.real()), 8));
+      case DType::f16:
+        return write(at, encode(float(x.real()), 5));
+      case DType::c64:
+        return write(at, std::complex<float>(x));
+      default:
+        return write(at, x);
     }
   }
 
  private:
-  static constexpr char kPoison = char(0xff);  // NaN in every dtype
+  static constexpr char kPoison = char(0xff); // NaN in every dtype
   template <class T>
   static T read(const char* at) {
     T x;
@@ -113,18 +129,31 @@ struct Sequence {
   DType dtype = DType::f32;
 
   explicit operator bool() const { return array != nullptr; }
-  int64_t at(int64_t s, int64_t t, int64_t d) const { return offset + s * sequence + t * time + d * width; }
+  int64_t at(int64_t s, int64_t t, int64_t d) const {
+    return offset + s * sequence + t * time + d * width;
+  }
   Value get(int64_t s, int64_t t, int64_t d) const { return array->get(at(s, t, d)); }
   Strided strided() const {
     if (!array) return {};
-    return {static_cast<char*>(array->data()) + offset * info_of(dtype).size, sequence, time, width};
+    return {
+        static_cast<char*>(array->data()) + offset * info_of(dtype).size, sequence, time, width};
   }
 };
 
-enum Layout { kContiguous, kSliced, kTimeContiguous, kTimeFirst, kSameSequence, kSameTime, kSameWidth, kLayouts };
+enum Layout {
+  kContiguous,
+  kSliced,
+  kTimeContiguous,
+  kTimeFirst,
+  kSameSequence,
+  kSameTime,
+  kSameWidth,
+  kLayouts
+};
 
-Sequence make(Random& random, DType dtype, int64_t S, int64_t T, int64_t D, Layout layout,
-              const std::function<double(Random&)>& draw) {
+Sequence make(
+    Random& random, DType dtype, int64_t S, int64_t T, int64_t D, Layout layout,
+    const std::function<double(Random&)>& draw) {
   Sequence x;
   x.dtype = dtype;
   int64_t count = S * T * D;
@@ -145,7 +174,8 @@ Sequence make(Random& random, DType dtype, int64_t S, int64_t T, int64_t D, Layo
   }
   x.array = std::make_shared<Array>(dtype, count, false);
   for (int64_t i = 0; i < count; ++i) {
-    x.array->set(i, info_of(dtype).complex ? Value(draw(random), draw(random)) : Value(draw(random)));
+    x.array->set(
+        i, info_of(dtype).complex ? Value(draw(random), draw(random)) : Value(draw(random)));
   }
   return x;
 }
@@ -190,19 +220,20 @@ Step<Value> apply(const CellCase& cell, const std::vector<Value>& x) {
 struct Problem {
   CellCase cell;
   DType dtype;
-  int64_t S, T, D;  // sequences; steps of each, or of the packed row
+  int64_t S, T, D; // sequences; steps of each, or of the packed row
   bool reverse;
-  std::vector<int64_t> cu_seqlens;  // empty: not packed
+  std::vector<int64_t> cu_seqlens; // empty: not packed
   std::vector<Sequence> inputs;
-  Sequence initial_state, grad_h, grad_final_state;  // may be absent
-  int64_t skew;                                      // of outputs, in bytes
+  Sequence initial_state, grad_h, grad_final_state; // may be absent
+  int64_t skew;                                     // of outputs, in bytes
 
   bool packed() const { return !cu_seqlens.empty(); }
   int64_t rows() const { return packed() ? 1 : S; }
   // The row and the steps, in the order of time, of one sequence.
   std::vector<std::pair<int64_t, int64_t>> tokens(int64_t s) const {
     std::vector<std::pair<int64_t, int64_t>> all;
-    const int64_t begin = packed() ? cu_seqlens[size_t(s)] : 0, end = packed() ? cu_seqlens[size_t(s) + 1] : T;
+    const int64_t begin = packed() ? cu_seqlens[size_t(s)] : 0,
+                  end = packed() ? cu_seqlens[size_t(s) + 1] : T;
     for (int64_t t = begin; t < end; ++t) all.emplace_back(packed() ? 0 : s, t);
     if (reverse) std::reverse(all.begin(), all.end());
     return all;
@@ -221,12 +252,14 @@ struct Problem {
     p.initial_state = initial_state.strided();
   }
   std::string text() const {
-    std::string s = std::string(cell.name) + " flags=" + std::to_string(cell.flags) + " " + info_of(dtype).name +
-                    " S=" + std::to_string(S) + " T=" + std::to_string(T) + " D=" + std::to_string(D) +
-                    (reverse ? " reverse" : "") + (packed() ? " packed" : "") +
-                    (initial_state ? " with initial state" : "") + " skew=" + std::to_string(skew);
+    std::string s = std::string(cell.name) + " flags=" + std::to_string(cell.flags) + " " +
+                    info_of(dtype).name + " S=" + std::to_string(S) + " T=" + std::to_string(T) +
+                    " D=" + std::to_string(D) + (reverse ? " reverse" : "") +
+                    (packed() ? " packed" : "") + (initial_state ? " with initial state" : "") +
+                    " skew=" + std::to_string(skew);
     for (const Sequence& x : inputs) {
-      s += " [" + std::to_string(x.sequence) + " " + std::to_string(x.time) + " " + std::to_string(x.width) + "]";
+      s += " [" + std::to_string(x.sequence) + " " + std::to_string(x.time) + " " +
+           std::to_string(x.width) + "]";
     }
     return s;
   }
@@ -237,7 +270,9 @@ const T& pick(Random& random, const std::vector<T>& from) {
   return from[size_t(random.integer(0, int64_t(from.size()) - 1))];
 }
 
-Problem draw_problem(Random& random, const CellCase& cell, DType dtype, int64_t S, int64_t T, int64_t D, bool any_layout) {
+Problem draw_problem(
+    Random& random, const CellCase& cell, DType dtype, int64_t S, int64_t T, int64_t D,
+    bool any_layout) {
   Problem p{cell, dtype, S, T, D, random.integer(0, 1) == 1, {}, {}, {}, {}, {}, 0};
   if (any_layout && random.integer(0, 2) == 0) {
     p.cu_seqlens = {0};
@@ -246,20 +281,24 @@ Problem draw_problem(Random& random, const CellCase& cell, DType dtype, int64_t 
     if (S > 0) p.cu_seqlens.push_back(T);
   }
   const auto layout = [&] {
-    return any_layout && random.integer(0, 1) ? Layout(random.integer(0, kLayouts - 1)) : kContiguous;
+    return any_layout && random.integer(0, 1) ? Layout(random.integer(0, kLayouts - 1))
+                                              : kContiguous;
   };
   const auto coefficient = [](Random& r) { return r.uniform(-0.7, 0.7); };
   const auto plain = [](Random& r) { return r.normal(); };
   const auto gate = [](Random& r) { return r.integer(0, 30) ? r.normal(3) : r.normal(3000); };
   for (int i = 0; i < cell.num_inputs; ++i) {
     const bool scan = !strcmp(cell.name, "linear_scan"), last = i + 1 == cell.num_inputs;
-    p.inputs.push_back(last ? make(random, dtype, p.rows(), T, D, layout(), plain)
-                            : scan ? make(random, dtype, p.rows(), T, D, layout(), coefficient)
-                                   : make(random, dtype, p.rows(), T, D, layout(), gate));
+    p.inputs.push_back(
+        last   ? make(random, dtype, p.rows(), T, D, layout(), plain)
+        : scan ? make(random, dtype, p.rows(), T, D, layout(), coefficient)
+               : make(random, dtype, p.rows(), T, D, layout(), gate));
   }
   // States are (sequence, width): one "step".
   const auto state = [&] {
-    return make(random, info_of(dtype).state, S, 1, D, any_layout && random.integer(0, 1) ? kSliced : kContiguous, plain);
+    return make(
+        random, info_of(dtype).state, S, 1, D,
+        any_layout && random.integer(0, 1) ? kSliced : kContiguous, plain);
   };
   if (random.integer(0, 1)) p.initial_state = state();
   if (random.integer(0, 3)) p.grad_h = make(random, dtype, p.rows(), T, D, layout(), plain);
@@ -290,7 +329,8 @@ struct Result {
   bool same_bytes(const Result& other) const {
     bool same = h.same_bytes(other.h) && final_state.same_bytes(other.final_state) &&
                 grad_initial_state.same_bytes(other.grad_initial_state);
-    for (size_t i = 0; i < grad_inputs.size(); ++i) same = same && grad_inputs[i].same_bytes(other.grad_inputs[i]);
+    for (size_t i = 0; i < grad_inputs.size(); ++i)
+      same = same && grad_inputs[i].same_bytes(other.grad_inputs[i]);
     return same;
   }
 };
@@ -301,7 +341,8 @@ Result run(const Problem& p, cpu::Parallel parallel) {
   r.h = Array(p.dtype, count, true, p.skew);
   r.final_state = Array(info_of(p.dtype).state, p.S * p.D, true, p.skew);
   r.grad_initial_state = Array(info_of(p.dtype).state, p.S * p.D, true, p.skew);
-  for (int i = 0; i < p.cell.num_inputs; ++i) r.grad_inputs.emplace_back(p.dtype, count, true, p.skew);
+  for (int i = 0; i < p.cell.num_inputs; ++i)
+    r.grad_inputs.emplace_back(p.dtype, count, true, p.skew);
 
   DiagonalForward f;
   p.describe(f);
@@ -318,9 +359,11 @@ Result run(const Problem& p, cpu::Parallel parallel) {
   b.grad_initial_state = r.grad_initial_state.data();
   EXPECT_TRUE(cpu::diagonal_backward(p.cell.index, p.dtype, b, parallel));
 
-  EXPECT_TRUE(r.h.guards_intact() && r.final_state.guards_intact()) << "the forward writes out of bounds";
+  EXPECT_TRUE(r.h.guards_intact() && r.final_state.guards_intact())
+      << "the forward writes out of bounds";
   EXPECT_TRUE(r.grad_initial_state.guards_intact()) << "the backward writes out of bounds";
-  for (const Array& each : r.grad_inputs) EXPECT_TRUE(each.guards_intact()) << "the backward writes out of bounds";
+  for (const Array& each : r.grad_inputs)
+    EXPECT_TRUE(each.guards_intact()) << "the backward writes out of bounds";
   return r;
 }
 
@@ -333,8 +376,9 @@ Result run(const Problem& p, cpu::Parallel parallel) {
 // The backward is judged on the h that the forward stored. `every`: looks at every n-th channel and the last ones only.
 void check(const Problem& p, const Result& r, int64_t every = 1) {
   const DTypeInfo& dtype = info_of(p.dtype);
-  const double epsilon = 16 * dtype.state_epsilon;  // of one step: gates, product, sum
-  const double tiny = dtype.state_epsilon > 1e-10 ? 1e-36 : 1e-300;  // denormal numbers are flushed to zero
+  const double epsilon = 16 * dtype.state_epsilon; // of one step: gates, product, sum
+  const double tiny =
+      dtype.state_epsilon > 1e-10 ? 1e-36 : 1e-300; // denormal numbers are flushed to zero
   const auto stored = [&](double error, Value x) {
     return error + dtype.epsilon * (abs(x) + error) + (p.dtype == DType::f16 ? 3e-8 : 0);
   };
@@ -345,7 +389,7 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
       Value h = h0;
       double error = 0;
       std::vector<Step<Value>> step;
-      std::vector<double> size;  // of what a gate multiplies
+      std::vector<double> size; // of what a gate multiplies
       for (const auto& [row, t] : tokens) {
         const auto x = p.input(row, t, d);
         step.push_back(apply(p.cell, x));
@@ -355,7 +399,8 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
         ASSERT_TRUE(close(r.h.get((row * p.T + t) * p.D + d), h, stored(error, h)))
             << "h, s=" << s << " t=" << t << " d=" << d;
       }
-      ASSERT_TRUE(close(r.final_state.get(s * p.D + d), h, error)) << "final_state, s=" << s << " d=" << d;
+      ASSERT_TRUE(close(r.final_state.get(s * p.D + d), h, error))
+          << "final_state, s=" << s << " d=" << d;
 
       Value carry = p.grad_final_state ? p.grad_final_state.get(s, 0, d) : Value(0);
       error = 0;
@@ -366,8 +411,10 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
         if (n > 0) before = r.h.get((tokens[n - 1].first * p.T + tokens[n - 1].second) * p.D + d);
         for (size_t i = 0; i < p.inputs.size(); ++i) {
           const Value slope = conj(before * step[n].da[i] + step[n].db[i]);
-          const double all = error * abs(slope) + epsilon * (abs(dh) + abs(carry)) * (size[n] + abs(before)) + tiny;
-          ASSERT_TRUE(close(r.grad_inputs[i].get((row * p.T + t) * p.D + d), dh * slope, stored(all, dh * slope)))
+          const double all = error * abs(slope) +
+                             epsilon * (abs(dh) + abs(carry)) * (size[n] + abs(before)) + tiny;
+          ASSERT_TRUE(close(
+              r.grad_inputs[i].get((row * p.T + t) * p.D + d), dh * slope, stored(all, dh * slope)))
               << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d;
         }
         error = abs(step[n].a) * error + epsilon * (abs(dh) + abs(carry)) + tiny;
@@ -383,7 +430,9 @@ struct Setting {
   std::string isa;
   DType dtype;
 };
-void PrintTo(const Setting& setting, std::ostream* out) { *out << setting.isa << " " << info_of(setting.dtype).name; }
+void PrintTo(const Setting& setting, std::ostream* out) {
+  *out << setting.isa << " " << info_of(setting.dtype).name;
+}
 std::vector<Setting> settings() {
   std::vector<Setting> all;
   for (const std::string& isa : cpu::built_isas()) {
@@ -405,16 +454,21 @@ class Driver : public ::testing::TestWithParam<Setting> {
 
 TEST_P(Driver, RandomProblems) {
   Random random;
-  const std::vector<int64_t> sequences = {0, 1, 1, 2, 3, 5}, steps = {0, 1, 2, 3, 7, 8, 9, 31, 64, 65, 130},
-                             widths = {0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257};
+  const std::vector<int64_t> sequences = {0, 1, 1, 2, 3, 5},
+                             steps = {0, 1, 2, 3, 7, 8, 9, 31, 64, 65, 130},
+                             widths = {0,  1,  2,  3,  5,  8,   15,  16, 17,
+                                       31, 33, 63, 64, 65, 100, 129, 257};
   for (const CellCase& cell : cell_cases()) {
     if (!has(cell)) continue;
     for (int repeat = 0; repeat < 25; ++repeat) {
-      const Problem p = draw_problem(random, cell, dtype(), pick(random, sequences), pick(random, steps), pick(random, widths), true);
+      const Problem p = draw_problem(
+          random, cell, dtype(), pick(random, sequences), pick(random, steps), pick(random, widths),
+          true);
       SCOPED_TRACE(p.text());
       const Result result = run(p, kAlone);
       ASSERT_NO_FATAL_FAILURE(check(p, result));
-      ASSERT_TRUE(run(p, kThreaded).same_bytes(result)) << "the result depends on the number of threads";
+      ASSERT_TRUE(run(p, kThreaded).same_bytes(result))
+          << "the result depends on the number of threads";
     }
   }
 }
@@ -435,7 +489,8 @@ TEST_P(Driver, LargeProblems) {
       if (skew == 0) {
         ASSERT_NO_FATAL_FAILURE(check(p, result, 9));
       }
-      ASSERT_TRUE(run(p, kThreaded).same_bytes(result)) << "the result depends on the number of threads";
+      ASSERT_TRUE(run(p, kThreaded).same_bytes(result))
+          << "the result depends on the number of threads";
     }
   }
 }
@@ -478,7 +533,8 @@ TEST_P(Driver, StatePool) {
           const Value next = step.a * before.get(at) + step.b;
           const DTypeInfo& type = info_of(dtype());
           const double error = 16 * type.state_epsilon * (1 + abs(before.get(at)) + abs(x.back()));
-          ASSERT_TRUE(close(h.get(s * width + d), next, error + type.epsilon * (abs(next) + error)));
+          ASSERT_TRUE(
+              close(h.get(s * width + d), next, error + type.epsilon * (abs(next) + error)));
           ASSERT_TRUE(close(pool.get(at), next, error));
           want.set(at, pool.get(at));
         }
@@ -488,9 +544,10 @@ TEST_P(Driver, StatePool) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Sets, Driver, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
-  return each.param.isa + "_" + info_of(each.param.dtype).name;
-});
+INSTANTIATE_TEST_SUITE_P(
+    Sets, Driver, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
+      return each.param.isa + "_" + info_of(each.param.dtype).name;
+    });
 
 TEST(Dispatch, RefusesWhatIsNotBuilt) {
   EXPECT_FALSE(cpu::force_isa("no such set"));
@@ -501,5 +558,5 @@ TEST(Dispatch, RefusesWhatIsNotBuilt) {
   EXPECT_FALSE(cpu::diagonal_forward(DiagonalCells::index<MinGru>(), DType::c64, nothing, kAlone));
 }
 
-}  // namespace
-}  // namespace torch_ext::test
+} // namespace
+} // namespace torch_ext::test

@@ -25,7 +25,9 @@ Step<T> linear_scan_step(const std::vector<T>& x, unsigned /*flags*/) {
 }
 
 inline double plain_activation(double x, bool g) { return g ? plain_g(x) : x; }
-inline double plain_dactivation(double x, bool g) { return g ? (x >= 0 ? 1 : plain_dsigmoid(x)) : 1; }
+inline double plain_dactivation(double x, bool g) {
+  return g ? (x >= 0 ? 1 : plain_dsigmoid(x)) : 1;
+}
 
 // flags: 1 = activation "g".
 inline Step<double> min_gru_step(const std::vector<double>& x, unsigned flags) {
@@ -38,17 +40,19 @@ inline Step<double> min_gru_step(const std::vector<double>& x, unsigned flags) {
 inline Step<double> min_lstm_step(const std::vector<double>& x, unsigned flags) {
   const bool g = flags & 1, normalize = flags & 2;
   const double f = plain_sigmoid(x[0]), i = plain_sigmoid(x[1]), v = plain_activation(x[2], g);
-  const double df = plain_dsigmoid(x[0]), di = plain_dsigmoid(x[1]), dv = plain_dactivation(x[2], g);
+  const double df = plain_dsigmoid(x[0]), di = plain_dsigmoid(x[1]),
+               dv = plain_dactivation(x[2], g);
   if (!normalize) return {f, i * v, {df, 0, 0}, {0, di * v, i * dv}};
   // f' = f / (f + i), i' = i / (f + i). Far below zero f and i vanish together, but f / i = (1 + e^-q) / (1 + e^-p) does
   // not: f' = sigmoid(log f - log i).
   const auto log_sigmoid = [](double y) { return y >= 0 ? -log1p(exp(-y)) : y - log1p(exp(y)); };
   const double d = log_sigmoid(x[0]) - log_sigmoid(x[1]), slope = plain_dsigmoid(d);
   const double dd_df = plain_sigmoid(-x[0]), dd_di = -plain_sigmoid(-x[1]);
-  return {plain_sigmoid(d),
-          plain_sigmoid(-d) * v,
-          {slope * dd_df, slope * dd_di, 0},
-          {-slope * dd_df * v, -slope * dd_di * v, plain_sigmoid(-d) * dv}};
+  return {
+      plain_sigmoid(d),
+      plain_sigmoid(-d) * v,
+      {slope * dd_df, slope * dd_di, 0},
+      {-slope * dd_df * v, -slope * dd_di * v, plain_sigmoid(-d) * dv}};
 }
 
-}  // namespace torch_ext::test
+} // namespace torch_ext::test

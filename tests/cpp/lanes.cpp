@@ -42,16 +42,25 @@ void to_16(const float* from, uint16_t* to, int64_t n) {
 }
 void copy_some(const float* from, float* to, int n) { store_some(to, load_some(from, n), n); }
 
-}  // namespace
-}  // namespace torch_ext::cpu::TORCH_EXT_ISA
+} // namespace
+} // namespace torch_ext::cpu::TORCH_EXT_ISA
 
 namespace torch_ext::test {
 
 using namespace torch_ext::cpu::TORCH_EXT_ISA;
 extern const Lanes TORCH_EXT_JOIN(lanes_, TORCH_EXT_ISA) = {
-    TORCH_EXT_STRING(TORCH_EXT_ISA), map_exp<float>,  map_reciprocal<float>,  map_sigmoid<float>,
-    map_exp<double>,                 map_reciprocal<double>, map_sigmoid<double>,
-    from_16<BFloat16>,               to_16<BFloat16>, from_16<Half>,          to_16<Half>,
-    copy_some,                       Vec<float>::kLanes};
+    TORCH_EXT_STRING(TORCH_EXT_ISA),
+    map_exp<float>,
+    map_reciprocal<float>,
+    map_sigmoid<float>,
+    map_exp<double>,
+    map_reciprocal<double>,
+    map_sigmoid<double>,
+    from_16<BFloat16>,
+    to_16<BFloat16>,
+    from_16<Half>,
+    to_16<Half>,
+    copy_some,
+    Vec<float>::kLanes};
 
-}  // namespace torch_ext::test
+} // namespace torch_ext::test

@@ -6,7 +6,7 @@
 namespace torch_ext::test {
 
 template <class S>
-using Map = void (*)(const S* from, S* to, int64_t n);  // n is a multiple of kMapStep
+using Map = void (*)(const S* from, S* to, int64_t n); // n is a multiple of kMapStep
 inline constexpr int64_t kMapStep = 16;
 
 struct Lanes {
@@ -26,4 +26,4 @@ void PrintTo(const Lanes* lanes, Stream* out) {
   *out << lanes->name;
 }
 
-}  // namespace torch_ext::test
+} // namespace torch_ext::test

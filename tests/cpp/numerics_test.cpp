@@ -53,9 +53,9 @@ Worst<S> worst_error(Map<S> f, Exact exact, S low, S high, int64_t n) {
   return worst;
 }
 
-#define EXPECT_ULPS(f, exact, low, high, limit)                                            \
-  do {                                                                                     \
-    const auto worst = worst_error(f, exact, low, high, 1 << 19);                          \
+#define EXPECT_ULPS(f, exact, low, high, limit)                                                    \
+  do {                                                                                             \
+    const auto worst = worst_error(f, exact, low, high, 1 << 19);                                  \
     EXPECT_LE(worst.ulps, limit) << "at x = " << worst.x << " of [" << low << ", " << high << "]"; \
   } while (0)
 
@@ -116,7 +116,7 @@ TEST_P(Numerics, ExpAtTheEdges) {
   EXPECT_EQ(apply(lanes().exp, 0.f), 1.f);
   EXPECT_EQ(apply(lanes().exp_double, 0.), 1.);
   for (const double x : {90., 710., 1e4, 1e30, HUGE_VAL}) {
-    EXPECT_LE(apply(lanes().exp, float(x)), 5.6e34f) << x;  // e^80
+    EXPECT_LE(apply(lanes().exp, float(x)), 5.6e34f) << x; // e^80
     EXPECT_GE(apply(lanes().exp, float(x)), 5.5e34f) << x;
     EXPECT_TRUE(isfinite(apply(lanes().exp_double, x))) << x;
     EXPECT_GE(apply(lanes().exp, float(-x)), 0.f) << -x;
@@ -134,8 +134,9 @@ TEST_P(Numerics, Reciprocal) {
   EXPECT_EQ(apply(lanes().reciprocal, 1.f), 1.f);
   EXPECT_EQ(apply(lanes().reciprocal, 2.f), 0.5f);
   Random random;
-  for (int i = 0; i < 10000; ++i) {  // all sizes, both signs
-    const float x = float(ldexp(random.uniform(1, 2), int(random.integer(-125, 125)))) * (i % 2 ? 1 : -1);
+  for (int i = 0; i < 10000; ++i) { // all sizes, both signs
+    const float x =
+        float(ldexp(random.uniform(1, 2), int(random.integer(-125, 125)))) * (i % 2 ? 1 : -1);
     const long double want = 1 / (long double)x;
     EXPECT_LE(fabsl(apply(lanes().reciprocal, x) - want), ulp<float>(want)) << x;
   }
@@ -166,8 +167,9 @@ struct Format {
 
 TEST_P(Numerics, SixteenBitNumbers) {
   if (lanes().lanes == 1) GTEST_SKIP() << "scalars convert nothing";
-  for (const Format& f : {Format{"bfloat16", 8, lanes().from_bfloat16, lanes().to_bfloat16},
-                          Format{"float16", 5, lanes().from_half, lanes().to_half}}) {
+  for (const Format& f :
+       {Format{"bfloat16", 8, lanes().from_bfloat16, lanes().to_bfloat16},
+        Format{"float16", 5, lanes().from_half, lanes().to_half}}) {
     SCOPED_TRACE(f.name);
     std::vector<uint16_t> all(1 << 16), back(1 << 16);
     std::vector<float> wide(1 << 16);
@@ -189,7 +191,8 @@ TEST_P(Numerics, SixteenBitNumbers) {
     Random random;
     std::vector<float> x;
     for (int i = 0; i < 1 << 15; i += 7) {
-      const float low = decode(uint16_t(i), f.exponent_bits), high = decode(uint16_t(i + 1), f.exponent_bits);
+      const float low = decode(uint16_t(i), f.exponent_bits),
+                  high = decode(uint16_t(i + 1), f.exponent_bits);
       if (!isfinite(low) || !isfinite(high)) continue;
       const float middle = float((double(low) + high) / 2);
       for (const float each : {middle, nextafterf(middle, 0.f), nextafterf(middle, INFINITY)}) {
@@ -200,7 +203,9 @@ TEST_P(Numerics, SixteenBitNumbers) {
       const float each = std::bit_cast<float>(uint32_t(random.integer(0, 0xffffffff)));
       if (isnormal(each)) x.push_back(each);
     }
-    x.insert(x.end(), {INFINITY, -INFINITY, 65504.f, 65519.996f, 65520.f, 3.3895314e38f, 3.4028235e38f, 0.f, -0.f});
+    x.insert(
+        x.end(), {INFINITY, -INFINITY, 65504.f, 65519.996f, 65520.f, 3.3895314e38f, 3.4028235e38f,
+                  0.f, -0.f});
     x.resize((x.size() + kMapStep - 1) / kMapStep * kMapStep);
     std::vector<uint16_t> y(x.size());
     f.to(x.data(), y.data(), int64_t(x.size()));
@@ -211,7 +216,7 @@ TEST_P(Numerics, SixteenBitNumbers) {
 TEST_P(Numerics, SomeLanesLeaveTheOthersAlone) {
   if (lanes().lanes == 1) GTEST_SKIP() << "scalars have one lane";
   for (int n = 0; n <= lanes().lanes; ++n) {
-    std::vector<float> from(n), to(n + 1, -1.f);  // AddressSanitizer sees a read beyond `from`
+    std::vector<float> from(n), to(n + 1, -1.f); // AddressSanitizer sees a read beyond `from`
     for (int i = 0; i < n; ++i) from[i] = float(i + 1);
     lanes().copy_some(from.data(), to.data(), n);
     for (int i = 0; i < n; ++i) EXPECT_EQ(to[i], float(i + 1));
@@ -230,5 +235,5 @@ INSTANTIATE_TEST_SUITE_P(
         ),
     [](const auto& each) { return each.param->name; });
 
-}  // namespace
-}  // namespace torch_ext::test
+} // namespace
+} // namespace torch_ext::test

@@ -25,13 +25,14 @@ class Random {
   double uniform(double low, double high) {
     return std::uniform_real_distribution<double>(low, high)(engine_);
   }
-  int64_t integer(int64_t low, int64_t high) {  // both included
+  int64_t integer(int64_t low, int64_t high) { // both included
     return std::uniform_int_distribution<int64_t>(low, high)(engine_);
   }
 
  private:
   std::mt19937_64 engine_;
-  ::testing::ScopedTrace trace_{__FILE__, __LINE__, "TORCH_EXT_TEST_SEED=" + std::to_string(seed())};
+  ::testing::ScopedTrace trace_{
+      __FILE__, __LINE__, "TORCH_EXT_TEST_SEED=" + std::to_string(seed())};
 };
 
-}  // namespace torch_ext::test
+} // namespace torch_ext::test

@@ -26,12 +26,12 @@ inline uint16_t encode(float x, int exponent_bits) {
   const uint16_t infinity = uint16_t(((1 << exponent_bits) - 1) << (15 - exponent_bits));
   if (isnan(x)) return sign | infinity | 1;
   const double magnitude = fabs(double(x));
-  const auto value = [&](uint16_t bits) {  // infinity stands for the next power of two
+  const auto value = [&](uint16_t bits) { // infinity stands for the next power of two
     return bits == infinity ? ldexp(1, 1 << (exponent_bits - 1))
                             : double(decode(bits, exponent_bits));
   };
   if (magnitude >= value(infinity)) return sign | infinity;
-  uint16_t low = 0, high = infinity;  // value(low) <= magnitude < value(high)
+  uint16_t low = 0, high = infinity; // value(low) <= magnitude < value(high)
   while (high - low > 1) {
     const uint16_t middle = uint16_t((low + high) / 2);
     (value(middle) <= magnitude ? low : high) = middle;
@@ -40,4 +40,4 @@ inline uint16_t encode(float x, int exponent_bits) {
   return sign | (above < below || (above == below && (low & 1)) ? high : low);
 }
 
-}  // namespace torch_ext::test
+} // namespace torch_ext::test
