@@ -6,10 +6,15 @@ from . import _vmap as _vmap
 
 # isort: on
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
-from .min_gru import min_gru, min_gru_reference, min_gru_step, min_gru_step_
-from .min_lstm import min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
+from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
+from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
+from .min_rnn import MinRNNBlock, MinRNNLM
 
 __all__ = [
+    "MinGRU",
+    "MinLSTM",
+    "MinRNNBlock",
+    "MinRNNLM",
     "cmake_prefix_path",
     "linear_scan",
     "linear_scan_reference",

@@ -19,6 +19,7 @@ state.
 import torch
 from torch import Tensor
 
+from ._sequence_layer import GateBiasInit, OneStateLayer, chrono_
 from .linear_scan import run_reference
 
 
@@ -176,3 +177,117 @@ def candidate_activation(x: Tensor, activation: str) -> Tensor:
     if activation == "g":
         return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
     raise ValueError(f'activation is "{activation}", expected "identity" or "g"')
+
+
+def check_activation(name: str, activation: str) -> None:
+    if activation not in ("identity", "g"):
+        raise ValueError(f'{name}: activation is {activation!r}, expected "identity" or "g"')
+
+
+class MinGRU(OneStateLayer):
+    r"""Layers of :func:`torch_ext.min_gru` with the constructor and contract of torch.nn.GRU.
+
+    .. math::
+        z_t &= \sigma(W_z x_t + b_z) \\
+        h_t &= (1 - z_t) \odot h_{t-1} + z_t \odot \text{act}(W_h x_t + b_h)
+
+    Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201v3, section 3.1. The gate sees
+    ``x`` alone, so one layer cannot count or copy: use two or more (the paper's Table 1).
+
+    Args:
+        input_size: channels of ``x``.
+        hidden_size: channels of the state and of each direction's output.
+        num_layers: layers, each of which reads the output of the one before.
+        bias: False leaves out ``b_z`` and ``b_h``.
+        batch_first: ``x`` and the output are ``(B, T, ...)`` instead of ``(T, B, ...)``; the state
+            is ``(num_layers * num_directions, B, hidden_size)`` in either case.
+        dropout: probability of a zero in the output of each layer but the last, in training.
+        bidirectional: a second direction runs from a sequence's last step to its first; its output
+            is appended to the first one's.
+        activation: ``"identity"``, or ``"g"`` for the paper's positive candidates (appendix B).
+        gate_bias_init: None leaves the uniform initialisation, under which a unit keeps about half
+            of its state at each step. A number is the value of ``b_z``; negative is long memory. A
+            pair ``(shortest, longest)`` of numbers of steps, above 1, draws the time ``tau`` that a
+            unit remembers uniformly between them: ``b_z = -log(tau - 1)`` (chrono initialisation,
+            Tallec & Ollivier 2018, arXiv:1804.11188).
+        device: of the parameters.
+        dtype: of the parameters. The state is float32, and float64 if they are, under autocast too.
+
+    Attributes:
+        weight_ih_l{k}[_reverse]: ``(2 * hidden_size, in)``, the rows of ``W_z``, then ``W_h``;
+            ``in`` is ``input_size`` for ``k = 0``, else ``num_directions * hidden_size``.
+        bias_ih_l{k}[_reverse]: ``(2 * hidden_size,)``, ``b_z``, then ``b_h``.
+
+    Example:
+        >>> rnn = torch_ext.MinGRU(3, 8, num_layers=2, batch_first=True)
+        >>> x = torch.randn(4, 100, 3)
+        >>> y, state = rnn(x)
+        >>> y.shape, state.shape
+        (torch.Size([4, 100, 8]), torch.Size([2, 4, 8]))
+        >>> state = rnn.init_state(batch_size=4)
+        >>> for t in range(100):
+        ...     y_t, state = rnn.step(x[:, t], state)
+        >>> torch.allclose(y_t, y[:, -1], atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        activation: str = "identity",
+        gate_bias_init: GateBiasInit = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation("MinGRU", activation)
+        super().__init__(
+            2,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            gate_bias_init,
+            device,
+            dtype,
+        )
+        self.activation = activation
+
+    def init_gate_bias(self, bias: Tensor) -> None:
+        gate = bias[: self.hidden_size]
+        if isinstance(self.gate_bias_init, tuple | list):
+            chrono_(gate, *self.gate_bias_init).neg_()  # 1 - z is the share that is kept
+        else:
+            gate.fill_(self.gate_bias_init)
+
+    def recurrence(
+        self,
+        gates: Tensor,
+        weights: list[Tensor],
+        state: list[Tensor],
+        valid: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        gate, candidate = gates.chunk(2, -1)
+        if valid is not None:  # z = 0 keeps the state
+            gate = torch.where(valid, gate, -1e4)
+            candidate = torch.where(valid, candidate, 0.0)
+        h, final_state = min_gru(gate, candidate, state[0], self.activation, cu_seqlens, reverse)
+        return h, [final_state]
+
+    def recurrence_step(
+        self, gates: Tensor, weights: list[Tensor], state: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        gate, candidate = gates.chunk(2, -1)
+        h, new_state = min_gru_step(gate, candidate, state[0], None, self.activation)
+        return h, [new_state]

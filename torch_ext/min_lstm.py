@@ -14,8 +14,9 @@ line, as the authors' code can.
 import torch
 from torch import Tensor
 
+from ._sequence_layer import GateBiasInit, OneStateLayer, chrono_
 from .linear_scan import run_reference
-from .min_gru import candidate_activation
+from .min_gru import candidate_activation, check_activation
 
 
 def min_lstm(
@@ -205,3 +206,128 @@ def normalized_gates(forget_gate: Tensor, input_gate: Tensor) -> tuple[Tensor, T
     """
     d = torch.nn.functional.logsigmoid(input_gate) - torch.nn.functional.logsigmoid(forget_gate)
     return torch.sigmoid(-d), torch.sigmoid(d)
+
+
+class MinLSTM(OneStateLayer):
+    r"""Layers of :func:`torch_ext.min_lstm` with the constructor and contract of torch.nn.GRU.
+
+    .. math::
+        f_t &= \sigma(W_f x_t + b_f), \quad i_t = \sigma(W_i x_t + b_i) \\
+        f'_t &= \frac{f_t}{f_t + i_t}, \quad i'_t = \frac{i_t}{f_t + i_t} \\
+        h_t &= f'_t \odot h_{t-1} + i'_t \odot \text{act}(W_h x_t + b_h)
+
+    Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201v3, section 3.2. There is one
+    state, not the LSTM's two. The gates see ``x`` alone, so one layer cannot count or copy: use
+    two or more (the paper's Table 1).
+
+    Args:
+        input_size: channels of ``x``.
+        hidden_size: channels of the state and of each direction's output.
+        num_layers: layers, each of which reads the output of the one before.
+        bias: False leaves out ``b_f``, ``b_i`` and ``b_h``.
+        batch_first: ``x`` and the output are ``(B, T, ...)`` instead of ``(T, B, ...)``; the state
+            is ``(num_layers * num_directions, B, hidden_size)`` in either case.
+        dropout: probability of a zero in the output of each layer but the last, in training.
+        bidirectional: a second direction runs from a sequence's last step to its first; its output
+            is appended to the first one's.
+        activation: ``"identity"``, or ``"g"`` for the paper's positive candidates (appendix B).
+        normalize: False uses ``f`` and ``i`` in place of ``f'`` and ``i'``.
+        gate_bias_init: None leaves the uniform initialisation, under which a unit keeps about half
+            of its state at each step. A number is the value of ``b_f``, and ``b_i`` becomes its
+            negative, so that ``f + i = 1`` where ``x = 0``; positive is long memory. (``b_f`` alone
+            would not do: normalised against ``i = 0.5``, the share kept stays below 2/3.) A pair
+            ``(shortest, longest)`` of numbers of steps, above 1, draws the time ``tau`` that a unit
+            remembers uniformly between them: ``b_f = log(tau - 1)``, ``b_i = -b_f`` (chrono
+            initialisation, Tallec & Ollivier 2018, arXiv:1804.11188).
+        device: of the parameters.
+        dtype: of the parameters. The state is float32, and float64 if they are, under autocast too.
+
+    Attributes:
+        weight_ih_l{k}[_reverse]: ``(3 * hidden_size, in)``, the rows of ``W_f``, ``W_i``, ``W_h``;
+            ``in`` is ``input_size`` for ``k = 0``, else ``num_directions * hidden_size``.
+        bias_ih_l{k}[_reverse]: ``(3 * hidden_size,)``, ``b_f``, ``b_i``, ``b_h``.
+
+    Example:
+        >>> rnn = torch_ext.MinLSTM(3, 8, num_layers=2, batch_first=True, bidirectional=True)
+        >>> y, state = rnn(torch.randn(4, 100, 3), lengths=torch.tensor([100, 0, 7, 50]))
+        >>> y.shape, state.shape
+        (torch.Size([4, 100, 16]), torch.Size([4, 4, 8]))
+        >>> y[2, 7:].abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        activation: str = "identity",
+        normalize: bool = True,
+        gate_bias_init: GateBiasInit = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation("MinLSTM", activation)
+        super().__init__(
+            3,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            gate_bias_init,
+            device,
+            dtype,
+        )
+        self.activation = activation
+        self.normalize = normalize
+
+    def init_gate_bias(self, bias: Tensor) -> None:
+        forget_gate, input_gate, _ = bias.chunk(3)
+        if isinstance(self.gate_bias_init, tuple | list):
+            chrono_(forget_gate, *self.gate_bias_init)
+        else:
+            forget_gate.fill_(self.gate_bias_init)
+        input_gate.copy_(-forget_gate)
+
+    def recurrence(
+        self,
+        gates: Tensor,
+        weights: list[Tensor],
+        state: list[Tensor],
+        valid: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        forget_gate, input_gate, candidate = gates.chunk(3, -1)
+        if valid is not None:  # f = 1 and i = 0 keep the state
+            forget_gate = torch.where(valid, forget_gate, 1e4)
+            input_gate = torch.where(valid, input_gate, -1e4)
+            candidate = torch.where(valid, candidate, 0.0)
+        h, final_state = min_lstm(
+            forget_gate,
+            input_gate,
+            candidate,
+            state[0],
+            self.activation,
+            self.normalize,
+            cu_seqlens,
+            reverse,
+        )
+        return h, [final_state]
+
+    def recurrence_step(
+        self, gates: Tensor, weights: list[Tensor], state: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        forget_gate, input_gate, candidate = gates.chunk(3, -1)
+        h, new_state = min_lstm_step(
+            forget_gate, input_gate, candidate, state[0], None, self.activation, self.normalize
+        )
+        return h, [new_state]
