@@ -1,0 +1,225 @@
+"""The operators themselves: right first, then as a share of what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch_ext
+
+from measure import Calibration, measure
+from shapes import GOALS, Operator
+
+# Largest error against float64, relative to the largest value of that tensor. Gates and sums are
+# made in float32, so half precision errs by the rounding of h, of its saved copy, of gradients.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# What the small check uses: odd, so that every tail of rows, tiles and lanes is met.
+REDUCED_SHAPE = (3, 37, 83)
+
+
+class WrongResult(Exception):
+    pass
+
+
+def make_inputs(
+    operator: Operator, shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for name in operator.inputs:
+        tensor = torch.randn(shape, generator=generator)
+        # A decay lies in (0, 1); everything else is a pre-activation or a value.
+        tensors.append((tensor.sigmoid() if name == "a" else tensor).to(dtype))
+    return tensors
+
+
+def run_forward(operator: Operator, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return getattr(torch_ext, operator.function)(*inputs, **dict(operator.options))
+
+
+def run_with_gradient(
+    function: Callable,
+    operator: Operator,
+    inputs: list[torch.Tensor],
+    grad_h: torch.Tensor,
+    grad_final: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    h, final = function(*leaves, **dict(operator.options))
+    gradients = torch.autograd.grad((h, final), leaves, (grad_h, grad_final.to(final.dtype)))
+    named = {f"grad_{name}": grad for name, grad in zip(operator.inputs, gradients, strict=True)}
+    return {"h": h.detach(), "final_state": final.detach(), **named}
+
+
+@dataclass
+class Reference:
+    """The float64 answer for a few rows and channels; channels do not meet, so a chunk is exact."""
+
+    rows: list[int]
+    channels: list[int]
+    values: dict[str, torch.Tensor]
+
+    def pick(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[self.rows][..., self.channels]
+
+
+class Checker:
+    """Compares with the plain PyTorch reference in float64; keeps references between ISAs."""
+
+    def __init__(self) -> None:
+        self.references: dict[tuple, Reference] = {}
+
+    def check(self, name: str, operator: Operator, shape: tuple, dtype: torch.dtype) -> float:
+        """The largest relative error at the reduced shape and in a chunk of the full one."""
+        return max(
+            self._check_at(name, operator, REDUCED_SHAPE, dtype),
+            self._check_at(name, operator, shape, dtype),
+        )
+
+    def _check_at(self, name: str, operator: Operator, shape: tuple, dtype: torch.dtype) -> float:
+        batch, _, dim = shape
+        inputs = make_inputs(operator, shape, dtype)
+        generator = torch.Generator().manual_seed(1)
+        grad_h = torch.randn(shape, generator=generator).to(dtype)
+        grad_final = torch.randn((batch, dim), generator=generator)
+
+        key = (name, shape, dtype)
+        reference = self.references.get(key)
+        if reference is None:
+            whole = shape == REDUCED_SHAPE
+            rows = list(range(batch)) if whole else sorted({0, batch - 1})
+            ends = 16
+            channels = list(range(dim))
+            if not whole and dim > 2 * ends:
+                channels = channels[:ends] + channels[-ends:]
+            reference = Reference(rows, channels, {})
+            exact = [reference.pick(tensor).double() for tensor in (*inputs, grad_h, grad_final)]
+            function = getattr(torch_ext, f"{operator.function}_reference")
+            reference.values = run_with_gradient(
+                function, operator, exact[: len(inputs)], exact[-2], exact[-1]
+            )
+            self.references[key] = reference
+
+        function = getattr(torch_ext, operator.function)
+        got = run_with_gradient(function, operator, inputs, grad_h, grad_final)
+        worst = 0.0
+        for what, expected in reference.values.items():
+            difference = reference.pick(got[what]).double() - expected
+            error = (difference.abs().max() / expected.abs().max()).item()
+            if not error <= TOLERANCES[dtype]:  # also catches NaN
+                raise WrongResult(
+                    f"{name}: {what} is wrong by {error:.1e} of its largest value at shape "
+                    f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} "
+                    f"(accepted: {TOLERANCES[dtype]:.0e})"
+                )
+            worst = max(worst, error)
+        return worst
+
+
+def backward_call(
+    operator: Operator, inputs: list[torch.Tensor], grad_h: torch.Tensor
+) -> Callable[[], object]:
+    """The backward operator alone, as autograd calls it: no state, no gradient of the final one."""
+    with torch.no_grad():
+        h, _ = run_forward(operator, inputs)
+    options = dict(operator.options)
+    tail: tuple = (None, None)  # initial_state, cu_seqlens
+    if operator.function in ("min_gru", "min_lstm"):
+        tail += (options.get("activation", "identity"),)
+    if operator.function == "min_lstm":
+        tail += (True,)
+    op = getattr(torch.ops.torch_ext, f"{operator.function}_backward").default
+    arguments = (grad_h, None, *inputs, h, *tail, False)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return op(*arguments)
+
+    return call
+
+
+def make_call(
+    operator: Operator, mode: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Callable[[], object]:
+    inputs = make_inputs(operator, shape, dtype)
+    function = getattr(torch_ext, operator.function)
+    options = dict(operator.options)
+    if mode == "forward":
+
+        def forward() -> object:
+            with torch.inference_mode():
+                return function(*inputs, **options)
+
+        return forward
+
+    grad_h = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if mode == "backward":
+        return backward_call(operator, inputs, grad_h)
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def train() -> object:
+        h, _ = function(*leaves, **options)
+        return torch.autograd.grad(h, leaves, grad_h)
+
+    return train
+
+
+def time_operator(
+    name: str,
+    operator: Operator,
+    mode: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    threads: int,
+    in_l2: bool,
+    exp_rate: float,
+    rounds: int,
+    sample_seconds: float,
+    calibration_seconds: float,
+) -> dict:
+    """One row of the result: seconds, bandwidth, shares of triad and of the roof."""
+    batch, time, dim = shape
+    elements = batch * time * dim
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    moved = elements * itemsize * operator.tensors_moved(mode)
+    working_set = elements * itemsize * operator.tensors_alive(mode)
+
+    calibration = Calibration(working_set, threads, calibration_seconds)
+    calls = {"call": make_call(operator, mode, shape, dtype)}
+    if in_l2:
+        # The same call without a single step: interpreter, dispatcher, autograd, empty outputs.
+        calls["overhead"] = make_call(operator, mode, (batch, 0, dim), dtype)
+    samples = measure(calls, rounds, sample_seconds, between=calibration.run)
+
+    seconds = samples["call"].best
+    overhead = samples["overhead"].best if in_l2 else 0.0
+    kernel = seconds - overhead
+    triad = calibration.best("triad") * 1e9
+    bandwidth_seconds = moved / triad
+    exp_seconds = elements * operator.exps_needed(mode) / (exp_rate * 1e9)
+    roof = max(bandwidth_seconds, exp_seconds)
+    goal = GOALS["in-L2" if in_l2 else "streamed"]
+    return {
+        "operator": name,
+        "mode": mode,
+        "shape": list(shape),
+        "in_l2": in_l2,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        **samples["call"].summary(),
+        "overhead_seconds": overhead,
+        "bytes_moved": moved,
+        "working_set_bytes": working_set,
+        "gigabytes_per_second": moved / kernel * 1e-9,
+        "calibration_gigabytes_per_second": calibration.rates,
+        "exp_per_nanosecond": exp_rate,
+        "bound_by": "bandwidth" if bandwidth_seconds >= exp_seconds else "exp",
+        "fraction_of_triad": bandwidth_seconds / kernel,
+        "fraction_of_roof": roof / kernel,
+        "fraction_of_triad_with_call_overhead": bandwidth_seconds / seconds,
+        "goal": goal,
+        "meets_goal": bandwidth_seconds / kernel >= goal,
+    }

@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+"""Times the fused operators against the machine's own limits and against peers.
+
+    python benchmarks/run.py                 everything, about 8 minutes on two cores
+    python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
+    python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none
+
+README.md beside this file says how the figures are made and how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PEERS = ("minGRU-pytorch", "loops")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from shapes import DEFAULT_MODES, DEFAULT_OPERATORS, MODES, OPERATORS, SHAPES
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--op", nargs="+", choices=OPERATORS, default=list(DEFAULT_OPERATORS), metavar="OP")
+    add("--mode", nargs="+", choices=MODES, default=list(DEFAULT_MODES), metavar="MODE")
+    add("--device", choices=("cpu",), default="cpu", help="the CPU is the only one so far")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
+    add(
+        "--shapes",
+        nargs="*",
+        default=None,
+        metavar="SHAPE",
+        help=f"names of the table ({', '.join(SHAPES)}) or BxTxD; none: no operator is timed",
+    )
+    add("--threads", nargs="+", type=int, default=None, metavar="N", help="default: 1 2")
+    add("--isa", nargs="+", default=None, metavar="ISA", help="default: avx512 avx2, as supported")
+    add("--peers", nargs="*", choices=(*PEERS, "none"), default=list(PEERS), metavar="PEER")
+    add("--paper-width", type=int, default=64, help="input and hidden size of the paper's table")
+    add("--rounds", type=int, default=None, help="samples per operator (default 7)")
+    add("--quick", action="store_true", help="small and short: the figures mean nothing")
+    add("--allocator", choices=("keep", "default"), default="keep", help="see README.md, Memory")
+    add("--out", type=Path, default=None, help="folder for JSON and plots (default: results/)")
+    add("--name", default="cpu", help="name of the JSON file and prefix of the plots")
+    add("--markdown", type=Path, default=None, metavar="FILE", help="tables for a README")
+    add("--no-plots", action="store_true")
+    args = parser.parse_args(argv)
+    if unknown := [op for op in args.op if op not in OPERATORS]:
+        parser.error(f"unknown operators {unknown}")
+    return args
+
+
+def choose_isas(wanted: list[str] | None) -> list[str]:
+    """The instruction sets to time, best first; those that this CPU cannot run are left out."""
+    from torch_ext import _C
+
+    supported = []
+    for isa in wanted or ("avx512", "avx2"):
+        if isa in list(_C.isas()) and _C.force_isa(isa) is not False:
+            supported.append(isa)
+        elif wanted:
+            sys.exit(f"run.py: instruction set {isa!r} is not built or not supported by this CPU")
+    _C.force_isa("")
+    return supported or [_C.isa()]
+
+
+def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from torch_ext import _C
+
+    from measure import cache_bytes, calibrate, exp_rate, set_threads
+    from operators import Checker, WrongResult, time_operator
+    from report import operator_line, operators_header
+    from shapes import OPERATORS, resolve_shape
+
+    l2_bytes = cache_bytes(2) or 2**20
+    checker = Checker()
+    print(operators_header())
+    for threads in settings["threads"]:
+        set_threads(threads, settings["cpus"])
+        for isa in settings["isas"]:
+            _C.force_isa(isa)
+            exps = exp_rate(threads, settings["calibration_seconds"])
+            fmas = calibrate("fma", 2048 * threads, False, threads, 0.1)
+            result["arithmetic"].append(
+                {"threads": threads, "isa": isa, "exp_per_ns": exps, "fma_per_ns": fmas}
+            )
+            for dtype_name in args.dtype:
+                dtype = getattr(torch, dtype_name)
+                for shape_name in settings["shapes"]:
+                    for name in args.op:
+                        operator = OPERATORS[name]
+                        for mode in args.mode:
+                            shape = resolve_shape(
+                                shape_name, operator, mode, threads, dtype.itemsize, l2_bytes
+                            )
+                            try:
+                                error = checker.check(name, operator, shape, dtype)
+                            except WrongResult as wrong:
+                                print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
+                                result["wrong"].append(
+                                    {"what": str(wrong), "isa": isa, "threads": threads}
+                                )
+                                continue
+                            row = time_operator(
+                                name,
+                                operator,
+                                mode,
+                                shape,
+                                dtype,
+                                threads,
+                                in_l2=shape_name == "in-L2",
+                                exp_rate=exps,
+                                rounds=settings["rounds"],
+                                sample_seconds=settings["sample_seconds"],
+                                calibration_seconds=settings["calibration_seconds"],
+                            )
+                            row |= {"isa": isa, "shape_name": shape_name, "error": error}
+                            result["operators"].append(row)
+                            print(operator_line(row), flush=True)
+    _C.force_isa("")
+
+
+def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    from measure import set_threads
+    from peers import against_mingru_pytorch, has_mingru_pytorch, papers_table
+    from report import peer_line, peers_header
+    from shapes import PAPER_TIMES, PEER_SHAPE, QUICK_PAPER_TIMES, QUICK_PEER_SHAPE
+
+    threads = max(settings["threads"])
+    set_threads(threads, settings["cpus"])
+    rounds = min(settings["rounds"], 3)
+    seconds = settings["sample_seconds"]
+    print("\n" + peers_header(threads))
+    if "minGRU-pytorch" in args.peers:
+        if has_mingru_pytorch():
+            shape = QUICK_PEER_SHAPE if args.quick else PEER_SHAPE
+            for row in against_mingru_pytorch(shape, threads, rounds, seconds):
+                result["peers"].append(row)
+                print(peer_line(row), flush=True)
+        else:
+            print("minGRU-pytorch is not installed: pip install minGRU-pytorch==0.2.1 einops")
+    if "loops" in args.peers:
+        times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
+        for row in papers_table(times, args.paper_width, threads, rounds, seconds):
+            result["paper"].append(row)
+            print(peer_line(row), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    started = time.monotonic()
+
+    from measure import Machine, available_cpus, keep_freed_memory
+
+    kept = args.allocator == "keep" and keep_freed_memory()
+    cpus = available_cpus()
+    machine = Machine(cpus)
+    threads = sorted(set(args.threads or [n for n in (1, 2) if n <= len(cpus)]))
+    if max(threads) > len(cpus) or min(threads) < 1:
+        sys.exit(f"run.py: --threads {max(threads)}, but this process may use {len(cpus)} CPUs")
+
+    try:
+        import torch_ext
+        from torch_ext import _C  # noqa: F401  (calibration and the choice of instruction set)
+    except ImportError as error:
+        sys.exit(
+            f"run.py: needs torch_ext installed with its test hooks ({error}): "
+            "pip install --no-build-isolation ."
+        )
+    from report import draw, markdown, summary
+    from shapes import QUICK_SHAPES, SHAPES
+
+    shapes = list(QUICK_SHAPES if args.quick else SHAPES) if args.shapes is None else args.shapes
+    settings = {
+        "cpus": cpus,
+        "threads": threads,
+        "isas": choose_isas(args.isa),
+        "shapes": shapes,
+        "rounds": args.rounds or (2 if args.quick else 7),
+        "sample_seconds": 0.02 if args.quick else 0.08,
+        "calibration_seconds": 0.005 if args.quick else 0.03,
+    }
+    result: dict = {
+        "machine": machine.describe(),
+        "settings": {
+            **{key: value for key, value in settings.items() if key != "cpus"},
+            "quick": args.quick,
+            "freed_memory_kept": kept,
+        },
+        "arithmetic": [],
+        "operators": [],
+        "wrong": [],
+        "peers": [],
+        "paper": [],
+    }
+    print(f"torch_ext {torch_ext.__version__} on {result['machine']['cpu']}")
+    if machine.load > 0.3:
+        print(f"The load average is {machine.load:.1f}: something else runs, do not trust figures.")
+    if args.quick:
+        print("--quick: these figures show that everything works, and nothing else.")
+
+    if shapes:
+        time_operators(args, settings, result)
+    if "none" not in args.peers and args.peers:
+        time_peers(args, settings, result)
+
+    result["machine"] = machine.describe()
+    result["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
+    print("\n" + summary(result))
+
+    folder = args.out or (None if args.quick else HERE / "results")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{args.name}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        written = [file]
+        if not args.no_plots:
+            written += draw(result, folder, args.name)
+        print("Written: " + ", ".join(os.path.relpath(path) for path in written))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(result))
+    return 1 if result["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
