@@ -91,9 +91,11 @@ def measure(
     calls: dict[str, Callable[[], object]],
     rounds: int,
     sample_seconds: float,
-    between: Callable[[], object] | None = None,
+    around: Callable[[], object] | None = None,
 ) -> dict[str, Samples]:
-    """Times several callables in turn: every round runs `between`, then one sample of each.
+    """Times several callables in turn: every round takes one sample of each.
+
+    `around` (the calibration) runs before the first round and after the last.
 
     Taking turns lets a slow phase of the machine hit all of them. A sample repeats a call until it
     lasts `sample_seconds`.
@@ -103,19 +105,22 @@ def measure(
     gc.disable()
     try:
         for name, call in calls.items():
-            call()  # first-call costs: dispatch caches, thread pool, page faults
+            for _ in range(3):  # first calls pay for dispatch caches, thread pool, page faults
+                call()
             once = _time_calls(call, 1)
             if once < sample_seconds / 10:
                 once = _time_calls(call, 10)
             results[name] = Samples(max(1, round(sample_seconds / once)))
         faults = dict.fromkeys(calls, 0)
+        if around is not None:
+            around()
         for _ in range(rounds):
-            if between is not None:
-                between()
             for name, call in calls.items():
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 results[name].seconds.append(_time_calls(call, results[name].calls))
                 faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        if around is not None:
+            around()
     finally:
         gc.enable()
     for name, result in results.items():
@@ -124,7 +129,7 @@ def measure(
 
 
 class Calibration:
-    """The machine's own limits at one working set, each the best of all rounds."""
+    """The machine's own limits at one working set, each the best of all times it was asked."""
 
     def __init__(self, working_set: int, threads: int, seconds: float):
         self.working_set = working_set

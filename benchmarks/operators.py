@@ -175,6 +175,7 @@ def time_operator(
     dtype: torch.dtype,
     threads: int,
     in_l2: bool,
+    calibrations: dict[int, Calibration],
     exp_rate: float,
     rounds: int,
     sample_seconds: float,
@@ -187,12 +188,15 @@ def time_operator(
     moved = elements * itemsize * operator.tensors_moved(mode)
     working_set = elements * itemsize * operator.tensors_alive(mode)
 
-    calibration = Calibration(working_set, threads, calibration_seconds)
+    # One calibration per working set: a further operator of the same size adds to its evidence.
+    calibration = calibrations.setdefault(
+        working_set, Calibration(working_set, threads, calibration_seconds)
+    )
     calls = {"call": make_call(operator, mode, shape, dtype)}
     if in_l2:
         # The same call without a single step: interpreter, dispatcher, autograd, empty outputs.
         calls["overhead"] = make_call(operator, mode, (batch, 0, dim), dtype)
-    samples = measure(calls, rounds, sample_seconds, between=calibration.run)
+    samples = measure(calls, rounds, sample_seconds, around=calibration.run)
 
     seconds = samples["call"].best
     overhead = samples["overhead"].best if in_l2 else 0.0
@@ -214,7 +218,7 @@ def time_operator(
         "bytes_moved": moved,
         "working_set_bytes": working_set,
         "gigabytes_per_second": moved / kernel * 1e-9,
-        "calibration_gigabytes_per_second": calibration.rates,
+        "calibration_gigabytes_per_second": dict(calibration.rates),
         "exp_per_nanosecond": exp_rate,
         "bound_by": "bandwidth" if bandwidth_seconds >= exp_seconds else "exp",
         "fraction_of_triad": bandwidth_seconds / kernel,

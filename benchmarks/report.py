@@ -59,6 +59,15 @@ def operator_line(row: dict) -> str:
     )
 
 
+def allocator_line(row: dict) -> str:
+    return (
+        f"With malloc left as it is: {row['operator']} {row['mode']} "
+        f"{'x'.join(map(str, row['shape']))} takes {duration(row['seconds_min'])} instead of "
+        f"{duration(row['with_freed_memory_kept'])}, for {row['page_faults_per_call']:.0f} page "
+        "faults per call"
+    )
+
+
 def peers_header(threads: int) -> str:
     return f"Against peers, {threads} threads, best of the rounds (range of the ratio, all rounds)"
 
@@ -267,11 +276,11 @@ def draw_roofs(result: dict, dtype: str, path: Path) -> Path:
                     ax.barh(y, share, height * 0.92, color=_color(isa, isas), zorder=2)
                     star = "*" if row["bound_by"] == "exp" else ""
                     ax.text(
-                        share - 0.015,
+                        0.02,
                         y,
                         f"{100 * share:.0f}{star}",
                         va="center",
-                        ha="right",
+                        ha="left",
                         fontsize=6.5,
                         color="white" if isa != "avx2" else INK,
                         zorder=4,
@@ -329,20 +338,26 @@ def draw_ratios(result: dict, path: Path) -> Path:
     labels = []
     for y, row in enumerate(rows):
         value = row["ratio"]
-        ax.barh(y, value, 0.68, left=0, color=OURS if value >= 1 else OTHER_COLORS[1], zorder=2)
+        ax.barh(y, value - 1, 0.68, 1, color=OURS if value >= 1 else OTHER_COLORS[1], zorder=2)
         ax.plot(
             [row["ratio_min"], row["ratio_max"]], [y, y], color="black", linewidth=1.2, zorder=3
         )
-        text = (
-            f"{ratio(value)}   {duration(row['theirs']['seconds_min'])} -> "
-            f"{duration(row['ours']['seconds_min'])}"
+        times = (
+            f"{duration(row['theirs']['seconds_min'])} -> {duration(row['ours']['seconds_min'])}"
         )
-        farthest = max(value, row["ratio_max"])
+        ax.annotate(times, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
+        farthest = max(value, row["ratio_max"], 1)
         if row.get("goal"):
             ax.plot([row["goal"]] * 2, [y - 0.42, y + 0.42], color=PAPER, linewidth=2, zorder=4)
             farthest = max(farthest, row["goal"])
         ax.annotate(
-            text, (farthest, y), (6, 0), textcoords="offset points", va="center", fontsize=7.5
+            ratio(value),
+            (farthest, y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
         )
         if row.get("papers_ratio"):
             ax.plot(row["papers_ratio"], y, "D", color=PAPER, markersize=5, zorder=4)
@@ -359,12 +374,12 @@ def draw_ratios(result: dict, path: Path) -> Path:
     ax.set_xscale("log")
     lowest = min(1.0, *(row["ratio_min"] for row in rows))
     highest = max(max(row["ratio_max"], row.get("papers_ratio") or 1) for row in rows)
-    ax.set_xlim(lowest * 0.8, highest * 4)
+    ax.set_xlim(lowest * 0.8, highest * 2.5)
     ax.axvline(1, color=INK, linewidth=1, zorder=3)
     ax.set_yticks(range(len(rows)), labels, fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ticks = [tick for tick in (0.1, 0.5, 1, 2, 5, 10, 50, 100, 500, 1000) if tick >= lowest * 0.8]
-    ax.set_xticks([tick for tick in ticks if tick <= highest * 4])
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if tick >= lowest * 0.8]
+    ax.set_xticks([tick for tick in ticks if tick <= highest * 2.5])
     ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     ax.tick_params(axis="y", length=0)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -92,6 +94,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
             result["arithmetic"].append(
                 {"threads": threads, "isa": isa, "exp_per_ns": exps, "fma_per_ns": fmas}
             )
+            calibrations: dict = {}
             for dtype_name in args.dtype:
                 dtype = getattr(torch, dtype_name)
                 for shape_name in settings["shapes"]:
@@ -117,6 +120,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
                                 dtype,
                                 threads,
                                 in_l2=shape_name == "in-L2",
+                                calibrations=calibrations,
                                 exp_rate=exps,
                                 rounds=settings["rounds"],
                                 sample_seconds=settings["sample_seconds"],
@@ -126,6 +130,34 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
                             result["operators"].append(row)
                             print(operator_line(row), flush=True)
     _C.force_isa("")
+
+
+def time_default_allocator(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    """The first large case again, in a process that leaves malloc as it is: what a user may meet."""
+    from report import allocator_line
+
+    large = [row for row in result["operators"] if not row["in_l2"]]
+    if not large:
+        return
+    last = large[-1]
+    case = ("operator", "dtype", "shape_name", "isa", "threads")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--allocator", "default", "--peers", "none"]
+        command += ["--op", last["operator"], "--dtype", last["dtype"], "--isa", last["isa"]]
+        command += ["--shapes", last["shape_name"], "--threads", str(last["threads"])]
+        command += ["--mode", *args.mode, "--rounds", "3", "--out", folder, "--no-plots"]
+        command += ["--quick"] if args.quick else []
+        child = subprocess.run(command, capture_output=True, text=True)
+        if child.returncode:
+            print(f"With malloc left as it is: failed, {child.stderr.strip()[-300:]}")
+            return
+        rows = json.loads((Path(folder) / "cpu.json").read_text())["operators"]
+    for row in rows:
+        same = {key: row[key] for key in (*case, "mode")}
+        kept = next(r for r in large if all(r[key] == value for key, value in same.items()))
+        row["with_freed_memory_kept"] = kept["seconds_min"]
+        result["default_allocator"].append(row)
+        print(allocator_line(row), flush=True)
 
 
 def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
@@ -186,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         "shapes": shapes,
         "rounds": args.rounds or (2 if args.quick else 7),
         "sample_seconds": 0.02 if args.quick else 0.08,
-        "calibration_seconds": 0.005 if args.quick else 0.03,
+        "calibration_seconds": 0.005 if args.quick else 0.06,
     }
     result: dict = {
         "machine": machine.describe(),
@@ -198,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         "arithmetic": [],
         "operators": [],
         "wrong": [],
+        "default_allocator": [],
         "peers": [],
         "paper": [],
     }
@@ -209,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if shapes:
         time_operators(args, settings, result)
+        if kept:
+            time_default_allocator(args, settings, result)
     if "none" not in args.peers and args.peers:
         time_peers(args, settings, result)
 
