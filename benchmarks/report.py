@@ -69,7 +69,8 @@ def allocator_line(row: dict) -> str:
 
 
 def peers_header(threads: int) -> str:
-    return f"Against peers, {threads} threads, best of the rounds (range of the ratio, all rounds)"
+    plural = "s" if threads > 1 else ""
+    return f"Against peers, {threads} thread{plural}, best of the rounds (range of the ratio)"
 
 
 def peer_line(row: dict) -> str:

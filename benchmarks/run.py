@@ -11,6 +11,7 @@ README.md beside this file says how the figures are made and how to read them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -82,69 +83,67 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
     from report import operator_line, operators_header
     from shapes import OPERATORS, resolve_shape
 
+    variants = list(itertools.product(settings["threads"], settings["isas"]))
+    exps = {}
+    for threads, isa in variants:
+        set_threads(threads, settings["cpus"])
+        _C.force_isa(isa)
+        exps[threads, isa] = exp_rate(threads, settings["calibration_seconds"])
+        fmas = calibrate("fma", 2048 * threads, False, threads, settings["calibration_seconds"])
+        result["arithmetic"].append(
+            {"threads": threads, "isa": isa, "exp_per_ns": exps[threads, isa], "fma_per_ns": fmas}
+        )
+
     l2_bytes = cache_bytes(2) or 2**20
     checker = Checker()
+    calibrations: dict = {}
     print(operators_header())
-    for threads in settings["threads"]:
+    cases = itertools.product(args.dtype, settings["shapes"], args.op, args.mode, variants)
+    for dtype_name, shape_name, name, mode, (threads, isa) in cases:
+        dtype, operator = getattr(torch, dtype_name), OPERATORS[name]
+        shape = resolve_shape(shape_name, operator, mode, threads, dtype.itemsize, l2_bytes)
         set_threads(threads, settings["cpus"])
-        for isa in settings["isas"]:
-            _C.force_isa(isa)
-            exps = exp_rate(threads, settings["calibration_seconds"])
-            fmas = calibrate("fma", 2048 * threads, False, threads, 0.1)
-            result["arithmetic"].append(
-                {"threads": threads, "isa": isa, "exp_per_ns": exps, "fma_per_ns": fmas}
-            )
-            calibrations: dict = {}
-            for dtype_name in args.dtype:
-                dtype = getattr(torch, dtype_name)
-                for shape_name in settings["shapes"]:
-                    for name in args.op:
-                        operator = OPERATORS[name]
-                        for mode in args.mode:
-                            shape = resolve_shape(
-                                shape_name, operator, mode, threads, dtype.itemsize, l2_bytes
-                            )
-                            try:
-                                error = checker.check(name, operator, shape, dtype)
-                            except WrongResult as wrong:
-                                print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
-                                result["wrong"].append(
-                                    {"what": str(wrong), "isa": isa, "threads": threads}
-                                )
-                                continue
-                            row = time_operator(
-                                name,
-                                operator,
-                                mode,
-                                shape,
-                                dtype,
-                                threads,
-                                in_l2=shape_name == "in-L2",
-                                calibrations=calibrations,
-                                exp_rate=exps,
-                                rounds=settings["rounds"],
-                                sample_seconds=settings["sample_seconds"],
-                                calibration_seconds=settings["calibration_seconds"],
-                            )
-                            row |= {"isa": isa, "shape_name": shape_name, "error": error}
-                            result["operators"].append(row)
-                            print(operator_line(row), flush=True)
+        _C.force_isa(isa)
+        try:
+            error = checker.check(name, operator, shape, dtype, (threads, isa))
+        except WrongResult as wrong:
+            print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
+            result["wrong"].append({"what": str(wrong), "isa": isa, "threads": threads})
+            continue
+        row = time_operator(
+            name,
+            operator,
+            mode,
+            shape,
+            dtype,
+            threads,
+            in_l2=shape_name == "in-L2",
+            calibrations=calibrations.setdefault((threads, isa), {}),
+            exp_rate=exps[threads, isa],
+            rounds=settings["rounds"],
+            sample_seconds=settings["sample_seconds"],
+            calibration_seconds=settings["calibration_seconds"],
+        )
+        row |= {"isa": isa, "shape_name": shape_name, "error": error}
+        result["operators"].append(row)
+        print(operator_line(row), flush=True)
     _C.force_isa("")
 
 
 def time_default_allocator(args: argparse.Namespace, settings: dict, result: dict) -> None:
-    """The first large case again, in a process that leaves malloc as it is: what a user may meet."""
+    """The first large case again, in a process that leaves malloc as it is, as users do."""
     from report import allocator_line
 
     large = [row for row in result["operators"] if not row["in_l2"]]
     if not large:
         return
-    last = large[-1]
+    most = max(settings["threads"])
+    first = next(r for r in large if r["threads"] == most and r["isa"] == settings["isas"][0])
     case = ("operator", "dtype", "shape_name", "isa", "threads")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--allocator", "default", "--peers", "none"]
-        command += ["--op", last["operator"], "--dtype", last["dtype"], "--isa", last["isa"]]
-        command += ["--shapes", last["shape_name"], "--threads", str(last["threads"])]
+        command += ["--op", first["operator"], "--dtype", first["dtype"], "--isa", first["isa"]]
+        command += ["--shapes", first["shape_name"], "--threads", str(first["threads"])]
         command += ["--mode", *args.mode, "--rounds", "3", "--out", folder, "--no-plots"]
         command += ["--quick"] if args.quick else []
         child = subprocess.run(command, capture_output=True, text=True)
