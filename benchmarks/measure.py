@@ -64,11 +64,6 @@ class Samples:
     def best(self) -> float:
         return min(self.seconds)
 
-    @property
-    def spread(self) -> float:
-        """How much slower than the best the slowest round was."""
-        return max(self.seconds) / self.best - 1
-
     def summary(self) -> dict:
         return {
             "seconds_min": self.best,
@@ -80,6 +75,16 @@ class Samples:
         }
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long to look: rounds until `seconds` have passed, at least `rounds` of them; a sample
+    repeats a short call until it lasts `sample_seconds`."""
+
+    seconds: float
+    rounds: int
+    sample_seconds: float
+
+
 def _time_calls(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter_ns()
     for _ in range(calls):
@@ -87,30 +92,36 @@ def _time_calls(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter_ns() - start) * 1e-9 / calls
 
 
+def _warm_up(call: Callable[[], object]) -> float:
+    """First calls pay for dispatch caches, the thread pool, page faults. Seconds of a later one."""
+    total, once = 0.0, 0.0
+    for calls in (1, 1, 1, 10):
+        once = _time_calls(call, calls)
+        total += once * calls
+        if total > 0.3:
+            break
+    return once
+
+
 def measure(
     calls: dict[str, Callable[[], object]],
-    rounds: int,
-    sample_seconds: float,
+    effort: Effort,
     around: Callable[[], object] | None = None,
 ) -> dict[str, Samples]:
     """Times several callables in turn: every round takes one sample of each.
 
-    `around` (the calibration) runs before the first round and after the last.
-
-    Taking turns lets a slow phase of the machine hit all of them. A sample repeats a call until it
-    lasts `sample_seconds`.
+    Taking turns lets a slow phase of the machine hit all of them; short samples let some of them
+    fall between two disturbances. `around` (the calibration) runs before and after.
     """
-    results = {}
     gc.collect()
     gc.disable()
     try:
-        for name, call in calls.items():
-            for _ in range(3):  # first calls pay for dispatch caches, thread pool, page faults
-                call()
-            once = _time_calls(call, 1)
-            if once < sample_seconds / 10:
-                once = _time_calls(call, 10)
-            results[name] = Samples(max(1, round(sample_seconds / once)))
+        once = {name: _warm_up(call) for name, call in calls.items()}
+        results = {
+            name: Samples(max(1, round(effort.sample_seconds / once[name]))) for name in calls
+        }
+        round_seconds = sum(once[name] * result.calls for name, result in results.items())
+        rounds = max(effort.rounds, min(1000, round(effort.seconds / round_seconds)))
         faults = dict.fromkeys(calls, 0)
         if around is not None:
             around()
@@ -230,7 +241,6 @@ class Machine:
         self.cpus = cpus
 
     def describe(self) -> dict:
-        import torch_ext
         from torch_ext import _C
 
         steal, total = (
@@ -247,7 +257,7 @@ class Machine:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch_ext": torch_ext.__version__,
+            "torch_ext": _C.build_info()["version"],
             "commit": _commit(),
             "date": time.strftime("%Y-%m-%d"),
             "load_average_at_start": round(self.load, 2),

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch_ext
-
-from measure import Calibration, measure
+from measure import Calibration, Effort, measure
 from shapes import GOALS, Operator
+
+import torch_ext
 
 # Largest error against float64, relative to the largest value of that tensor. Gates and sums are
 # made in float32, so half precision errs by the rounding of h, of its saved copy, of gradients.
@@ -45,10 +45,6 @@ def make_inputs(
     tensors = random_tensors((*operator.inputs, "grad_h"), shape, dtype)
     *inputs, grad_h = (tensor.detach() for tensor in tensors.values())
     return inputs, grad_h
-
-
-def run_forward(operator: Operator, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return getattr(torch_ext, operator.function)(*inputs, **dict(operator.options))
 
 
 def run_with_gradient(
@@ -137,52 +133,56 @@ class Checker:
         return worst
 
 
-def backward_call(
-    operator: Operator, inputs: list[torch.Tensor], grad_h: torch.Tensor
+def make_call(
+    operator: Operator,
+    mode: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    autograd: bool = True,
 ) -> Callable[[], object]:
-    """The backward operator alone, as autograd calls it: no state, no gradient of the final one."""
-    with torch.no_grad():
-        h, _ = run_forward(operator, inputs)
+    """One call as it is timed; without autograd, two operators one after the other."""
+    inputs, grad_h = make_inputs(operator, shape, dtype)
+    function = getattr(torch_ext, operator.function)
     options = dict(operator.options)
+
+    # The backward operator as autograd calls it: no state, no gradient of the final one.
+    backward = getattr(torch.ops.torch_ext, f"{operator.function}_backward").default
     tail: tuple = (None, None)  # initial_state, cu_seqlens
     if operator.function in ("min_gru", "min_lstm"):
         tail += (options.get("activation", "identity"),)
     if operator.function == "min_lstm":
-        tail += (True,)
-    op = getattr(torch.ops.torch_ext, f"{operator.function}_backward").default
-    arguments = (grad_h, None, *inputs, h, *tail, False)
+        tail += (True,)  # normalize
+    tail += (False,)  # reverse
 
-    def call() -> object:
-        with torch.inference_mode():
-            return op(*arguments)
-
-    return call
-
-
-def make_call(
-    operator: Operator, mode: str, shape: tuple[int, int, int], dtype: torch.dtype
-) -> Callable[[], object]:
-    inputs, grad_h = make_inputs(operator, shape, dtype)
-    function = getattr(torch_ext, operator.function)
-    options = dict(operator.options)
     if mode == "forward":
 
-        def forward() -> object:
+        def call() -> object:
             with torch.inference_mode():
                 return function(*inputs, **options)
 
-        return forward
+    elif mode == "backward":
+        with torch.no_grad():
+            saved, _ = function(*inputs, **options)
 
-    if mode == "backward":
-        return backward_call(operator, inputs, grad_h)
+        def call() -> object:
+            with torch.inference_mode():
+                return backward(grad_h, None, *inputs, saved, *tail)
 
-    leaves = [tensor.requires_grad_() for tensor in inputs]
+    elif autograd:
+        leaves = [tensor.requires_grad_() for tensor in inputs]
 
-    def train() -> object:
-        h, _ = function(*leaves, **options)
-        return torch.autograd.grad(h, leaves, grad_h)
+        def call() -> object:
+            h, _ = function(*leaves, **options)
+            return torch.autograd.grad(h, leaves, grad_h)
 
-    return train
+    else:
+
+        def call() -> object:
+            with torch.inference_mode():
+                h, _ = function(*inputs, **options)
+                return backward(grad_h, None, *inputs, h, *tail)
+
+    return call
 
 
 def time_operator(
@@ -195,8 +195,7 @@ def time_operator(
     in_l2: bool,
     calibrations: dict[int, Calibration],
     exp_rate: float,
-    rounds: int,
-    sample_seconds: float,
+    effort: Effort,
     calibration_seconds: float,
 ) -> dict:
     """One row of the result: seconds, bandwidth, shares of triad and of the roof."""
@@ -210,11 +209,11 @@ def time_operator(
     calibration = calibrations.setdefault(
         working_set, Calibration(working_set, threads, calibration_seconds)
     )
-    calls = {"call": make_call(operator, mode, shape, dtype)}
+    calls = {"call": make_call(operator, mode, shape, dtype, autograd=not in_l2)}
     if in_l2:
-        # The same call without a single step: interpreter, dispatcher, autograd, empty outputs.
-        calls["overhead"] = make_call(operator, mode, (batch, 0, dim), dtype)
-    samples = measure(calls, rounds, sample_seconds, around=calibration.run)
+        # The same call without a single step: interpreter, dispatcher, empty outputs.
+        calls["overhead"] = make_call(operator, mode, (batch, 0, dim), dtype, autograd=False)
+    samples = measure(calls, effort, around=calibration.run)
 
     seconds = samples["call"].best
     overhead = samples["overhead"].best if in_l2 else 0.0

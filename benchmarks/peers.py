@@ -6,12 +6,12 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-import torch_ext
+from measure import Effort, Samples, measure
+from shapes import PAPER_BATCH, PAPER_RATIOS, PEER_GOALS
 from torch import nn
 from torch.nn import functional as F
 
-from measure import Samples, measure
-from shapes import PAPER_BATCH, PAPER_RATIOS, PEER_GOALS
+import torch_ext
 
 # minGRU-pytorch works in log space: its float32 error grows with T (about 1e-3 at T = 4096), so two
 # right results differ by more than float32's rounding.
@@ -84,9 +84,7 @@ class Projected:
         return self.halves
 
 
-def against_mingru_pytorch(
-    shape: tuple[int, int, int], threads: int, rounds: int, sample_seconds: float
-) -> list[dict]:
+def against_mingru_pytorch(shape: tuple[int, int, int], threads: int, effort: Effort) -> list[dict]:
     from minGRU_pytorch.minGRU import minGRU as PeerMinGRU
 
     peer_name = "minGRU-pytorch"
@@ -125,7 +123,7 @@ def against_mingru_pytorch(
         ("gates and scan, forward+backward", our_training, their_training),
     ):
         difference = _agree(ours, theirs, LOG_SPACE_TOLERANCE, f"{peer_name}, {what}")
-        times = measure({"ours": ours, "theirs": theirs}, rounds, sample_seconds)
+        times = measure({"ours": ours, "theirs": theirs}, effort)
         rows.append(
             _row(
                 f"min_gru: {what}",
@@ -170,8 +168,7 @@ def against_mingru_pytorch(
     difference = _agree(our_step, reordered, LOG_SPACE_TOLERANCE, f"{peer_name}, {what}")
     times = measure(
         {"ours": our_step, "theirs": their_step, "projections": projections_alone},
-        rounds,
-        sample_seconds,
+        effort,
     )
     rows.append(
         _row(
@@ -269,9 +266,7 @@ def _check_layer(kind: str, layer: nn.Module, x: torch.Tensor) -> None:
         )
 
 
-def papers_table(
-    times: tuple[int, ...], width: int, threads: int, rounds: int, sample_seconds: float
-) -> list[dict]:
+def papers_table(times: tuple[int, ...], width: int, threads: int, effort: Effort) -> list[dict]:
     """Forward, loss and backward of one layer, batch 64: ours, the loops and torch.nn in turn."""
     rows = []
     for time in times:
@@ -292,7 +287,7 @@ def papers_table(
             }
             _check_layer(kind, ours[kind], x)
             _agree(calls["loop"], calls["torch.nn"], LOOP_TOLERANCE, f"{kind} loop, T={time}")
-            samples = measure(calls, rounds, sample_seconds)
+            samples = measure(calls, effort)
             name = f"min_{kind.lower()}"
             for peer, key in ((f"{kind} as a Python loop", "loop"), (f"nn.{kind}", "torch.nn")):
                 rows.append(

@@ -35,7 +35,7 @@ def is_short(row: dict) -> bool:
 def operators_header() -> str:
     return (
         f"{'operator':<12} {'pass':<17} {'B x T x D':<16} {'dtype':<9} {'isa':<8} thr "
-        f"{'best':>9} {'spread':>7} {'call +':>8} {'GB/s':>6} {'triad':>6} {'copy':>6} "
+        f"{'best':>9} {'median':>7} {'call +':>8} {'GB/s':>6} {'triad':>6} {'copy':>6} "
         f"{'/triad':>7} {'/roof':>7}  bound"
     )
 
@@ -46,12 +46,12 @@ def operator_line(row: dict) -> str:
         kind: max(rate for name, rate in rates.items() if name.startswith(kind))
         for kind in ("triad", "copy")
     }
-    spread = row["seconds_max"] / row["seconds_min"] - 1
+    median = "+" + percent(row["seconds_median"] / row["seconds_min"] - 1)
     overhead = duration(row["overhead_seconds"]) if is_short(row) else ""
     return (
         f"{row['operator']:<12} {row['mode']:<17} {'x'.join(map(str, row['shape'])):<16} "
         f"{row['dtype']:<9} {row['isa']:<8} {row['threads']:>3} "
-        f"{duration(row['seconds_min'] - row['overhead_seconds']):>9} {percent(spread):>7} "
+        f"{duration(row['seconds_min'] - row['overhead_seconds']):>9} {median:>7} "
         f"{overhead:>8} {row['gigabytes_per_second']:>6.1f} {best['triad']:>6.1f} "
         f"{best['copy']:>6.1f} {percent(row['fraction_of_triad']):>7} "
         f"{percent(row['fraction_of_roof']):>7}  {row['bound_by']}"

@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--isa", nargs="+", default=None, metavar="ISA", help="default: avx512 avx2, as supported")
     add("--peers", nargs="*", choices=(*PEERS, "none"), default=list(PEERS), metavar="PEER")
     add("--paper-width", type=int, default=64, help="input and hidden size of the paper's table")
-    add("--rounds", type=int, default=None, help="samples per operator (default 7)")
+    add("--seconds", type=float, default=None, help="to spend on each timing (default 0.5)")
     add("--quick", action="store_true", help="small and short: the figures mean nothing")
     add("--allocator", choices=("keep", "default"), default="keep", help="see README.md, Memory")
     add("--out", type=Path, default=None, help="folder for JSON and plots (default: results/)")
@@ -76,12 +76,12 @@ def choose_isas(wanted: list[str] | None) -> list[str]:
 
 def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
-    from torch_ext import _C
-
-    from measure import cache_bytes, calibrate, exp_rate, set_threads
+    from measure import Effort, cache_bytes, calibrate, exp_rate, set_threads
     from operators import Checker, WrongResult, time_operator
     from report import operator_line, operators_header
     from shapes import OPERATORS, resolve_shape
+
+    from torch_ext import _C
 
     variants = list(itertools.product(settings["threads"], settings["isas"]))
     exps = {}
@@ -94,6 +94,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
             {"threads": threads, "isa": isa, "exp_per_ns": exps[threads, isa], "fma_per_ns": fmas}
         )
 
+    effort = Effort(settings["seconds"], rounds=5, sample_seconds=0.002)
     l2_bytes = cache_bytes(2) or 2**20
     checker = Checker()
     calibrations: dict = {}
@@ -120,8 +121,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
             in_l2=shape_name == "in-L2",
             calibrations=calibrations.setdefault((threads, isa), {}),
             exp_rate=exps[threads, isa],
-            rounds=settings["rounds"],
-            sample_seconds=settings["sample_seconds"],
+            effort=effort,
             calibration_seconds=settings["calibration_seconds"],
         )
         row |= {"isa": isa, "shape_name": shape_name, "error": error}
@@ -144,7 +144,7 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         command = [sys.executable, __file__, "--allocator", "default", "--peers", "none"]
         command += ["--op", first["operator"], "--dtype", first["dtype"], "--isa", first["isa"]]
         command += ["--shapes", first["shape_name"], "--threads", str(first["threads"])]
-        command += ["--mode", *args.mode, "--rounds", "3", "--out", folder, "--no-plots"]
+        command += ["--mode", *args.mode, "--out", folder, "--no-plots"]
         command += ["--quick"] if args.quick else []
         child = subprocess.run(command, capture_output=True, text=True)
         if child.returncode:
@@ -160,27 +160,26 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
 
 
 def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
-    from measure import set_threads
+    from measure import Effort, set_threads
     from peers import against_mingru_pytorch, has_mingru_pytorch, papers_table
     from report import peer_line, peers_header
     from shapes import PAPER_TIMES, PEER_SHAPE, QUICK_PAPER_TIMES, QUICK_PEER_SHAPE
 
     threads = max(settings["threads"])
     set_threads(threads, settings["cpus"])
-    rounds = min(settings["rounds"], 3)
-    seconds = settings["sample_seconds"]
+    effort = Effort(seconds=settings["seconds"] * 2, rounds=5, sample_seconds=0.01)
     print("\n" + peers_header(threads))
     if "minGRU-pytorch" in args.peers:
         if has_mingru_pytorch():
             shape = QUICK_PEER_SHAPE if args.quick else PEER_SHAPE
-            for row in against_mingru_pytorch(shape, threads, rounds, seconds):
+            for row in against_mingru_pytorch(shape, threads, effort):
                 result["peers"].append(row)
                 print(peer_line(row), flush=True)
         else:
             print("minGRU-pytorch is not installed: pip install minGRU-pytorch==0.2.1 einops")
     if "loops" in args.peers:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
-        for row in papers_table(times, args.paper_width, threads, rounds, seconds):
+        for row in papers_table(times, args.paper_width, threads, effort):
             result["paper"].append(row)
             print(peer_line(row), flush=True)
 
@@ -199,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"run.py: --threads {max(threads)}, but this process may use {len(cpus)} CPUs")
 
     try:
-        import torch_ext
         from torch_ext import _C  # noqa: F401  (calibration and the choice of instruction set)
     except ImportError as error:
         sys.exit(
@@ -215,8 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": threads,
         "isas": choose_isas(args.isa),
         "shapes": shapes,
-        "rounds": args.rounds or (2 if args.quick else 7),
-        "sample_seconds": 0.02 if args.quick else 0.08,
+        "seconds": args.seconds or (0.05 if args.quick else 0.5),
         "calibration_seconds": 0.005 if args.quick else 0.06,
     }
     result: dict = {
@@ -233,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         "peers": [],
         "paper": [],
     }
-    print(f"torch_ext {torch_ext.__version__} on {result['machine']['cpu']}")
+    print(f"torch_ext {result['machine']['torch_ext']} on {result['machine']['cpu']}")
     if machine.load > 0.3:
         print(f"The load average is {machine.load:.1f}: something else runs, do not trust figures.")
     if args.quick:
