@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -161,6 +162,7 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
 
 def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
     from measure import Effort, set_threads
+    from operators import WrongResult
     from peers import against_mingru_pytorch, has_mingru_pytorch, papers_table
     from report import peer_line, peers_header
     from shapes import PAPER_TIMES, PEER_SHAPE, QUICK_PAPER_TIMES, QUICK_PEER_SHAPE
@@ -169,19 +171,25 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
     set_threads(threads, settings["cpus"])
     effort = Effort(seconds=settings["seconds"] * 2, rounds=5, sample_seconds=0.01)
     print("\n" + peers_header(threads))
+
+    def collect(rows: Iterator[dict], into: list[dict]) -> None:
+        try:
+            for row in rows:
+                into.append(row)
+                print(peer_line(row), flush=True)
+        except WrongResult as wrong:
+            print(f"NOT TIMED, {wrong}", flush=True)
+            result["wrong"].append({"what": str(wrong), "threads": threads})
+
     if "minGRU-pytorch" in args.peers:
         if has_mingru_pytorch():
             shape = QUICK_PEER_SHAPE if args.quick else PEER_SHAPE
-            for row in against_mingru_pytorch(shape, threads, effort):
-                result["peers"].append(row)
-                print(peer_line(row), flush=True)
+            collect(against_mingru_pytorch(shape, threads, effort), result["peers"])
         else:
             print("minGRU-pytorch is not installed: pip install minGRU-pytorch==0.2.1 einops")
     if "loops" in args.peers:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
-        for row in papers_table(times, args.paper_width, threads, effort):
-            result["paper"].append(row)
-            print(peer_line(row), flush=True)
+        collect(papers_table(times, args.paper_width, threads, effort), result["paper"])
 
 
 def main(argv: list[str] | None = None) -> int:
