@@ -208,10 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from torch_ext import _C  # noqa: F401  (calibration and the choice of instruction set)
     except ImportError as error:
-        sys.exit(
-            f"run.py: needs torch_ext installed with its test hooks ({error}): "
-            "pip install --no-build-isolation ."
-        )
+        sys.exit(f"run.py: needs torch_ext, installed with its test hooks torch_ext._C: {error}")
     from report import draw, markdown, summary
     from shapes import QUICK_SHAPES, SHAPES
 
