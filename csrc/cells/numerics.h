@@ -1,0 +1,61 @@
+// Elementary functions of a lane, and what a lane is.
+//
+// A cell (min_gru.h, ...) is written once over a lane type T. T is float or double on a GPU thread, cpu/simd.h's Vec on
+// the CPU, Dual<T, N> (dual.h) for derivatives, and core/tensor_lane.h's TensorLane to run the same mathematics as
+// differentiable tensor code. Every lane type offers + - * (also with a number on either side), unary -, and
+//
+//   exp(x)           e^x, but never infinite: it saturates above (float at e^80, double at e^700); NaN stays NaN
+//   reciprocal(x)    1 / x
+//   at_least(x, c)   max(x, c); derivative 1 where x >= c, else 0; NaN stays NaN
+//   at_most(x, c)    min(x, c); derivative 1 where x < c, else 0; NaN stays NaN
+//   maximum(x, y)    the larger; derivative to x where x >= y, else to y
+//   nonnegative(x)   1 where x >= 0, else 0
+//   conj(x)          complex conjugate; x itself where lanes are real
+//
+// This file has the scalar ones, and what follows from them for every lane.
+#pragma once
+#include <math.h>
+
+#ifdef __CUDACC__
+#define TORCH_EXT_HD __host__ __device__ __forceinline__
+#else
+#define TORCH_EXT_HD inline __attribute__((always_inline))
+#endif
+
+namespace torch_ext {
+
+TORCH_EXT_HD float exp(float x) { return ::expf(x > 80.f ? 80.f : x); }
+TORCH_EXT_HD double exp(double x) { return ::exp(x > 700. ? 700. : x); }
+TORCH_EXT_HD float reciprocal(float x) { return 1.f / x; }
+TORCH_EXT_HD double reciprocal(double x) { return 1. / x; }
+TORCH_EXT_HD float at_least(float x, double c) { return x < float(c) ? float(c) : x; }
+TORCH_EXT_HD double at_least(double x, double c) { return x < c ? c : x; }
+TORCH_EXT_HD float at_most(float x, double c) { return x > float(c) ? float(c) : x; }
+TORCH_EXT_HD double at_most(double x, double c) { return x > c ? c : x; }
+TORCH_EXT_HD float maximum(float x, float y) { return x < y ? y : x; }
+TORCH_EXT_HD double maximum(double x, double y) { return x < y ? y : x; }
+TORCH_EXT_HD float nonnegative(float x) { return x >= 0.f ? 1.f : 0.f; }
+TORCH_EXT_HD double nonnegative(double x) { return x >= 0. ? 1. : 0.; }
+TORCH_EXT_HD float conj(float x) { return x; }
+TORCH_EXT_HD double conj(double x) { return x; }
+
+// 1 / (1 + e^-x). Range: all x; far below zero it stops at e^-80 (float). Derivative: s (1 - s).
+template <class T>
+TORCH_EXT_HD T sigmoid(T x) {
+  return reciprocal(1 + exp(-x));
+}
+
+// A complex number over real lanes: all that a complex linear scan needs.
+template <class T>
+struct Complex {
+  T re, im;
+  TORCH_EXT_HD friend Complex operator+(Complex x, Complex y) {
+    return {x.re + y.re, x.im + y.im};
+  }
+  TORCH_EXT_HD friend Complex operator*(Complex x, Complex y) {
+    return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
+  }
+  TORCH_EXT_HD friend Complex conj(Complex x) { return {x.re, -x.im}; }
+};
+
+} // namespace torch_ext

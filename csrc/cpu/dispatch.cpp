@@ -1,0 +1,232 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <unistd.h>
+
+#include "../cells/all.h"
+
+namespace torch_ext::cpu {
+
+namespace generic {
+extern const KernelTable kTable;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+#endif
+
+namespace {
+
+// The sets compiled in, best last, each with torch's name for it and whether this machine runs it.
+struct Set {
+  const KernelTable* table;
+  const char* aten_name;
+  bool supported;
+};
+const std::vector<Set>& sets() {
+  static const std::vector<Set> all = {
+      {&generic::kTable, "default", true},
+#if defined(__x86_64__)
+      {&avx2::kTable, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&avx512::kTable, "avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
+#endif
+  };
+  return all;
+}
+
+const KernelTable* automatic() {
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const KernelTable* best = sets().front().table;
+  for (const Set& s : sets()) {
+    if (s.supported) best = s.table;
+    if (limit && !std::strcmp(limit, s.aten_name)) break;
+  }
+  return best;
+}
+
+std::atomic<const KernelTable*> forced{nullptr};
+
+const KernelTable& table() {
+  if (const KernelTable* t = forced.load(std::memory_order_relaxed)) return *t;
+  static const KernelTable* const chosen = automatic();
+  return *chosen;
+}
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    long n = -1;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    n = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return int64_t(n > 0 ? n : 1 << 20);
+  }();
+  return bytes;
+}
+
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::f32: return 4;
+    case DType::f64:
+    case DType::c64: return 8;
+    default: return 16;
+  }
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+bool aligned(const void* p, int64_t to) { return reinterpret_cast<uintptr_t>(p) % uint64_t(to) == 0; }
+
+// num_in, num_out: arrays over time that are read and written. `out` are the written ones.
+Plan plan_of(const DiagonalProblem& p, DType dtype, int num_in, int num_out, void* const* out, const KernelTable& t, int threads) {
+  // Channels move in groups of four vectors; an item takes whole groups, so that a channel meets the same instructions
+  // however many threads there are.
+  const int64_t group = 4 * t.vector_bytes / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
+  constexpr int64_t kMaxBlock = 16384; // bounds the scratch memory
+  Plan plan;
+  const int64_t steps = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences); // of all sequences
+  const int64_t bytes = steps * p.width * size_of(dtype);                   // of one array
+  plan.sequences_inside = p.cu_seqlens != nullptr; // sequences differ in length: give every thread some channels of all
+  int64_t blocks = 1;
+  if (plan.sequences_inside || p.num_sequences < threads) blocks = threads;
+  plan.block = round_up((p.width + blocks - 1) / blocks, group);
+  if (plan.block > kMaxBlock) plan.block = kMaxBlock;
+  if (plan.block < 1) plan.block = group;
+  plan.num_blocks = (p.width + plan.block - 1) / plan.block;
+  const int64_t per_thread = bytes * (num_in + num_out) / threads;
+  const bool in_cache = per_thread <= l2_bytes();
+  plan.tile = in_cache ? 64 : 8;
+  const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
+  plan.stream = bytes * num_out / threads > l2_bytes() / 2 && p.width * size_of(dtype) % store == 0;
+  for (int i = 0; i < num_out; ++i) plan.stream = plan.stream && aligned(out[i], store);
+  return plan;
+}
+
+template <class Problem>
+void run(void (*kernel)(const Problem&, const Plan&, int64_t, int64_t), const Problem& p, const Plan& plan, int num_arrays, Parallel parallel) {
+  const int64_t items = p.num_sequences * plan.num_blocks;
+  if (items == 0) return;
+  struct Call {
+    void (*kernel)(const Problem&, const Plan&, int64_t, int64_t);
+    const Problem& p;
+    const Plan& plan;
+  } call{kernel, p, plan};
+  const auto body = [](int64_t begin, int64_t end, void* ctx) {
+    const Call& c = *static_cast<const Call*>(ctx);
+    c.kernel(c.p, c.plan, begin, end);
+  };
+  // A thread is worth waking for some ten microseconds of work: about 1e5 array elements.
+  const int64_t steps = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  const int64_t per_item = 1 + steps * p.width / items * num_arrays;
+  const int64_t grain = 1 + 100000 / per_item;
+  if (parallel.run && parallel.threads > 1 && items > grain) {
+    parallel.run(items, grain, body, &call);
+  } else {
+    body(0, items, &call);
+  }
+}
+
+} // namespace
+
+bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Parallel parallel) {
+  const KernelTable& t = table();
+  const ForwardKernel kernel = t.forward[cell][int(dtype)];
+  if (!kernel) return false;
+  void* out[] = {problem.h};
+  const Plan plan = plan_of(problem, dtype, DiagonalCells::inputs[cell], 1, out, t, parallel.threads);
+  run(kernel, problem, plan, DiagonalCells::inputs[cell] + 1, parallel);
+  return true;
+}
+
+bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, Parallel parallel) {
+  const KernelTable& t = table();
+  const BackwardKernel kernel = t.backward[cell][int(dtype)];
+  if (!kernel) return false;
+  const Plan plan = plan_of(problem, dtype, DiagonalCells::inputs[cell] + 2, DiagonalCells::inputs[cell], problem.grad_inputs, t, parallel.threads);
+  run(kernel, problem, plan, 2 * DiagonalCells::inputs[cell] + 2, parallel);
+  return true;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Set& s : sets()) names.push_back(s.table->name);
+  return names;
+}
+std::string chosen_isa() { return table().name; }
+bool force_isa(const std::string& name) {
+  if (name.empty()) return forced = nullptr, true;
+  for (const Set& s : sets())
+    if (s.supported && name == s.table->name) return forced = s.table, true;
+  return false;
+}
+
+double calibrate(const std::string& kind, int64_t elements, bool stream, int threads, double seconds) {
+  const KernelTable& t = table();
+  const bool copy = kind == "copy", triad = kind == "triad", exponentials = kind == "exp", fma = kind == "fma";
+  if (!(copy || triad || exponentials || fma) || elements < 1 || threads < 1) return -1;
+  constexpr int64_t kResident = 4096; // elements in L1
+  const int64_t share = copy || triad ? round_up((elements + threads - 1) / threads, 256) : kResident;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::vector<std::unique_ptr<float, Free>> memory;
+  for (int i = 0; i < 3; ++i) memory.emplace_back(static_cast<float*>(std::aligned_alloc(4096, size_t(round_up(share * threads * 4, 4096)))));
+  std::atomic<int64_t> barrier{0};
+  const auto meet = [&](int64_t round) {
+    ++barrier;
+    while (barrier.load() < round * threads) {
+    }
+  };
+  std::atomic<bool> more{true};
+  double elapsed = 0, fastest = 1e30;
+  const auto work = [&](int me) {
+    using Clock = std::chrono::steady_clock;
+    float *to = memory[0].get() + me * share, *x = memory[1].get() + me * share, *y = memory[2].get() + me * share;
+    for (int64_t i = 0; i < share; ++i) to[i] = 0, x[i] = 0.25f, y[i] = 0.5f;
+    const int64_t inner = std::max<int64_t>(1, 200000 / share); // short calls are repeated between two clock readings
+    int64_t round = 0;
+    while (true) {
+      meet(++round);
+      const auto start = Clock::now();
+      for (int64_t r = 0; r < inner; ++r) {
+        if (copy) t.copy(to, x, share, stream);
+        if (triad) t.triad(to, x, y, share, stream);
+        if (exponentials) t.exponentials(x, share);
+        if (fma) t.multiply_adds(x, share);
+        if (exponentials) std::memset(x, 0, size_t(share) * 4);
+      }
+      meet(++round);
+      if (me == 0) {
+        const double s = std::chrono::duration<double>(Clock::now() - start).count();
+        elapsed += s;
+        fastest = std::min(fastest, s / double(inner));
+        more = elapsed < seconds;
+      }
+      meet(++round);
+      if (!more) return;
+    }
+  };
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
+  work(0);
+  for (std::thread& p : pool) p.join();
+  const double n = double(share) * threads;
+  if (copy) return n * 8 / fastest / 1e9;
+  if (triad) return n * 12 / fastest / 1e9;
+  if (exponentials) return n / fastest / 1e9;
+  return n * kMultiplyAdds * (t.vector_bytes / 4) / fastest / 1e9;
+}
+
+} // namespace torch_ext::cpu

@@ -1,0 +1,74 @@
+// Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
+#include "diagonal.h"
+
+namespace torch_ext::cpu::TORCH_EXT_ISA {
+namespace {
+
+template <class Cell>
+constexpr void list(KernelTable& t) {
+  constexpr int c = DiagonalCells::index<Cell>();
+  const auto add = [&]<class S>(DType dtype, S) {
+    t.forward[c][int(dtype)] = &Diagonal<Cell, S>::forward;
+    t.backward[c][int(dtype)] = &Diagonal<Cell, S>::backward;
+  };
+  add(DType::f32, float{});
+  add(DType::f64, double{});
+  add(DType::bf16, BFloat16{});
+  add(DType::f16, Half{});
+  if constexpr (Cell::complex) {
+    add(DType::c64, torch_ext::Complex<float>{});
+    add(DType::c128, torch_ext::Complex<double>{});
+  }
+}
+template <class... Cell>
+constexpr void list_all(KernelTable& t, Cells<Cell...>) {
+  static_assert(sizeof...(Cell) <= kMaxCells);
+  (list<Cell>(t), ...);
+}
+
+using V = Vec<float>;
+using M = Stored<float>;
+
+void copy(float* to, const float* from, int64_t n, bool stream) {
+  for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) put<false>(to + i + k * V::kLanes, M::load(from + i + k * V::kLanes), 0, stream);
+  if (stream) fence_streams();
+}
+void triad(float* to, const float* x, const float* y, int64_t n, bool stream) {
+  const V scale(0.5f);
+  for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
+      put<false>(to + i + k * V::kLanes, scale * M::load(x + i + k * V::kLanes) + M::load(y + i + k * V::kLanes), 0, stream);
+  if (stream) fence_streams();
+}
+void exponentials(float* x, int64_t n) {
+  for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) M::store(x + i + k * V::kLanes, exp(M::load(x + i + k * V::kLanes)));
+}
+void multiply_adds(float* x, int64_t repeats) {
+  V s[kMultiplyAdds], scale = M::load(x);
+  for (V& v : s) v = M::load(x);
+  for (int64_t r = 0; r < repeats; ++r)
+#pragma GCC unroll 16
+    for (int k = 0; k < kMultiplyAdds; ++k) s[k] = s[k] * scale + scale;
+  V sum(0.f);
+  for (const V& v : s) sum = sum + v;
+  M::store(x, sum);
+}
+
+constexpr KernelTable make_table() {
+#define TORCH_EXT_STRING(x) #x
+#define TORCH_EXT_NAME(x) TORCH_EXT_STRING(x)
+  KernelTable t{TORCH_EXT_NAME(TORCH_EXT_ISA), kVectorBytes, {}, {}, copy, triad, exponentials, multiply_adds};
+  list_all(t, DiagonalCells{});
+  return t;
+}
+
+} // namespace
+
+extern constinit const KernelTable kTable = make_table();
+
+} // namespace torch_ext::cpu::TORCH_EXT_ISA

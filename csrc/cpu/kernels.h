@@ -1,0 +1,45 @@
+// The table of kernels that one instruction set provides, and the plan by which work is cut into items.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "../core/diagonal_problem.h"
+
+namespace torch_ext::cpu {
+
+inline constexpr int kMaxCells = 8;
+
+struct Item {
+  int64_t sequence, d0, width;
+};
+
+// How a call is cut up. Decided from shapes alone, in dispatch.cpp.
+struct Plan {
+  int64_t block = 0, num_blocks = 0; // channels of an item; the last block may be smaller
+  int64_t tile = 0;                  // steps of a tile
+  bool sequences_inside = false;     // neighbouring items: the same block of the next sequence, not the next block
+  bool stream = false;               // store around the cache
+
+  Item item(int64_t i, const DiagonalProblem& p) const {
+    const int64_t sequence = sequences_inside ? i % p.num_sequences : i / num_blocks;
+    const int64_t d0 = (sequences_inside ? i / p.num_sequences : i % num_blocks) * block;
+    return {sequence, d0, p.width - d0 < block ? p.width - d0 : block};
+  }
+};
+
+using ForwardKernel = void (*)(const DiagonalForward&, const Plan&, int64_t begin, int64_t end);
+using BackwardKernel = void (*)(const DiagonalBackward&, const Plan&, int64_t begin, int64_t end);
+
+struct KernelTable {
+  const char* name;
+  int vector_bytes;
+  ForwardKernel forward[kMaxCells][int(DType::count)]; // by the cell's place in the list; null: no such kernel
+  BackwardKernel backward[kMaxCells][int(DType::count)];
+  void (*copy)(float* to, const float* from, int64_t n, bool stream);
+  void (*triad)(float* to, const float* x, const float* y, int64_t n, bool stream);
+  void (*exponentials)(float* x, int64_t n);          // for calibration: x <- e^x ...
+  void (*multiply_adds)(float* x, int64_t repeats);   // ... and repeats * kMultiplyAdds vector multiply-adds
+};
+inline constexpr int kMultiplyAdds = 16;
+
+} // namespace torch_ext::cpu

@@ -1,0 +1,286 @@
+// The CPU's lane type: Vec<float> or Vec<double>, one vector register of the instruction set that this translation unit
+// is compiled for. isa.cpp is compiled once per set (TORCH_EXT_ISA = generic, avx2, avx512), and everything here lives in
+// a namespace of that name, so that the linker can never hand AVX-512 code to a machine without it. For the same reason
+// these files include intrinsics and C headers only.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // in GCC 12's own header (GCC bug 105593)
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "../cells/numerics.h"
+#include "../core/types.h"
+
+namespace torch_ext::cpu::TORCH_EXT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16; // SSE2, NEON
+#endif
+
+template <class S>
+struct Bits;
+template <>
+struct Bits<float> {
+  typedef float Raw __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Bits<double> {
+  typedef double Raw __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class S>
+struct Vec {
+  static constexpr int kLanes = kVectorBytes / int(sizeof(S));
+  using Scalar = S;
+  using Raw = typename Bits<S>::Raw;
+  using Int = typename Bits<S>::Int;
+  Raw v;
+
+  Vec() = default;
+  TORCH_EXT_HD Vec(Raw raw) : v(raw) {}
+  TORCH_EXT_HD Vec(S x) : v(x - Raw{}) {}
+
+  TORCH_EXT_HD friend Vec operator+(Vec x, Vec y) { return x.v + y.v; }
+  TORCH_EXT_HD friend Vec operator-(Vec x, Vec y) { return x.v - y.v; }
+  TORCH_EXT_HD friend Vec operator*(Vec x, Vec y) { return x.v * y.v; }
+  TORCH_EXT_HD friend Vec operator-(Vec x) { return -x.v; }
+  TORCH_EXT_HD friend Vec conj(Vec x) { return x; }
+  TORCH_EXT_HD friend Vec nonnegative(Vec x) { return x.v >= Raw{} ? Vec(S(1)).v : Raw{}; }
+  TORCH_EXT_HD friend Vec maximum(Vec x, Vec y) { return x.v < y.v ? y.v : x.v; }
+  TORCH_EXT_HD friend Vec at_least(Vec x, double c) {
+    const Raw bound = Vec(S(c)).v;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return (Raw)_mm512_max_ps(bound, x.v); // the second operand where either is NaN
+#elif defined(__AVX2__)
+    if constexpr (sizeof(S) == 4) return (Raw)_mm256_max_ps(bound, x.v);
+#endif
+    return x.v < bound ? bound : x.v;
+  }
+  TORCH_EXT_HD friend Vec at_most(Vec x, double c) {
+    const Raw bound = Vec(S(c)).v;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return (Raw)_mm512_min_ps(bound, x.v);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(S) == 4) return (Raw)_mm256_min_ps(bound, x.v);
+#endif
+    return x.v > bound ? bound : x.v;
+  }
+};
+
+// 1 / x. Range: |x| in [2^-126, 2^126]. Float with AVX-512: at most 1 ULP (14-bit estimate and one Newton step); else
+// the correctly rounded quotient.
+TORCH_EXT_HD Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const __m512 r = _mm512_rcp14_ps(x.v);
+  return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1.f)), r);
+#else
+  return Vec<float>(1.f).v / x.v;
+#endif
+}
+TORCH_EXT_HD Vec<double> reciprocal(Vec<double> x) { return Vec<double>(1.).v / x.v; }
+
+// e^x, saturated at e^80. Range: all x; below -87 it goes to 0 or stops at 2^-126. Error: at most 3 ULP for |x| <= 20,
+// 8 ULP elsewhere. e^x = 2^n 2^f with n the integer nearest to x log2(e); 2^f by a polynomial of degree 5, minimax in
+// the relative error (9.2e-8), whose value at 0 is 1 exactly.
+TORCH_EXT_HD Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  constexpr float kLog2E = 1.44269504f;
+  x = at_most(x, 80);
+#if defined(__AVX512F__)
+  const V n = V(_mm512_roundscale_ps(_mm512_mul_ps(x.v, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  x = at_least(x, -87);
+  constexpr float kMagic = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const V shifted = V(x.v * kLog2E + kMagic), n = shifted - V(kMagic);
+#endif
+  const V f = x * V(kLog2E) - n;
+  V p = V(0.001326472731307149f);
+  p = p * f + V(0.009671512991189957f);
+  p = p * f + V(0.05550733581185341f);
+  p = p * f + V(0.24022242426872253f);
+  p = p * f + V(0.6931470036506653f);
+  p = p * f + V(1.f);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p.v, n.v);
+#else
+  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 23));
+#endif
+}
+
+// e^x, saturated at e^700; below -708 it stops near 2^-1022. Error: at most 2 ULP. Taylor's series of degree 13 on
+// |x - n log(2)| <= log(2) / 2, whose remainder there is 4e-18.
+TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  x = at_least(at_most(x, 700), -708);
+  constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
+  const V shifted = V(x.v * 1.4426950408889634 + kMagic), n = shifted - V(kMagic);
+  const V f = (x - n * V(0.693147180369123816490)) - n * V(1.90821492927058770002e-10);
+  constexpr double kFactorial[] = {1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
+                                   1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2, 1., 1.};
+  V p = V(kFactorial[0]);
+#pragma GCC unroll 13
+  for (int i = 1; i < 14; ++i) p = p * f + V(kFactorial[i]);
+  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
+}
+
+// ---- memory: the lane type of a stored type, and conversion on the way ----
+
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+
+TORCH_EXT_HD Vec<float> widen(U16 raw, BFloat16) {
+  const U32 bits = __builtin_convertvector(raw, U32) << 16;
+  return (Vec<float>::Raw)bits;
+}
+TORCH_EXT_HD U16 narrow(Vec<float> x, BFloat16) { // to nearest, ties to even; NaN stays NaN
+  const U32 u = (U32)x.v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  const U32 nan = (u >> 16) | 64;
+  return __builtin_convertvector(((u << 1) > 0xff000000u ? nan : rounded >> 16) & 0xffff, U16);
+}
+TORCH_EXT_HD Vec<float> widen(U16 raw, Half) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Raw)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__AVX2__)
+  return (Vec<float>::Raw)_mm256_cvtph_ps((__m128i)raw);
+#else
+  // Exponent and mantissa moved into place, then scaled by 2^112; that also turns half's denormals into normals.
+  const U32 h = __builtin_convertvector(raw, U32), magnitude = (h & 0x7fff) << 13;
+  const U32 scaled = (U32)((Vec<float>::Raw)magnitude * 5.192296858534828e33f);
+  const U32 special = (h & 0x7fff) >= 0x7c00 ? magnitude | 0x7f800000 : scaled;
+  return (Vec<float>::Raw)(special | ((h & 0x8000) << 16));
+#endif
+}
+TORCH_EXT_HD U16 narrow(Vec<float> x, Half) {
+#if defined(__AVX512F__)
+  return (U16)_mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (U16)_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const U32 u = (U32)x.v, sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
+  const U32 normal = (m - 0x38000000 + 0xfff + ((m >> 13) & 1)) >> 13;
+  // Below 2^-14: adding 0.5 leaves the half's denormal, rounded to even, in the low bits.
+  const U32 denormal = (U32)((Vec<float>::Raw)m + 0.5f) - 0x3f000000;
+  U32 r = m < 0x38800000 ? denormal : normal;
+  r = m >= 0x477ff000 ? U32{} + 0x7c00 : r;
+  r = m > 0x7f800000 ? U32{} + 0x7e00 : r;
+  return __builtin_convertvector(r | sign, U16);
+#endif
+}
+
+// Stored<S>: how S lies in memory and which lane holds it.
+template <class S>
+struct Stored {
+  using Lane = Vec<S>;
+  static constexpr int kLanes = Lane::kLanes;
+  TORCH_EXT_HD static Lane load(const S* p) {
+    Lane x;
+    memcpy(&x.v, p, sizeof x.v);
+    return x;
+  }
+  TORCH_EXT_HD static void store(S* p, Lane x) { memcpy(p, &x.v, sizeof x.v); }
+  TORCH_EXT_HD static void stream(S* p, Lane x) { // around the cache; p is aligned
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)p, (__m512i)x.v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)p, (__m256i)x.v);
+#elif defined(__x86_64__)
+    _mm_stream_si128((__m128i*)p, (__m128i)x.v);
+#else
+    store(p, x);
+#endif
+  }
+};
+template <class S>
+struct Stored16 {
+  using Lane = Vec<float>;
+  static constexpr int kLanes = Lane::kLanes;
+  TORCH_EXT_HD static Lane load(const S* p) {
+    U16 raw;
+    memcpy(&raw, p, sizeof raw);
+    return widen(raw, S{});
+  }
+  TORCH_EXT_HD static void store(S* p, Lane x) {
+    const U16 raw = narrow(x, S{});
+    memcpy(p, &raw, sizeof raw);
+  }
+  TORCH_EXT_HD static void stream(S* p, Lane x) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x, S{}));
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i*)p, (__m128i)narrow(x, S{}));
+#else
+    store(p, x);
+#endif
+  }
+};
+template <>
+struct Stored<BFloat16> : Stored16<BFloat16> {};
+template <>
+struct Stored<Half> : Stored16<Half> {};
+
+// Complex numbers lie as re, im, re, im; their lanes are a vector of real and one of imaginary parts.
+template <class R>
+struct Stored<torch_ext::Complex<R>> {
+  using S = torch_ext::Complex<R>;
+  using Lane = torch_ext::Complex<Vec<R>>;
+  static constexpr int kLanes = Vec<R>::kLanes;
+  TORCH_EXT_HD static Lane load(const S* p) {
+    Lane x;
+    for (int i = 0; i < kLanes; ++i) x.re.v[i] = p[i].re, x.im.v[i] = p[i].im;
+    return x;
+  }
+  TORCH_EXT_HD static void store(S* p, Lane x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = {x.re.v[i], x.im.v[i]};
+  }
+  TORCH_EXT_HD static void stream(S* p, Lane x) { store(p, x); }
+};
+
+// The first n lanes; the others are zero, and are not written.
+template <class S>
+TORCH_EXT_HD typename Stored<S>::Lane load_some(const S* p, int n) {
+  alignas(kVectorBytes) S padded[Stored<S>::kLanes] = {};
+  memcpy(padded, p, size_t(n) * sizeof(S));
+  return Stored<S>::load(padded);
+}
+template <class S>
+TORCH_EXT_HD void store_some(S* p, typename Stored<S>::Lane x, int n) {
+  alignas(kVectorBytes) S padded[Stored<S>::kLanes];
+  Stored<S>::store(padded, x);
+  memcpy(p, padded, size_t(n) * sizeof(S));
+}
+
+// Denormal numbers are taken and given as zero while this lives: a decaying state sticks at the smallest one for ever,
+// at a hundred cycles a step. The setting belongs to the thread, so every worker sets it.
+struct FlushDenormals {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(before | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+  uint64_t before;
+  FlushDenormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    const uint64_t flushing = before | (uint64_t(1) << 24);
+    __asm__ volatile("msr fpcr, %0" : : "r"(flushing));
+  }
+  ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+TORCH_EXT_HD void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+} // namespace torch_ext::cpu::TORCH_EXT_ISA

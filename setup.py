@@ -1,0 +1,124 @@
+"""Builds torch_ext against the torch that is installed: pip install --no-build-isolation .
+
+CMakeLists.txt has the list of sources and every flag, cmake/toolchain.py finds what is needed; this file runs CMake and
+puts its results into the Python package. Environment variables:
+
+    TORCH_EXT_CUDA=0|1       without or with the CUDA kernels (default: with, where torch and the toolkit allow it)
+    TORCH_CUDA_ARCH_LIST     "8.0;9.0a;12.0+PTX" (default: what torch itself was built for)
+    TORCH_EXT_WERROR=1       warnings of our own code are errors
+    MAX_JOBS                 compilations at a time (default: one per core)
+    CXX, CUDA_HOME           as usual
+
+For developers:
+
+    python setup.py build_ext --inplace    puts the results into the source's own torch_ext/
+    python setup.py cpp_tests              builds the C++ tests in the folder of the last build, and runs them
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "cmake"))
+import toolchain  # noqa: E402
+
+VERSION = re.search(r"project\(torch_ext VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+BUILD_INFO = '''"""Written by setup.py: what this build was made for."""
+
+version = {version!r}
+torch = {torch!r}
+torch_cuda = {torch_cuda!r}
+cuda = {cuda!r}
+cuda_architectures = {cuda_architectures!r}
+'''
+
+
+def say(message):
+    print(f"torch_ext: {message}", file=sys.stderr, flush=True)
+
+
+def run(*command):
+    command = [str(c) for c in command]
+    if subprocess.run(command).returncode:
+        toolchain.stop(f"this failed, its own message is above: {' '.join(command)}")
+
+
+class Build(build_ext):
+    def run(self):
+        tools = self.compile(tests=False)
+        inplace = self.inplace or self.editable_mode
+        package = (ROOT if inplace else Path(self.build_lib).resolve()) / "torch_ext"
+        run(tools["cmake"], "--install", self.folder, "--prefix", package, "--strip")
+        (package / "_build_info.py").write_text(BUILD_INFO.format(version=VERSION, **tools))
+
+    def compile(self, tests):
+        t = toolchain.find_all()
+        if t["cuda"]:
+            cuda = f"CUDA {t['cuda']} for {' '.join(t['cuda_architectures'])}"
+        else:
+            cuda = f"CPU only ({t['no_cuda_reason']})"
+        say(f"torch {t['torch']}, {t['cxx']}, {cuda}")
+        if not t["python_headers"]:
+            say("Python.h was not found (python3-dev has it): torch_ext._C, build information and test hooks, is left out")
+
+        # CMake remembers what it found, so each combination has a folder, and rebuilds in it are incremental.
+        parts = ["torch", t["torch"], sys.implementation.cache_tag, f"cuda{t['cuda']}" if t["cuda"] else "cpu"]
+        if os.environ.get("CXX"):
+            parts.append(Path(t["cxx"]).name)
+        self.folder = ROOT / "build" / "-".join(parts)
+        options = {
+            "CMAKE_PREFIX_PATH": t["torch_cmake"],
+            "CMAKE_CXX_COMPILER": t["cxx"],
+            "Python_EXECUTABLE": sys.executable,
+            "TORCH_EXT_CUDA": int(bool(t["cuda"])),
+            "TORCH_EXT_PYTHON": int(t["python_headers"]),
+            "TORCH_EXT_TESTS": int(tests),
+            "TORCH_EXT_WERROR": int(os.environ.get("TORCH_EXT_WERROR") == "1"),
+        }
+        if t["cuda"]:
+            options["CMAKE_CUDA_COMPILER"] = t["nvcc"]
+            options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(t["cuda_architectures"])
+        if t["ninja"]:
+            options["CMAKE_MAKE_PROGRAM"] = t["ninja"]
+        generator = "Ninja" if t["ninja"] else "Unix Makefiles"
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        run(t["cmake"], "-S", ROOT, "-B", self.folder, "-G", generator, *defines)
+        jobs = os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))
+        run(t["cmake"], "--build", self.folder, "--parallel", jobs)
+        return t
+
+
+class CppTests(Build):
+    description = "build the C++ tests in the folder of the last build, and run them"
+
+    def run(self):
+        cmake = Path(self.compile(tests=True)["cmake"])
+        run(cmake.with_name("ctest"), "--test-dir", self.folder, "--output-on-failure")
+
+
+class FreshPython(build_py):
+    """Without what the last build left: setuptools would also pack files that are gone from the source."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "torch_ext"), ignore_errors=True)
+        super().run()
+
+
+if __name__ == "__main__":
+    if toolchain.numbers(setuptools_version) < (77, 0):
+        toolchain.stop(f'setuptools 77 or newer is needed, this is {setuptools_version}: pip install -U "setuptools>=77"')
+    setup(
+        version=VERSION,
+        ext_modules=[Extension("torch_ext._C", [])],  # says that the wheel is of this platform and Python
+        cmdclass={"build_ext": Build, "build_py": FreshPython, "cpp_tests": CppTests},
+    )
