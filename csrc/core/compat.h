@@ -26,9 +26,10 @@ auto make_node() {
 #endif
 
 // torch::autograd::_wrap_outputs, which has an argument more in newer versions, and the hooks that go with it.
-inline std::vector<std::optional<at::Tensor>> wrap_outputs(
-    const torch::autograd::variable_list& inputs, const std::vector<std::optional<at::Tensor>>& raw, const NodePtr& node,
-    const torch::autograd::_jvp_fn_t& jvp, NodePtr& attached) {
+template <class Ptr> // NodePtr; a template, so that only the call that this torch has is compiled
+std::vector<std::optional<at::Tensor>> wrap_outputs(
+    const torch::autograd::variable_list& inputs, const std::vector<std::optional<at::Tensor>>& raw, const Ptr& node,
+    const torch::autograd::_jvp_fn_t& jvp, Ptr& attached) {
   const torch::autograd::_view_as_self_fn_t view_as_self = [](const at::Tensor& x) { return x.view_as(x); };
   const auto call = [&]<class... Extra>(Extra&... extra)
       -> decltype(torch::autograd::_wrap_outputs(inputs, {}, {}, raw, node, jvp, {}, view_as_self, false, extra...)) {

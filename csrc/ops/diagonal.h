@@ -282,9 +282,8 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
   }
   template <class F>
   static auto with_options(AutogradContext* ctx, F f) {
-    [[maybe_unused]] int k = 0;
-    const std::tuple<typename Owned<O>::type...> options{
-        ctx->saved_data["option" + std::to_string(k++)].template to<typename Owned<O>::type>()...};
+    [[maybe_unused]] auto next = [ctx, k = 0]() mutable { return ctx->saved_data["option" + std::to_string(k++)]; };
+    const std::tuple<typename Owned<O>::type...> options{next().template to<typename Owned<O>::type>()...}; // braces: in order
     const bool reverse = ctx->saved_data["reverse"].toBool();
     return std::apply([&](const auto&... o) { return f(O(o)..., reverse); }, options);
   }
