@@ -328,7 +328,7 @@ def make_hourly(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         length = missing.groupby((missing != missing.shift()).cumsum()).transform("sum")
         frame[name] = frame[name].interpolate(limit_area="inside").mask(missing & (length > 6))
         if (short := int((missing & (length <= 6)).sum())) > 0:
-            print(f"{name}: {short} missing hours are filled by straight lines.")
+            print(f"{name}: missing hours filled by straight lines: {short}.")
     good = frame.notna().all(axis=1).to_numpy()
     if not good.all():
         edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(int), [0]])))
@@ -374,7 +374,7 @@ class Data:
     @staticmethod
     def _features(series: pd.Series) -> Tensor:
         hour = 2 * math.pi * series.index.hour.to_numpy() / 24
-        year = 2 * math.pi * (series.index.dayofyear.to_numpy() - 1) / 365.25
+        year = 2 * math.pi * (series.index.day_of_year.to_numpy() - 1) / 365.25
         columns = [series.to_numpy(), np.sin(hour), np.cos(hour), np.sin(year), np.cos(year)]
         return torch.tensor(np.stack(columns, axis=-1), dtype=torch.float32)
 
