@@ -293,7 +293,9 @@ def load_csv(path: Path, date: str, values: list[str], unit: str) -> pd.DataFram
             listed = ", ".join(map(str, table.columns))
             raise UserError(f"{path} has no column {column!r}; its columns are: {listed}")
     try:
-        index = pd.DatetimeIndex(pd.to_datetime(table[date]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the dates have no format of the usual ones
+            index = pd.DatetimeIndex(pd.to_datetime(table[date]))
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"column {date!r} of {path} does not hold dates: {reason}") from None
