@@ -1,9 +1,9 @@
 """Builds torch_ext against the torch that is installed: pip install --no-build-isolation .
 
-CMakeLists.txt has the list of sources and every flag, cmake/toolchain.py finds what is needed; this file runs CMake and
-puts its results into the Python package. Environment variables:
+CMakeLists.txt has the list of sources and every flag, cmake/toolchain.py finds what is needed; this
+file runs CMake and puts its results into the Python package. Environment variables:
 
-    TORCH_EXT_CUDA=0|1       without or with the CUDA kernels (default: with, where torch and the toolkit allow it)
+    TORCH_EXT_CUDA=0|1       without or with CUDA kernels (default: with, if torch and toolkit can)
     TORCH_CUDA_ARCH_LIST     "8.0;9.0a;12.0+PTX" (default: what torch itself was built for)
     TORCH_EXT_WERROR=1       warnings of our own code are errors
     MAX_JOBS                 compilations at a time (default: one per core)
@@ -12,7 +12,7 @@ puts its results into the Python package. Environment variables:
 For developers:
 
     python setup.py build_ext --inplace    puts the results into the source's own torch_ext/
-    python setup.py cpp_tests              builds the C++ tests in the folder of the last build, and runs them
+    python setup.py cpp_tests              builds (where the last build left off) and runs C++ tests
 """
 
 import os
@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
 import toolchain  # noqa: E402
 
-VERSION = re.search(r"project\(torch_ext VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+VERSION = re.search(r"project\(torch_ext VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[
+    1
+]
 BUILD_INFO = '''"""Written by setup.py: what this build was made for."""
 
 version = {version!r}
@@ -68,10 +70,16 @@ class Build(build_ext):
             cuda = f"CPU only ({t['no_cuda_reason']})"
         say(f"torch {t['torch']}, {t['cxx']}, {cuda}")
         if not t["python_headers"]:
-            say("Python.h was not found (python3-dev has it): torch_ext._C, build information and test hooks, is left out")
+            say("without torch_ext._C, for tests and information: no Python.h (python3-dev has it)")
 
-        # CMake remembers what it found, so each combination has a folder, and rebuilds in it are incremental.
-        parts = ["torch", t["torch"], sys.implementation.cache_tag, f"cuda{t['cuda']}" if t["cuda"] else "cpu"]
+        # CMake remembers what it found, so each combination has a folder; in it rebuilds are
+        # incremental.
+        parts = [
+            "torch",
+            t["torch"],
+            sys.implementation.cache_tag,
+            f"cuda{t['cuda']}" if t["cuda"] else "cpu",
+        ]
         if os.environ.get("CXX"):
             parts.append(Path(t["cxx"]).name)
         self.folder = ROOT / "build" / "-".join(parts)
@@ -106,7 +114,7 @@ class CppTests(Build):
 
 
 class FreshPython(build_py):
-    """Without what the last build left: setuptools would also pack files that are gone from the source."""
+    """Forgets the last build: setuptools would also pack files that are gone from the source."""
 
     def run(self):
         if not self.editable_mode:
@@ -116,9 +124,14 @@ class FreshPython(build_py):
 
 if __name__ == "__main__":
     if toolchain.numbers(setuptools_version) < (77, 0):
-        toolchain.stop(f'setuptools 77 or newer is needed, this is {setuptools_version}: pip install -U "setuptools>=77"')
+        toolchain.stop(
+            f"setuptools 77 or newer is needed, this is {setuptools_version}: "
+            'pip install -U "setuptools>=77"'
+        )
     setup(
         version=VERSION,
-        ext_modules=[Extension("torch_ext._C", [])],  # says that the wheel is of this platform and Python
+        ext_modules=[
+            Extension("torch_ext._C", [])
+        ],  # says that the wheel is of this platform and Python
         cmdclass={"build_ext": Build, "build_py": FreshPython, "cpp_tests": CppTests},
     )

@@ -1,6 +1,7 @@
-"""Finds what the build needs, torch, a C++20 compiler, cmake, the CUDA toolkit, or says in one sentence how to get it.
+"""Finds what the build needs, or says in one sentence how to get it.
 
-setup.py builds with what this finds; `python cmake/toolchain.py` prints it (and `... compiler` only looks for one).
+setup.py builds with what this finds. `python cmake/toolchain.py` prints it, `python
+cmake/toolchain.py compiler` only looks for a C++ compiler.
 """
 
 import os
@@ -40,7 +41,7 @@ def output(*command):
 
 
 def programs(name):
-    """All of that name: beside this interpreter, since a venv may not be activated, then on PATH."""
+    """All of that name: beside this interpreter (a venv may not be activated), then on PATH."""
     folders = [sysconfig.get_path("scripts"), *os.environ.get("PATH", "").split(os.pathsep)]
     return [p for p in (shutil.which(name, path=folder) for folder in folders if folder) if p]
 
@@ -50,8 +51,8 @@ def find_torch():
         import torch
     except ImportError as e:
         stop(
-            "it is compiled against the torch it will run with, and no torch can be imported here "
-            f"({e}). pip's build isolation hides an installed torch, so this is the way to install:\n\n"
+            "it is compiled against the torch it will run with, and no torch can be imported "
+            f"here ({e}). pip's build isolation hides an installed one; install it like this:\n\n"
             '    pip install torch "setuptools>=77" cmake ninja\n'
             f"    pip install --no-build-isolation {ROOT}\n"
         )
@@ -75,8 +76,8 @@ def find_compiler():
             if tried.returncode == 0:
                 return cxx
     stop(
-        f"{cxx} does not compile C++20, which torch's headers need (g++ 11, clang++ 14 or newer do): "
-        f"{INSTALL_COMPILER}. It said:\n{tried.stderr}"
+        f"{cxx} does not compile C++20, which torch's headers need (g++ 11, clang++ 14 or newer "
+        f"do): {INSTALL_COMPILER}. It said:\n{tried.stderr}"
     )
 
 
@@ -109,7 +110,7 @@ def decide_cuda(torch_cuda, nvcc, nvcc_version):
     elif not nvcc:
         reason = f"no nvcc was found: install CUDA {torch_cuda} or set CUDA_HOME"
     elif numbers(nvcc_version, 1) != numbers(torch_cuda, 1):
-        reason = f"{nvcc} is CUDA {nvcc_version or '?'}, torch is built for CUDA {torch_cuda}: set CUDA_HOME"
+        reason = f"{nvcc} is CUDA {nvcc_version}, torch is built for {torch_cuda}: set CUDA_HOME"
     else:
         return True, ""
     if wanted == "1":
@@ -120,8 +121,8 @@ def decide_cuda(torch_cuda, nvcc, nvcc_version):
 def cuda_architectures(torch_flags, known):
     """CMake's list from TORCH_CUDA_ARCH_LIST, else torch's own, which are known without a GPU.
 
-    torch_flags is torch._C._cuda_getArchFlags(), "sm_75 sm_80 ...", known what nvcc can compile for. The newest is
-    kept as PTX too, for GPUs to come.
+    torch_flags is torch._C._cuda_getArchFlags(), "sm_75 sm_80 ...", known what nvcc can compile
+    for. The newest is kept as PTX too, for GPUs to come.
     """
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         names = [n.replace(".", "") for n in re.split(r"[;,\s]+", wanted.strip())]
@@ -151,7 +152,9 @@ def find_all():
         "python_headers": Path(sysconfig.get_path("include"), "Python.h").exists(),
         "nvcc": nvcc if cuda else None,
         "cuda": nvcc_version if cuda else None,
-        "cuda_architectures": cuda_architectures(torch._C._cuda_getArchFlags() or "", known) if cuda else [],
+        "cuda_architectures": cuda_architectures(torch._C._cuda_getArchFlags() or "", known)
+        if cuda
+        else [],
         "no_cuda_reason": reason,
     }
 

@@ -1,21 +1,26 @@
 """Fused C++ and CUDA operators for modern recurrence, and the PyTorch modules built on them."""
 
 # isort: off
-from ._library import cmake_prefix_path  # loads the operators: before all others
+from ._library import build_info, cmake_prefix_path  # loads the operators: before all others
 from . import _vmap as _vmap
 
 # isort: on
+from . import compat
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
 from .min_rnn import MinRNNBlock, MinRNNLM
+
+__version__ = build_info.version
 
 __all__ = [
     "MinGRU",
     "MinLSTM",
     "MinRNNBlock",
     "MinRNNLM",
+    "__version__",
     "cmake_prefix_path",
+    "compat",
     "linear_scan",
     "linear_scan_reference",
     "linear_scan_step",
