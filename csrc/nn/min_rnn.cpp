@@ -105,8 +105,8 @@ namespace detail {
 
 NormImpl::NormImpl(std::string kind, int64_t dim) : kind_(std::move(kind)), dim_(dim) {
   TORCH_CHECK_VALUE(
-      kind_ == "layer_norm" || kind_ == "rms_norm", "MinRNNBlock: norm is \"", kind_,
-      "\", expected \"layer_norm\" or \"rms_norm\"");
+      kind_ == "layer_norm" || kind_ == "rms_norm", "MinRNNBlock: norm is '", kind_,
+      "', expected 'layer_norm' or 'rms_norm'");
   NormImpl::reset();
 }
 void NormImpl::reset() {
@@ -128,8 +128,8 @@ MinRNNBlockImpl::MinRNNBlockImpl(const MinRNNBlockOptions& options)
   const int64_t dim = options.dim();
   TORCH_CHECK_VALUE(dim >= 1, "MinRNNBlock: dim is ", dim, ", expected at least 1");
   TORCH_CHECK_VALUE(
-      options.layer() == "min_gru" || options.layer() == "min_lstm", "MinRNNBlock: layer is \"",
-      options.layer(), "\", expected \"min_gru\" or \"min_lstm\"");
+      options.layer() == "min_gru" || options.layer() == "min_lstm", "MinRNNBlock: layer is '",
+      options.layer(), "', expected 'min_gru' or 'min_lstm'");
   TORCH_CHECK_VALUE(
       options.conv_width() >= 1, "MinRNNBlock: conv_width is ", options.conv_width(),
       ", expected at least 1");

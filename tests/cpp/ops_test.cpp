@@ -257,7 +257,7 @@ TEST(Message, NamesTheArgument) {
   EXPECT_MESSAGE(min_gru(x, x.slice(2, 0, 3)), "min_gru: candidate has shape (4, 8, 3)");
   EXPECT_MESSAGE(min_gru(x, x.to(torch::kDouble)), "min_gru: candidate has dtype float64");
   EXPECT_MESSAGE(min_gru(x, x, torch::zeros({4, 5})), "min_gru: initial_state has shape (4, 5)");
-  EXPECT_MESSAGE(min_gru(x, x, {}, "relu"), "min_gru: activation is \"relu\"");
+  EXPECT_MESSAGE(min_gru(x, x, {}, "relu"), "min_gru: activation is 'relu'");
   EXPECT_MESSAGE(min_gru(x[0], x[0]), "min_gru: gate has shape (8, 6)");
   EXPECT_MESSAGE(min_lstm(x, x, x[0]), "min_lstm: candidate has shape (8, 6)");
   EXPECT_MESSAGE(
