@@ -232,7 +232,9 @@ TEST_P(Ops, EmptyIsFine) {
     const Tensor state = torch::randn({shape[0], shape[2]}).requires_grad_();
     const auto [h, final_state] = op().run(x, state, {}, false);
     EXPECT_EQ(h.sizes(), torch::IntArrayRef(shape));
-    if (shape[1] == 0) EXPECT_TRUE(torch::equal(final_state, state));
+    if (shape[1] == 0) {
+      EXPECT_TRUE(torch::equal(final_state, state));
+    }
     (h.sum() + final_state.sum()).backward();
     EXPECT_EQ(x[0].grad().sizes(), torch::IntArrayRef(shape));
   }
