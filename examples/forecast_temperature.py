@@ -293,7 +293,9 @@ def load_csv(path: Path, date: str, values: list[str], unit: str) -> pd.DataFram
             listed = ", ".join(map(str, table.columns))
             raise UserError(f"{path} has no column {column!r}; its columns are: {listed}")
     try:
-        index = pd.DatetimeIndex(pd.to_datetime(table[date]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the dates have no format of the usual ones
+            index = pd.DatetimeIndex(pd.to_datetime(table[date]))
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"column {date!r} of {path} does not hold dates: {reason}") from None
@@ -328,7 +330,7 @@ def make_hourly(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         length = missing.groupby((missing != missing.shift()).cumsum()).transform("sum")
         frame[name] = frame[name].interpolate(limit_area="inside").mask(missing & (length > 6))
         if (short := int((missing & (length <= 6)).sum())) > 0:
-            print(f"{name}: {short} missing hours are filled by straight lines.")
+            print(f"{name}: missing hours filled by straight lines: {short}.")
     good = frame.notna().all(axis=1).to_numpy()
     if not good.all():
         edges = np.flatnonzero(np.diff(np.concatenate([[0], good.astype(int), [0]])))
@@ -374,7 +376,7 @@ class Data:
     @staticmethod
     def _features(series: pd.Series) -> Tensor:
         hour = 2 * math.pi * series.index.hour.to_numpy() / 24
-        year = 2 * math.pi * (series.index.dayofyear.to_numpy() - 1) / 365.25
+        year = 2 * math.pi * (series.index.day_of_year.to_numpy() - 1) / 365.25
         columns = [series.to_numpy(), np.sin(hour), np.cos(hour), np.sin(year), np.cos(year)]
         return torch.tensor(np.stack(columns, axis=-1), dtype=torch.float32)
 
@@ -625,7 +627,7 @@ COLOURS = ["#0b62b8", "#e08a00", "#8a8a8a", "#1f9e77", "#b5489a"]  # model, two 
 
 
 def plot(path: Path, data: Data, forecast: Tensor, scores: dict[str, dict], title: str) -> None:
-    """Top: a held-out week and its forecasts. Below: their errors. Bottom: error by horizon."""
+    """Top: some held-out days and their forecasts. Below: their errors. Bottom: by horizon."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -647,58 +649,58 @@ def plot(path: Path, data: Data, forecast: Tensor, scores: dict[str, dict], titl
     }
     shown = data.names[:2]
     model = next(iter(scores))
-    # Six days from the middle of the held-out part, from midnight on.
+    # Six days from the middle of the held-out part; each forecast is made at midnight.
     times = data.frame.index
-    middle = (data.end_validation + data.hours) // 2
-    middle -= int(times[middle].hour)
-    days = min(6, (data.hours - middle) // 24)
-    week = slice(middle, middle + days * 24)
+    start = (data.end_validation + data.hours) // 2
+    start -= int(times[start].hour)
+    days = min(6, (data.hours - 1 - start) // 24)
 
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(13, 9.5), layout="constrained")
-        grid = figure.add_gridspec(3, len(shown), height_ratios=[3, 1.5, 2.6])
+        figure = plt.figure(figsize=(13, 10))
+        sides = {"left": 0.065, "right": 0.985}
+        grid = figure.add_gridspec(
+            2,
+            len(shown),
+            height_ratios=[2, 1],
+            hspace=0.2,
+            wspace=0.16,
+            bottom=0.41,
+            top=0.87,
+            **sides,
+        )
         for column, name in enumerate(shown):
             top = figure.add_subplot(grid[0, column])
             low = figure.add_subplot(grid[1, column], sharex=top)
             truth = data.temperature[column].numpy()
-            top.plot(times[week], truth[week], color=TRUTH, linewidth=5, alpha=0.55, label="truth")
-            for day in range(days):
-                start = middle + 24 * day  # the last known hour is the one before
-                hours = slice(start, start + HORIZON)
-                ours = forecast[column, start - 1 - data.first_origin].numpy()
-                naive = truth[start - 24 : start]
-                first = day == 0
-                top.plot(
-                    times[hours],
-                    naive,
-                    color=COLOURS[1],
-                    linewidth=1,
-                    linestyle=(0, (4, 2)),
-                    label="same hour yesterday" if first else None,
-                )
-                top.plot(
-                    times[hours],
-                    ours,
-                    color=COLOURS[0],
-                    linewidth=1.8,
-                    label=f"{model}, 24 hours from each dot" if first else None,
-                )
-                top.plot(times[start], ours[0], "o", color=COLOURS[0], markersize=6)
-                low.plot(times[hours], naive - truth[hours], color=COLOURS[1], linewidth=1.2)
-                low.plot(times[hours], ours - truth[hours], color=COLOURS[0], linewidth=1.8)
-            low.axhline(0, color=TRUTH, linewidth=0.8)
-            top.set_title(f"{name}: held-out days", fontweight="bold")
-            top.set_ylabel("temperature in °C")
-            low.set_ylabel("error in °C")
+            whole = slice(start, start + 24 * days + 1)
+            top.plot(times[whole], truth[whole], color=TRUTH, linewidth=6, alpha=0.5, label="truth")
+            for origin in range(start, start + 24 * days, 24):
+                hours = slice(origin, origin + HORIZON + 1)  # from the last known hour on
+                ours = forecast[column, origin - data.first_origin].numpy()
+                naive = truth[origin - 23 : origin + 1]
+                for guess, colour, style, label in (
+                    (naive, COLOURS[1], (0, (4, 2)), "same hour yesterday"),
+                    (ours, COLOURS[0], "-", f"{model}, 24 hours ahead of each dot"),
+                ):
+                    line = np.concatenate([truth[origin : origin + 1], guess])
+                    label = label if origin == start else None
+                    top.plot(times[hours], line, color=colour, linestyle=style, label=label)
+                    low.plot(times[hours][1:], guess - truth[hours][1:], color=colour, linewidth=1)
+                top.plot(times[origin], truth[origin], "o", color=COLOURS[0], markersize=7)
+            low.axhline(0, color=INK, linewidth=0.8)
+            top.set_title(name, fontweight="bold")
+            top.set_ylabel("°C")
+            low.set_ylabel("°C")
             low.set_title("forecast minus truth", fontsize=10)
             low.xaxis.set_major_locator(mdates.DayLocator())
             low.xaxis.set_major_formatter(mdates.DateFormatter("%d %b"))
             top.tick_params(labelbottom=False)
-            lowest, highest = top.get_ylim()
-            top.set_ylim(lowest, highest + 0.28 * (highest - lowest))  # room for the legend
-            top.legend(loc="upper left", ncols=3, fontsize=9, columnspacing=1.2, handlelength=1.6)
+            if column == 0:
+                entries = top.get_legend_handles_labels()
+                figure.legend(*entries, loc="upper left", bbox_to_anchor=(0.055, 0.945), ncols=3)
 
-        bottom = figure.add_subplot(grid[2, :])
+        grid = figure.add_gridspec(1, 1, bottom=0.055, top=0.30, **sides)
+        bottom = figure.add_subplot(grid[0])
         ahead = np.arange(1, HORIZON + 1)
         for (name, score), colour in zip(scores.items(), COLOURS, strict=False):
             bottom.plot(
@@ -708,23 +710,30 @@ def plot(path: Path, data: Data, forecast: Tensor, scores: dict[str, dict], titl
                 linewidth=2.6 if name == model else 1.6,
                 marker="o" if name == model else None,
                 markersize=4,
-                label=f"{name}: mean {score['mae']:.3f} °C",
+                label=f"{name}, mean {score['mae']:.3f} °C",
                 zorder=3 if name == model else 2,
             )
-        worst = max(score["mae"] for score in scores.values())
-        if worst > 6 * min(score["mae"] for score in scores.values()):
+        means = [score["mae"] for score in scores.values()]
+        if max(means) > 6 * min(means):
             bottom.set_yscale("log")
             bottom.yaxis.set_major_formatter("{x:g}")
         else:
             bottom.set_ylim(bottom=0)
         bottom.set_xticks(ahead)
-        bottom.set_xlim(0.5, HORIZON + 0.5)
+        bottom.set_xlim(0.7, HORIZON + 0.3)
         bottom.set_xlabel("hours ahead")
-        bottom.set_ylabel("mean absolute error in °C")
-        span = f"{times[data.end_validation]:%d %b %Y} to {times[-1]:%d %b %Y}"
-        bottom.set_title(f"Error by horizon, every hour of {span}", fontweight="bold")
-        bottom.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
-        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+        bottom.set_ylabel("mean absolute error, °C")
+        span = f"{times[data.end_validation]:%d %b} to {times[-1]:%d %b %Y}"
+        bottom.set_title(f"Error by horizon, held-out {span}", fontweight="bold", pad=30)
+        bottom.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.012, 0.99),
+            ncols=len(scores),
+            columnspacing=1.3,
+            handlelength=1.5,
+            fontsize=9,
+        )
+        figure.suptitle(title, fontsize=15, fontweight="bold", x=0.065, y=0.98, ha="left")
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
@@ -830,7 +839,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--tracks", type=positive, default=4, help="pieces that a series is cut in")
     group.add_argument("--lr", type=float, default=0.01, help="largest learning rate")
     group.add_argument("--seed", type=int, default=0, help="of all random numbers")
-    group.add_argument("--threads", type=positive, help="of torch; all cores if not given")
+    group.add_argument(
+        "--threads", type=positive, default=1, help="of torch; more helps with large layers only"
+    )
     add(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -861,8 +872,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib, which draws the forecast, is missing: pip install matplotlib")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -915,7 +925,7 @@ def main(arguments: list[str] | None = None) -> int:
     sample = histories.flatten(0, 1)[:3].contiguous()
     save_torchscript(args.out / "forecast.ts", model, sample)
     save_tables(args.out, model, data)
-    title = f"Temperature, 24 hours ahead: {args.layer}"
+    title = f"{args.layer} on held-out temperatures, 24 hours ahead"
     plot(args.out / "forecast.png", data, forecasts[args.layer], scores, title)
     print(f"{args.out / 'forecast.png'}: the forecasts, drawn")
     package = args.out / "forecast.pt2"

@@ -6,7 +6,11 @@ import sys
 import zlib
 from pathlib import Path
 
-import pytest
+# Before torch is imported: waiting threads sleep instead of spinning, or, on a machine that is busy with
+# something else, every small parallel region waits for a thread that is not running.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
 
 TABLE_BEGIN, TABLE_END = "<!-- consumers: begin -->", "<!-- consumers: end -->"
 

@@ -27,7 +27,7 @@ def check_gradients(f, reference, leaves, through, generator, names):
     want = gradients(reference, exact, through, [wide(g.cpu()) for g in weights], unused=True)
     for leaf, name, g, w in zip(leaves, names, got, want, strict=True):
         assert g.dtype is leaf.dtype and g.shape == leaf.shape
-        close(g, w, grad=True, name=f"gradient of {name}")
+        close(g, w, grad=True, name=f"gradient of {name}", size=0.01)
 
 
 @over(dtypes="all")

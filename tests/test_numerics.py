@@ -10,6 +10,7 @@ from cases import (
     REAL,
     close,
     cotangents,
+    error,
     gradients,
     over,
     wide,
@@ -98,7 +99,7 @@ def test_long_sequences(case, options, dtype, memory, generator, device):
     T, D = 100_000, 6
     x = case.leaves(1, T, D, dtype, generator, device)
     if memory == "long":  # thousands of steps
-        shift = {"a": None, "gate": -9, "forget_gate": 6, "input_gate": -3}
+        shift = {"gate": -3, "forget_gate": 3, "input_gate": -2}
         for i, name in enumerate(case.arguments):
             if name == "a":
                 x[i] = (x[i] / x[i].abs().clamp(min=0.01) * 0.9998).to(dtype)
@@ -108,7 +109,7 @@ def test_long_sequences(case, options, dtype, memory, generator, device):
     h, final = f(*x)
     arrays = [wide(y.cpu()).numpy() for y in x]
     want, last = oracle.loop(case.name, arrays[:-1], arrays[-1], **options)
-    # with a memory of n steps, n independent roundings add up to sqrt(n) of them: n is up to 8000
+    # with a memory of n steps, n independent roundings add up to sqrt(n) of them: n is up to 10000
     factor = 8 if memory == "long" else 1
     close(h, torch.from_numpy(want), factor=factor, name="h")
     close(final, torch.from_numpy(last), factor=factor, name="final_state")
@@ -134,8 +135,8 @@ def test_denormals(case, dtype, generator, device):
     for g, w in zip(got[:2], want[:2], strict=True):
         assert (wide(g).cpu() - w).abs().max() <= 64 * tiny
     for g, w in zip(got[2:], want[2:], strict=True):
-        assert g.isfinite().all()
-        close(g, w, grad=True)
+        # a gradient may be a product of something flushed with a sum over hundreds of steps
+        assert error(g, w, floor=1e4 * tiny) <= 256 * torch.finfo(dtype).eps
 
 
 @over(variants=False)

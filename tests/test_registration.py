@@ -64,11 +64,11 @@ def test_kernels_are_registered_in_cpp(case, tail):
     name = f"torch_ext::{case.name}{tail}"
     has = {
         key: _dispatch_has_kernel_for_dispatch_key(name, key)
-        for key in ("CPU", "Meta", "AutogradCPU", "CompositeImplicitAutograd")
+        for key in ("CPU", "Meta", "Autograd", "CompositeImplicitAutograd")
     }
     assert has["CompositeImplicitAutograd"] or (has["CPU"] and has["Meta"]), has
     if not tail:
-        assert has["CPU"] and has["Meta"] and has["AutogradCPU"], has
+        assert has["CPU"] and has["Meta"] and has["Autograd"], has
         for key in ("AutocastCPU", "AutocastCUDA"):
             assert _dispatch_has_kernel_for_dispatch_key(name, key), key
     dump = torch._C._dispatch_dump(name)

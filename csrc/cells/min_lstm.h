@@ -43,7 +43,9 @@ struct MinLstm {
     if (!normalize) return {sigmoid(x.forget_gate), sigmoid(x.input_gate) * v};
     const Normalized<T> n = normalized(x);
     const T i = (1 + n.p) * n.r;
-    return {1 - i, i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
+    return {
+        1 - i,
+        i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
   }
   template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {

@@ -1,0 +1,372 @@
+"""The examples do what they say: at tiny size, in processes of their own, as a user runs them."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("numpy", "pandas", "matplotlib", "vega_datasets"):
+    pytest.importorskip(needed)
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FILES = {"forecast.png", "forecast.ts", "forecast.json", "recent.csv", "forecast.csv"}
+
+
+def run(script, *arguments, folder):
+    """In a folder elsewhere, so that the source tree does not stand in for the package."""
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def load(script):
+    """The script as a module, to call main() where starting a process would take seconds."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def forecasting():
+    return load("forecast_temperature.py")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """main() sets the number of threads; other tests shall not notice."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_csv(path, days=75, seed=0):
+    """Days that resemble each other less and less, in degrees Fahrenheit, with holes."""
+    hours = np.arange(24 * days)
+    noise = np.random.default_rng(seed).normal(size=hours.size)
+    weather = np.zeros(hours.size)
+    for t in hours[1:]:
+        weather[t] = 0.98 * weather[t - 1] + noise[t]
+    values = 50 + 10 * np.sin(2 * np.pi * (hours - 9) / 24) + 2 * weather
+    values[100:103] = np.nan
+    times = pd.date_range("2024-02-01", periods=hours.size, freq="h")
+    frame = pd.DataFrame({"when": times, "station": "x", "degrees": values.round(2)})
+    frame.drop(index=[700, 701]).to_csv(path, index=False)
+    return path
+
+
+def assert_readable_picture(path):
+    from matplotlib.image import imread
+
+    picture = imread(path)
+    assert picture.shape[0] >= 600 and picture.shape[1] >= 1000
+    assert 30_000 < path.stat().st_size < 2_000_000
+    dark = (picture[..., :3].min(-1) < 0.9).mean()
+    assert 0.01 < dark < 0.5  # neither empty nor a blot
+
+
+# --------------------------------------------------------------------------------------------------
+# forecast_temperature.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cities(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cities")
+    options = ["--epochs", 2, "--hidden", 32, "--layers", 1, "--no-compare", "--no-package"]
+    done = run("forecast_temperature.py", *options, "--out", folder / "out", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out", done
+
+
+def test_forecast_leaves_its_files(cities):
+    out, done = cities
+    assert {path.name for path in out.iterdir()} == FILES
+    assert_readable_picture(out / "forecast.png")
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "epoch 1 of 2" in done.stdout  # progress without a terminal
+
+    report = json.loads((out / "forecast.json").read_text())
+    assert report["series"] == ["Seattle", "San Francisco"]
+    assert report["periods"]["held_out"] == ["2010-11-01 00:00:00", "2010-12-31 23:00:00"]
+    for scores in report["errors"].values():
+        assert len(scores["mae_by_horizon"]) == len(scores["rmse_by_horizon"]) == 24
+        assert np.isclose(np.mean(scores["mae_by_horizon"]), scores["mae"], atol=1e-4)
+    recent = pd.read_csv(out / "recent.csv")
+    assert list(recent.columns) == ["date", *report["features"]] and len(recent) == 336
+    assert recent["date"].iloc[-1] == "2010-12-31 23:00:00"
+    assert len(pd.read_csv(out / "forecast.csv")) == 24
+
+
+def test_forecast_beats_what_learns_nothing(cities):
+    out, done = cities
+    report = json.loads((out / "forecast.json").read_text())
+    assert report["beats_same_hour_yesterday_and_persistence"] is True
+    ours = report["errors"]["min_gru"]
+    for name in ("same hour yesterday", "persistence"):
+        theirs = report["errors"][name]
+        assert ours["mae"] < theirs["mae"] and ours["rmse"] < theirs["rmse"]
+        for series in report["series"]:
+            assert ours["by_series"][series]["mae"] < theirs["by_series"][series]["mae"]
+    assert "min_gru beats both same hour yesterday and persistence" in done.stdout
+
+
+STREAM = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch_ext
+
+out = Path(sys.argv[1])
+model = torch.jit.load(str(out / "forecast.ts"))
+rows = np.loadtxt(out / "recent.csv", delimiter=",", skiprows=1, usecols=range(1, 6))
+rows = torch.tensor(rows, dtype=torch.float32)
+saved = np.loadtxt(out / "forecast.csv", delimiter=",", skiprows=1, usecols=1)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-4)
+
+
+with torch.no_grad():
+    last = rows[-168:].unsqueeze(0)
+    forecast = model(last)
+    assert forecast.shape == (1, 24)
+    close(forecast[0].double(), torch.tensor(saved))
+
+    # Hour by hour, a state of constant size.
+    state = model.init_state(1)
+    sizes = [s.shape for s in state]
+    every_hour, _ = model.sequence(last, None)
+    for t in range(168):
+        forecast_t, state = model.step(last[:, t], state)
+        close(forecast_t, every_hour[:, t])
+        assert [s.shape for s in state] == sizes
+    close(forecast_t, forecast)
+
+    # In two parts; and a batch with a state that has seen more.
+    _, middle = model.sequence(last[:, :100], None)
+    close(model(last[:, 100:], middle), forecast)
+    two = torch.stack([rows[:168], rows[-168:]])
+    _, state = model.sequence(two, model.init_state(2))
+    more, _ = model.step(rows[168].expand(2, -1), state)
+    assert more.shape == (2, 24) and bool(torch.isfinite(more).all())
+    close(more[:1], model(rows[None, :169]))
+
+    # From the very first hour on, when there is no yesterday.
+    first, _ = model.step(last[:, 0], model.init_state(1))
+    assert bool(torch.isfinite(first).all())
+print("streamed")
+"""
+
+
+def test_saved_model_streams_in_a_fresh_process(cities, tmp_path):
+    command = [sys.executable, "-c", STREAM, str(cities[0])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "streamed" in done.stdout, done.stderr
+
+
+def test_csv_with_comparison(tmp_path, forecasting, capsys):
+    path = make_csv(tmp_path / "station.csv")
+    options = ["--csv", path, "--date", "when", "--value", "degrees", "--unit", "F"]
+    options += ["--holdout-days", 20, "--layer", "min_lstm", "--hidden", 16, "--epochs", 1]
+    options += ["--no-package", "--out", tmp_path / "deep" / "out"]
+    assert forecasting.main([*map(str, options)]) == 0
+    printed = capsys.readouterr().out
+    assert "degrees: missing hours filled by straight lines: 5" in printed
+    report = json.loads((tmp_path / "deep" / "out" / "forecast.json").read_text())
+    expected = ["min_lstm", "same hour yesterday", "persistence", "nn.LSTM", "linear regression"]
+    assert list(report["errors"]) == expected
+    assert 5 < report["normalisation"]["mean"] < 15  # of 50 degrees Fahrenheit
+    assert report["settings"]["layer"] == "min_lstm"
+    assert_readable_picture(tmp_path / "deep" / "out" / "forecast.png")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
+@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm"])
+def test_every_layer_steps_as_it_runs(layer, forecasting):
+    torch.manual_seed(0)
+    model = forecasting.Forecaster(layer, 8, 2, 0.0, mean=10.0, std=5.0, scale=2.0).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model = torch.jit.script(model)
+    history = 10 + torch.randn(3, 30, 5)
+    with torch.no_grad():
+        expected, last = model.sequence(history)
+        state = model.init_state(3)
+        for t in range(30):
+            forecast, state = model.step(history[:, t], state)
+            torch.testing.assert_close(forecast, expected[:, t], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(model(history), expected[:, -1], rtol=1e-5, atol=1e-4)
+        for a, b in zip(state, last, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def test_training_does_not_look_ahead(forecasting, tmp_path):
+    """Other values after the training part: same statistics, same weights after an epoch."""
+    path = make_csv(tmp_path / "a.csv")
+    frame = forecasting.load_csv(path, "when", ["degrees"], "F")
+    frame = forecasting.make_hourly(frame, "a")
+    data = forecasting.Data(frame, 20, "a")
+    other = frame.copy()
+    other.iloc[data.end_train :] = 1e3
+    settings = Namespace(lr=0.01, seed=0, epochs=1, tracks=2, patience=1)
+    settings = Namespace(**vars(settings), hidden=8, layers=1, dropout=0.0)
+    weights = []
+    for each in (data, forecasting.Data(other, 20, "b")):
+        model = forecasting.make_model("min_gru", each, settings)
+        forecasting.train(model, each, settings, "test")
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    # And the forecasts that are judged are made of the held-out hours, no more and no less.
+    _, truth, origins = data.windows(data.end_validation, data.hours)
+    assert origins[0] == data.end_validation - 1 and origins[-1] == data.hours - 25
+    assert float(truth[0, -1, -1]) == float(data.temperature[0, -1])
+
+
+BAD_CSV = {
+    "missing": (None, ["--csv", "nowhere.csv"], "there is no file nowhere.csv"),
+    "date": ("a,temp\n1,2\n", [], "has no column 'date'; its columns are: a, temp"),
+    "value": ("date,b\n2024-01-01,2\n", [], "has no column 'temp'; its columns are: date, b"),
+    "dates": ("date,temp\nsoon,2\nlater,3\n", [], "column 'date' of .* does not hold dates"),
+    "numbers": ("date,temp\n2024-01-01,warm\n", [], "column 'temp' of .* does not hold numbers"),
+    "empty": ("", [], "cannot be read as CSV"),
+    "no rows": ("date,temp\n", [], "has 0 days of hourly values and 119 are needed"),
+    "short": ("hours", [], "has 2 days of hourly values and 119 are needed"),
+    "daily": ("days", [], "has a row every 24 hours; hourly values are needed"),
+    "constant": ("constant", [], "do not vary"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CSV)
+def test_bad_csv_gets_a_sentence(name, tmp_path, forecasting, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, options, message = BAD_CSV[name]
+    series = {"hours": ("h", 48, False), "days": ("D", 200, False), "constant": ("h", 3000, True)}
+    if content in series:
+        step, count, constant = series[content]
+        times = pd.date_range("2024-01-01", periods=count, freq=step)
+        values = np.full(count, 3.5) if constant else np.arange(count)
+        pd.DataFrame({"date": times, "temp": values}).to_csv("given.csv", index=False)
+    elif content is not None:
+        Path("given.csv").write_text(content)
+    if not options:
+        options = ["--csv", "given.csv"]
+    with pytest.raises(forecasting.UserError, match=message):
+        forecasting.main([*options, "--out", "out"])
+
+
+def test_user_mistakes_end_without_traceback(tmp_path):
+    done = run("forecast_temperature.py", "--csv", "nowhere.csv", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "forecast_temperature: there is no file nowhere.csv\n"
+
+
+@pytest.mark.slow
+def test_forecast_package(tmp_path, forecasting, capsys):
+    path = make_csv(tmp_path / "station.csv")
+    options = ["--csv", path, "--date", "when", "--value", "degrees", "--holdout-days", 20]
+    options += ["--hidden", 8, "--layers", 1, "--epochs", 1, "--no-compare", "--out", tmp_path]
+    assert forecasting.main([*map(str, options)]) == 0
+    printed = capsys.readouterr().out
+    package = tmp_path / "forecast.pt2"
+    if not package.exists():
+        assert "there is no C++ compiler" in printed
+        pytest.skip("there is no C++ compiler")
+    loaded = torch._inductor.aoti_load_package(str(package))
+    scripted = torch.jit.load(str(tmp_path / "forecast.ts"))
+    for batch in (1, 2, 7):
+        history = 10 + torch.randn(batch, 168, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(history), scripted(history), rtol=1e-5, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# char_lm.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writing():
+    return load("char_lm.py")
+
+
+def test_char_lm_learns_and_writes(tmp_path):
+    options = ["--steps", 60, "--dim", 48, "--layers", 1, "--length", 64, "--batch", 8]
+    options += [
+        "--threads",
+        1,
+        "--sample",
+        80,
+        "--prompt",
+        "First",
+        "--save",
+        tmp_path / "model.ts",
+    ]
+    done = run("char_lm.py", *options, "--layer", "min_lstm", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    bits = dict(re.findall(r"^  (.+?)  +(\d\.\d{3})$", done.stdout, re.MULTILINE))
+    uniform, learned = float(bits["equal probabilities"]), float(bits["min_lstm"])
+    assert 2 < float(bits["2-gram model"]) < 4
+    assert learned < 0.75 * uniform
+    written = re.search(r"ms per character:\n\n(First.{80})\n", done.stdout, re.DOTALL)
+    assert written, done.stdout
+    assert (tmp_path / "model.ts").exists()
+
+
+def test_char_lm_counts_bits(writing):
+    """A text that two characters determine, and one that nothing does."""
+    assert writing.ngram_bits("abcd" * 500, "abcd" * 50) < 0.05
+    letters = np.random.default_rng(0).integers(0, 4, 20_000)
+    text = "".join("abcd"[k] for k in letters)
+    assert writing.ngram_bits(text[:-2000], text[-2000:]) == pytest.approx(2, abs=0.02)
+
+    import torch_ext
+
+    model = torch_ext.MinRNNLM(4, 8, 1)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    ids = torch.tensor(letters[:5000])
+    assert writing.model_bits(model, ids) == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "there is no file nowhere.txt"),
+        (["short.txt"], "short.txt has 11 characters and at least 5,140 are needed"),
+        (["binary.txt"], "binary.txt is not a text in UTF-8"),
+        (["--prompt", "\u03c0"], "the prompt has characters that the text does not have"),
+        (["--save", "nowhere/model.ts"], "--save: there is no folder"),
+    ],
+)
+def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("hello world")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00" * 5000)
+    with pytest.raises(writing.UserError, match=re.escape(message)):
+        writing.main(arguments)
+
+
+@pytest.mark.parametrize("script", ["forecast_temperature.py", "char_lm.py"])
+def test_help_and_wrong_options(script, capsys):
+    module = load(script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert "--layer" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--layer", "abacus"])
+    assert stop.value.code == 2
+    assert "abacus" in capsys.readouterr().err
