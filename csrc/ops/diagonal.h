@@ -521,7 +521,7 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
     // Rows without a state read and write one row more at the pool's end.
     const auto num_rows = state.sym_size(0);
     Tensor rows = state_indices->to(at::kLong);
-    if (rows.is_cpu() && !rows.is_meta() &&
+    if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
         !rows.key_set().has_any(
             c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
       state_rows(
