@@ -107,7 +107,8 @@ def linear_scan_step_(
 ) -> Tensor:
     r"""One step of :func:`linear_scan` that overwrites ``state``.
 
-    Otherwise as :func:`linear_scan_step`; not differentiable.
+    Otherwise as :func:`linear_scan_step`; not differentiable, so where an input requires
+    grad it raises a RuntimeError outside ``torch.no_grad()``.
 
     Returns:
         ``h``, ``(B, D)``.

@@ -132,7 +132,8 @@ def min_gru_step_(
 ) -> Tensor:
     r"""One step of :func:`min_gru` that overwrites ``state``.
 
-    Otherwise as :func:`min_gru_step`; not differentiable.
+    Otherwise as :func:`min_gru_step`; not differentiable, so where an input requires
+    grad it raises a RuntimeError outside ``torch.no_grad()``.
 
     Returns:
         ``h``, ``(B, D)``.

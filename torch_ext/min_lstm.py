@@ -151,7 +151,8 @@ def min_lstm_step_(
 ) -> Tensor:
     r"""One step of :func:`min_lstm` that overwrites ``state``.
 
-    Otherwise as :func:`min_lstm_step`; not differentiable.
+    Otherwise as :func:`min_lstm_step`; not differentiable, so where an input requires
+    grad it raises a RuntimeError outside ``torch.no_grad()``.
 
     Returns:
         ``h``, ``(B, D)``.

@@ -24,17 +24,21 @@ __all__ = ["load", "minGRU", "minLSTM"]
 
 
 class _Layer(nn.Module):
-    """What the two have in common: all but the projection's name and the operator."""
+    """What the two have in common: all but the projection's name and width, and the operator."""
 
-    def __init__(self, dim: int, expansion_factor: float, proj_out: bool | None) -> None:
+    _projection: str
+    _num_parts: int
+
+    def __init__(
+        self, dim: int, expansion_factor: float = 1.0, proj_out: bool | None = None
+    ) -> None:
         super().__init__()
         if proj_out is None:
             proj_out = expansion_factor != 1.0
         self.dim_inner = int(dim * expansion_factor)
+        projection = nn.Linear(dim, self._num_parts * self.dim_inner, bias=False)
+        self.add_module(self._projection, projection)
         self.to_out = nn.Linear(self.dim_inner, dim, bias=False) if proj_out else nn.Identity()
-
-    def project(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def recurrence(self, gates: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -52,7 +56,7 @@ class _Layer(nn.Module):
             prev_hidden: state from the steps before, ``(B, 1, dim_inner)``.
             return_next_prev_hidden: return the state after the last step as well.
         """
-        gates = self.project(x)
+        gates = getattr(self, self._projection)(x)
         state = None
         if prev_hidden is not None:
             if prev_hidden.shape != (x.shape[0], 1, self.dim_inner):
@@ -82,14 +86,7 @@ class minGRU(_Layer):
         >>> y_next = layer(x, prev_hidden=hidden)
     """
 
-    def __init__(
-        self, dim: int, expansion_factor: float = 1.0, proj_out: bool | None = None
-    ) -> None:
-        super().__init__(dim, expansion_factor, proj_out)
-        self.to_hidden_and_gate = nn.Linear(dim, 2 * self.dim_inner, bias=False)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.to_hidden_and_gate(x)
+    _projection, _num_parts = "to_hidden_and_gate", 2
 
     def recurrence(self, gates: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden, gate = gates.chunk(2, -1)
@@ -105,14 +102,7 @@ class minLSTM(_Layer):
         torch.Size([2, 20, 8])
     """
 
-    def __init__(
-        self, dim: int, expansion_factor: float = 1.0, proj_out: bool | None = None
-    ) -> None:
-        super().__init__(dim, expansion_factor, proj_out)
-        self.to_hidden_and_f_i_gate = nn.Linear(dim, 3 * self.dim_inner, bias=False)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.to_hidden_and_f_i_gate(x)
+    _projection, _num_parts = "to_hidden_and_f_i_gate", 3
 
     def recurrence(self, gates: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden, forget_gate, input_gate = gates.chunk(3, -1)

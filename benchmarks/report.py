@@ -1,0 +1,416 @@
+"""What a run says: lines while it goes, tables for a README, plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.0f}x" if value >= 20 else f"{value:.1f}x"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def shape_text(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def is_short(row: dict) -> bool:
+    return row["overhead_seconds"] > 0
+
+
+# -- while it runs ---------------------------------------------------------------------------------
+
+
+def operators_header() -> str:
+    return (
+        f"{'operator':<12} {'pass':<17} {'B x T x D':<16} {'dtype':<9} {'isa':<8} thr "
+        f"{'best':>9} {'median':>7} {'call +':>8} {'GB/s':>6} {'triad':>6} {'copy':>6} "
+        f"{'/triad':>7} {'/roof':>7}  bound"
+    )
+
+
+def operator_line(row: dict) -> str:
+    rates = row["calibration_gigabytes_per_second"]
+    best = {
+        kind: max(rate for name, rate in rates.items() if name.startswith(kind))
+        for kind in ("triad", "copy")
+    }
+    median = "+" + percent(row["seconds_median"] / row["seconds_min"] - 1)
+    overhead = duration(row["overhead_seconds"]) if is_short(row) else ""
+    return (
+        f"{row['operator']:<12} {row['mode']:<17} {'x'.join(map(str, row['shape'])):<16} "
+        f"{row['dtype']:<9} {row['isa']:<8} {row['threads']:>3} "
+        f"{duration(row['seconds_min'] - row['overhead_seconds']):>9} {median:>7} "
+        f"{overhead:>8} {row['gigabytes_per_second']:>6.1f} {best['triad']:>6.1f} "
+        f"{best['copy']:>6.1f} {percent(row['fraction_of_triad']):>7} "
+        f"{percent(row['fraction_of_roof']):>7}  {row['bound_by']}"
+        f"{'' if row['meets_goal'] else ', below the goal of ' + percent(row['goal'])}"
+    )
+
+
+def allocator_line(row: dict) -> str:
+    return (
+        f"With malloc left as it is: {row['operator']} {row['mode']} "
+        f"{'x'.join(map(str, row['shape']))} takes {duration(row['seconds_min'])} instead of "
+        f"{duration(row['with_freed_memory_kept'])}, for {row['page_faults_per_call']:.0f} page "
+        "faults per call"
+    )
+
+
+def peers_header(threads: int) -> str:
+    return f"Against peers, {count(threads)}, best of the rounds (range of the ratio)"
+
+
+def peer_line(row: dict) -> str:
+    line = (
+        f"{row['what']:<42} {shape_text(row['shape']):<18} ours "
+        f"{duration(row['ours']['seconds_min']):>9}, {row['peer']} "
+        f"{duration(row['theirs']['seconds_min']):>9}: {ratio(row['ratio'])} "
+        f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])})"
+    )
+    if row.get("goal"):
+        line += f", goal {ratio(row['goal'])}"
+    if row.get("papers_ratio"):
+        line += f", the paper on a T4 GPU: {row['papers_ratio']:.0f}x"
+    if row.get("projections_alone"):
+        line += (
+            f"; the projections alone {duration(row['projections_alone']['seconds_min'])} of ours"
+        )
+    return line
+
+
+def summary(result: dict) -> str:
+    rows = result["operators"]
+    lines = []
+    if rows:
+        met = sum(row["meets_goal"] for row in rows)
+        lines.append(f"{met} of {len(rows)} operator timings reach their share of triad.")
+        # At the roof the share of triad would be this; below the goal, no kernel can reach it.
+        short = [
+            row for row in rows if row["fraction_of_triad"] < row["goal"] * row["fraction_of_roof"]
+        ]
+        if short:
+            lines.append(
+                f"{len(short)} cannot, however fast: their exponentials alone take too long for "
+                "it (see /roof)."
+            )
+    if result["wrong"]:
+        lines.append(f"{len(result['wrong'])} results were wrong and were not timed.")
+    lines.append(f"{result['settings']['minutes']} minutes.")
+    return "\n".join(lines)
+
+
+# -- tables for a README ---------------------------------------------------------------------------
+
+
+def mebibytes(size: int | None) -> str:
+    if not size:
+        return "?"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
+
+
+def machine_text(result: dict) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['cpu']}, {machine['cpus_available']} cores, L2 {mebibytes(machine['l2_bytes'])} "
+        f"per core, L3 {mebibytes(machine['l3_bytes'])}, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+
+
+def markdown(result: dict) -> str:
+    parts = [f"Measured on: {machine_text(result)}.\n"]
+    rows = result["operators"]
+    isas = list(dict.fromkeys(row["isa"] for row in rows))
+    if rows:
+        parts.append(
+            "Share of the machine's own triad bandwidth at the same working set, counting the "
+            "bytes that must move:\n"
+        )
+        head = ["operator", "pass", "B x T x D", "dtype", "threads"]
+        head += [f"{isa}: time, GB/s, share" for isa in isas]
+        parts.append("| " + " | ".join(head) + " |")
+        parts.append("|" + "---|" * len(head))
+        table: dict[tuple, dict] = {}
+        for row in rows:
+            key = (
+                f"`{row['operator']}`",
+                row["mode"],
+                shape_text(row["shape"]) + (" (in L2)" if row["in_l2"] else ""),
+                row["dtype"],
+                str(row["threads"]),
+            )
+            table.setdefault(key, {})[row["isa"]] = row
+        for key, by_isa in table.items():
+            cells = []
+            for isa in isas:
+                row = by_isa.get(isa)
+                if row is None:
+                    cells.append("")
+                    continue
+                share = f"**{percent(row['fraction_of_triad'])}**"
+                if row["bound_by"] == "exp":
+                    share += f" ({percent(row['fraction_of_roof'])} of the exp roof)"
+                time = duration(row["seconds_min"] - row["overhead_seconds"])
+                cells.append(f"{time}, {row['gigabytes_per_second']:.1f}, {share}")
+            parts.append("| " + " | ".join((*key, *cells)) + " |")
+        parts.append("")
+    if result["peers"]:
+        parts.append("Beside minGRU-pytorch (same inputs and weights, results compared first):\n")
+        parts.append("| what | B x T x D | ours | minGRU-pytorch | ratio (range) |")
+        parts.append("|---|---|---|---|---|")
+        for row in result["peers"]:
+            parts.append(
+                f"| {row['what']} | {shape_text(row['shape'])} "
+                f"| {duration(row['ours']['seconds_min'])} "
+                f"| {duration(row['theirs']['seconds_min'])} | **{ratio(row['ratio'])}** "
+                f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])}) |"
+            )
+        parts.append("")
+    if result["paper"]:
+        batch, _, width = result["paper"][0]["shape"]
+        parts.append(
+            f"The paper's table: one layer, batch {batch}, input and hidden size {width} (the "
+            "paper does not state its own), forward + loss + backward:\n"
+        )
+        parts.append("| ours | time | beside | time | ratio (range) | the paper, T4 GPU |")
+        parts.append("|---|---|---|---|---|---|")
+        for row in result["paper"]:
+            papers = f"{row['papers_ratio']:.0f}x" if row.get("papers_ratio") else ""
+            parts.append(
+                f"| {row['what']} | {duration(row['ours']['seconds_min'])} | {row['peer']} "
+                f"| {duration(row['theirs']['seconds_min'])} | **{ratio(row['ratio'])}** "
+                f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])}) | {papers} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+# -- plots -----------------------------------------------------------------------------------------
+
+COLORS = {"avx512": "#1f5a94", "avx2": "#7fb2dd"}
+OTHER_COLORS = ("#4d4d4d", "#a6a6a6", "#c58b3a")
+OURS, PAPER, INK, FAINT = "#1f5a94", "#d1495b", "#222222", "#d9d9d9"
+
+
+def draw(result: dict, folder: Path, name: str) -> list[Path]:
+    """Draws what the result holds; without matplotlib it says so and draws nothing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no plots")
+        return []
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "font.size": 9,
+            "font.family": "DejaVu Sans",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#888888",
+            "figure.facecolor": "white",
+        }
+    )
+    written = []
+    if result["operators"]:
+        for dtype in dict.fromkeys(row["dtype"] for row in result["operators"]):
+            suffix = "" if dtype == "float32" else f"-{dtype}"
+            written.append(draw_roofs(result, dtype, folder / f"{name}-roof{suffix}.png"))
+    if result["peers"] or result["paper"]:
+        written.append(draw_ratios(result, folder / f"{name}-peers.png"))
+    return written
+
+
+def _color(isa: str, isas: list[str]) -> str:
+    others = [other for other in isas if other not in COLORS]
+    return COLORS.get(isa) or OTHER_COLORS[others.index(isa) % len(OTHER_COLORS)]
+
+
+def _caption(figure, result: dict) -> None:
+    figure.text(0.01, 0.004, machine_text(result), fontsize=6.5, color="#666666", va="bottom")
+
+
+def draw_roofs(result: dict, dtype: str, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["operators"] if row["dtype"] == dtype]
+    shapes = list(dict.fromkeys(row["shape_name"] for row in rows))
+    threads = sorted({row["threads"] for row in rows})
+    isas = list(dict.fromkeys(row["isa"] for row in rows))
+    bars = list(dict.fromkeys((row["operator"], row["mode"]) for row in rows))
+    bars.sort(key=lambda bar: [row["operator"] for row in rows].index(bar[0]))
+
+    height = 0.78 / len(isas)
+    figure, axes = plt.subplots(
+        len(threads),
+        len(shapes),
+        figsize=(2.6 + 2.75 * len(shapes), 1.4 + len(threads) * (0.5 + 0.36 * len(bars))),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    top = max(1.12, *(row["fraction_of_roof"] * 1.12 for row in rows))
+    for row_axes, number in zip(axes, threads, strict=True):
+        for ax, shape in zip(row_axes, shapes, strict=True):
+            chosen = {
+                (row["operator"], row["mode"], row["isa"]): row
+                for row in rows
+                if row["shape_name"] == shape and row["threads"] == number
+            }
+            for position, bar in enumerate(bars):
+                for offset, isa in enumerate(isas):
+                    row = chosen.get((*bar, isa))
+                    if row is None:
+                        continue
+                    y = position + (offset - (len(isas) - 1) / 2) * height
+                    share = row["fraction_of_roof"]
+                    ax.barh(y, share, height * 0.92, color=_color(isa, isas), zorder=2)
+                    star = "*" if row["bound_by"] == "exp" else ""
+                    ax.text(
+                        0.02,
+                        y,
+                        f"{100 * share:.0f}{star}",
+                        va="center",
+                        ha="left",
+                        fontsize=6.5,
+                        color="white" if isa != "avx2" else INK,
+                        zorder=4,
+                    )
+            goals = {row["goal"] for row in chosen.values()}
+            for goal in goals:
+                ax.axvline(goal, color=PAPER, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+                ax.text(
+                    goal, -0.62, f"goal {100 * goal:.0f}", fontsize=6.5, color=PAPER, ha="right"
+                )
+            ax.axvline(1, color=INK, linewidth=1, zorder=3)
+            first = next(iter(chosen.values()), None)
+            label = "in L2" if shape == "in-L2" else f"B x T x D = {shape.replace('x', ' x ')}"
+            if first is not None and shape != "in-L2":
+                sizes = [row["working_set_bytes"] / 2**20 for row in chosen.values()]
+                label += f"\n{min(sizes):.0f} to {max(sizes):.0f} MiB"
+            elif first is not None:
+                label += "\ninputs and outputs fit half of each core's L2"
+            if ax in axes[0]:
+                ax.set_title(label, fontsize=9, color=INK)
+            ax.set_yticks(range(len(bars)), [f"{op}, {mode}" for op, mode in bars])
+            ax.set_ylim(len(bars) - 0.45, -0.95)
+            ax.set_xlim(0, top)
+            ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+            ax.tick_params(axis="both", length=0)
+            ax.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+        row_axes[0].set_ylabel(count(number), fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=_color(isa, isas)) for isa in isas]
+    figure.legend(
+        handles,
+        [isa.replace("avx", "AVX").replace("AVX512", "AVX-512") for isa in isas],
+        loc="outside upper right",
+        ncols=len(isas),
+        frameon=False,
+    )
+    figure.suptitle(
+        f"Share of this machine's roof, {dtype} (100 % = triad bandwidth at the same working set;\n"
+        "*: exponentials take longer than the bytes, 100 % = exp rate)",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+    _caption(figure, result)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path
+
+
+def draw_ratios(result: dict, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    rows = result["peers"] + result["paper"]
+    figure, ax = plt.subplots(figsize=(8.6, 1.5 + 0.36 * len(rows)), layout="constrained")
+    labels = []
+    for y, row in enumerate(rows):
+        value = row["ratio"]
+        ax.barh(y, value - 1, 0.68, 1, color=OURS if value >= 1 else OTHER_COLORS[1], zorder=2)
+        ax.plot(
+            [row["ratio_min"], row["ratio_max"]], [y, y], color="black", linewidth=1.2, zorder=3
+        )
+        times = (
+            f"{duration(row['theirs']['seconds_min'])} -> {duration(row['ours']['seconds_min'])}"
+        )
+        ax.annotate(times, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
+        farthest = max(value, row["ratio_max"], 1)
+        if row.get("goal"):
+            ax.plot([row["goal"]] * 2, [y - 0.42, y + 0.42], color=PAPER, linewidth=2, zorder=4)
+            farthest = max(farthest, row["goal"])
+        ax.annotate(
+            ratio(value),
+            (farthest, y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+        )
+        if row.get("papers_ratio"):
+            ax.plot(row["papers_ratio"], y, "D", color=PAPER, markersize=5, zorder=4)
+            ax.annotate(
+                f"{row['papers_ratio']:.0f}x",
+                (row["papers_ratio"], y),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                color=PAPER,
+            )
+        labels.append(f"{row['what']}\nbeside {row['peer']}")
+    ax.annotate(
+        "peer -> ours", (1.01, 1.015), xycoords="axes fraction", fontsize=7.5, color="#666666"
+    )
+    ax.set_xscale("log")
+    lowest = min(1.0, *(row["ratio_min"] for row in rows))
+    highest = max(max(row["ratio_max"], row.get("papers_ratio") or 1) for row in rows)
+    ax.set_xlim(lowest * 0.8, highest * 2.5)
+    ax.axvline(1, color=INK, linewidth=1, zorder=3)
+    ax.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if tick >= lowest * 0.8]
+    ax.set_xticks([tick for tick in ticks if tick <= highest * 2.5])
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=OURS), plt.Line2D([], [], color="black")]
+    names = ["best time of the peer / our best", "range over the rounds"]
+    if any(row.get("goal") for row in rows):
+        handles.append(plt.Line2D([], [], color=PAPER, linewidth=2))
+        names.append("goal")
+    if any(row.get("papers_ratio") for row in rows):
+        handles.append(plt.Line2D([], [], color=PAPER, marker="D", linestyle="", markersize=5))
+        names.append("the minRNN paper, on a T4 GPU")
+    figure.legend(handles, names, loc="outside upper right", ncols=4, frameon=False, fontsize=8)
+    threads = rows[0]["threads"]
+    ax.set_title(
+        f"How many times faster than the peer: float32, CPU, {count(threads)}",
+        loc="left",
+        fontsize=10,
+    )
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    _caption(figure, result)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

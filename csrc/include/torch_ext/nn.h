@@ -1,0 +1,317 @@
+// C++ modules: the twins of torch_ext's Python modules, with the same parameters, defaults and
+// results, so that weights go from one to the other (load_state_dict). They train, clone, print and
+// are saved like torch's own.
+//
+//   torch_ext::nn::MinGRU rnn(torch_ext::nn::MinGRUOptions(16, 64).num_layers(2).batch_first(true));
+//   torch_ext::nn::load_state_dict(rnn, "weights.pt"); // of torch.save(model.state_dict(), ...)
+//   auto [y, state] = rnn->forward(torch::randn({8, 100, 16}));
+//
+// Arguments of the wrong form throw c10::ValueError or c10::TypeError, which are c10::Errors.
+#pragma once
+#include <torch/arg.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+#include <torch/ordered_dict.h>
+#include <torch/types.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <variant>
+#include <vector>
+
+#include "torch_ext.h"
+
+namespace torch_ext::nn {
+
+// ---- layers ----
+
+/// How the gates' biases begin: with one value, or such that the units' memories are spread evenly
+/// between `shortest` and `longest` steps, both above 1 (chrono initialisation).
+struct GateBiasInit {
+  GateBiasInit(double value) : value(value) {}
+  GateBiasInit(double shortest, double longest) : steps({shortest, longest}) {}
+  double value = 0;
+  std::optional<std::pair<double, double>> steps;
+};
+
+struct TORCH_EXT_API MinGRUOptions {
+  MinGRUOptions(int64_t input_size, int64_t hidden_size)
+      : input_size_(input_size), hidden_size_(hidden_size) {}
+
+  TORCH_ARG(int64_t, input_size);
+  TORCH_ARG(int64_t, hidden_size);
+  TORCH_ARG(int64_t, num_layers) = 1;
+  TORCH_ARG(bool, bias) = true;
+  /// x and the output are (B, T, ...) instead of (T, B, ...); the state is the same in either case
+  TORCH_ARG(bool, batch_first) = false;
+  /// probability of a zero in the output of each layer but the last, in training
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(bool, bidirectional) = false;
+  /// of the candidate: "identity", or "g" for the paper's positive candidates (appendix B)
+  TORCH_ARG(std::string, activation) = "identity";
+  /// of the gate z; negative is long memory
+  TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
+};
+
+struct TORCH_EXT_API MinLSTMOptions {
+  MinLSTMOptions(int64_t input_size, int64_t hidden_size)
+      : input_size_(input_size), hidden_size_(hidden_size) {}
+
+  TORCH_ARG(int64_t, input_size);
+  TORCH_ARG(int64_t, hidden_size);
+  TORCH_ARG(int64_t, num_layers) = 1;
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(bool, batch_first) = false;
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(bool, bidirectional) = false;
+  TORCH_ARG(std::string, activation) = "identity";
+  /// divide both gates by their sum
+  TORCH_ARG(bool, normalize) = true;
+  /// of the forget gate, the input gate gets its negative; positive is long memory
+  TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
+};
+
+namespace detail {
+
+/// What layers with torch::nn::GRU's contract share. Parameters: weight_ih_l{k}[_reverse]
+/// (gates * hidden_size, in) and bias_ih_l{k}[_reverse], the gates' rows one after the other in the
+/// order of the operator's arguments; `in` is input_size for k = 0, else directions * hidden_size.
+template <class Derived, class Options>
+class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
+ public:
+  explicit SequenceLayerImpl(const Options& options);
+  SequenceLayerImpl(int64_t input_size, int64_t hidden_size)
+      : SequenceLayerImpl(Options(input_size, hidden_size)) {}
+
+  /// Runs all steps.
+  ///   x        (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size) without batch
+  ///   state    (num_layers * directions, B, hidden_size), without B for an x without batch; float32,
+  ///            float64 in a double module. Zeros if left out.
+  ///   lengths  number of steps of each row of a padded batch, integers, (B). What stands after them
+  ///            is ignored: the output there is 0 and the state that after a row's last step.
+  /// Returns the last layer's output and the state after the last step, of the forms of x and state.
+  std::tuple<torch::Tensor, torch::Tensor> forward(
+      const torch::Tensor& x, const torch::Tensor& state = {}, const torch::Tensor& lengths = {});
+
+  /// One step, for streaming: x (B, input_size) and the state before it to the output (B, hidden_size)
+  /// and the state after it. Not for bidirectional layers.
+  std::tuple<torch::Tensor, torch::Tensor> step(const torch::Tensor& x, const torch::Tensor& state);
+
+  /// The state before the first step: zeros, (num_layers * directions, B, hidden_size).
+  torch::Tensor init_state(int64_t batch_size) const;
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  Options options;
+
+ private:
+  int64_t num_directions() const { return options.bidirectional() ? 2 : 1; }
+  torch::Tensor project(const torch::Tensor& x, int64_t layer, int64_t direction) const;
+  void check_state(const torch::Tensor& state, int64_t batch_size) const;
+  void check_lengths(const torch::Tensor& lengths, int64_t batch_size, int64_t num_steps) const;
+  void check_dtype(const torch::Tensor& x) const;
+
+  std::vector<torch::Tensor> weights_, biases_; // of each layer and direction
+};
+
+} // namespace detail
+
+/// minGRU, see torch_ext.MinGRU in Python and min_gru in ops.h.
+/// The gates' rows of the parameters: z, candidate.
+class TORCH_EXT_API MinGRUImpl : public detail::SequenceLayerImpl<MinGRUImpl, MinGRUOptions> {
+ public:
+  using SequenceLayerImpl::SequenceLayerImpl;
+  // Here as well, since torch::nn::AnyModule wants it in the class itself.
+  std::tuple<torch::Tensor, torch::Tensor> forward(
+      const torch::Tensor& x, const torch::Tensor& state = {}, const torch::Tensor& lengths = {}) {
+    return SequenceLayerImpl::forward(x, state, lengths);
+  }
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())})
+};
+extern template class detail::SequenceLayerImpl<MinGRUImpl, MinGRUOptions>;
+TORCH_MODULE(MinGRU);
+
+/// minLSTM, see torch_ext.MinLSTM in Python and min_lstm in ops.h.
+/// The gates' rows of the parameters: forget gate, input gate, candidate.
+class TORCH_EXT_API MinLSTMImpl : public detail::SequenceLayerImpl<MinLSTMImpl, MinLSTMOptions> {
+ public:
+  using SequenceLayerImpl::SequenceLayerImpl;
+  // Here as well, since torch::nn::AnyModule wants it in the class itself.
+  std::tuple<torch::Tensor, torch::Tensor> forward(
+      const torch::Tensor& x, const torch::Tensor& state = {}, const torch::Tensor& lengths = {}) {
+    return SequenceLayerImpl::forward(x, state, lengths);
+  }
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())})
+};
+extern template class detail::SequenceLayerImpl<MinLSTMImpl, MinLSTMOptions>;
+TORCH_MODULE(MinLSTM);
+
+// ---- the block around them, and the language model made of it ----
+
+struct TORCH_EXT_API MinRNNBlockOptions {
+  MinRNNBlockOptions(int64_t dim) : dim_(dim) {}
+
+  TORCH_ARG(int64_t, dim);
+  /// "min_gru" or "min_lstm"
+  TORCH_ARG(std::string, layer) = "min_gru";
+  /// width of the recurrence's state, in multiples of dim
+  TORCH_ARG(double, expansion) = 2.0;
+  /// steps that the convolution sees, the current one included
+  TORCH_ARG(int64_t, conv_width) = 4;
+  /// width of the MLP, in multiples of dim
+  TORCH_ARG(double, mlp_ratio) = 4.0;
+  /// "layer_norm" or "rms_norm"
+  TORCH_ARG(std::string, norm) = "layer_norm";
+  /// probability of a zero in what is added to each residual, in training
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(std::string, activation) = "identity";
+  TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
+};
+
+/// Inputs of the convolution that it still needs, and the recurrence's state.
+using MinRNNState = std::tuple<torch::Tensor, torch::Tensor>;
+
+namespace detail {
+
+/// LayerNorm or RMSNorm over the last dimension; torch has no C++ module of the latter.
+class TORCH_EXT_API NormImpl : public torch::nn::Cloneable<NormImpl> {
+ public:
+  NormImpl(std::string kind, int64_t dim);
+  torch::Tensor forward(const torch::Tensor& x);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  torch::Tensor weight, bias;
+
+ private:
+  std::string kind_;
+  int64_t dim_;
+};
+TORCH_MODULE(Norm);
+
+} // namespace detail
+
+/// The paper's block, see torch_ext.MinRNNBlock in Python: norm, convolution, minRNN, projection;
+/// norm, MLP; two residuals.
+class TORCH_EXT_API MinRNNBlockImpl : public torch::nn::Cloneable<MinRNNBlockImpl> {
+ public:
+  explicit MinRNNBlockImpl(const MinRNNBlockOptions& options);
+
+  /// x (B, T, dim) and a state to y (B, T, dim) and the state after the last step.
+  std::tuple<torch::Tensor, MinRNNState> forward(
+      const torch::Tensor& x, const std::optional<MinRNNState>& state = {});
+  /// One step: x and y are (B, dim).
+  std::tuple<torch::Tensor, MinRNNState> step(const torch::Tensor& x, const MinRNNState& state);
+  /// Zeros: the convolution's last inputs (B, dim, conv_width - 1), and (B, hidden_size).
+  MinRNNState init_state(int64_t batch_size) const;
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  MinRNNBlockOptions options;
+  detail::Norm norm{nullptr}, mlp_norm{nullptr};
+  torch::nn::Conv1d conv{nullptr};
+  std::variant<MinGRU, MinLSTM> rnn;
+  torch::nn::Linear down{nullptr}, mlp_up{nullptr}, mlp_down{nullptr};
+  torch::nn::Dropout dropout{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<MinRNNState>())})
+
+ private:
+  std::tuple<torch::Tensor, torch::Tensor> convolve(
+      torch::Tensor x, const torch::Tensor& last_inputs);
+  torch::Tensor finish(torch::Tensor x, const torch::Tensor& y);
+};
+TORCH_MODULE(MinRNNBlock);
+
+struct TORCH_EXT_API MinRNNLMOptions {
+  MinRNNLMOptions(int64_t vocab_size, int64_t dim, int64_t num_layers)
+      : vocab_size_(vocab_size), num_layers_(num_layers), block_(dim) {}
+
+  TORCH_ARG(int64_t, vocab_size);
+  TORCH_ARG(int64_t, num_layers);
+  /// of each block; its dropout also acts on the embedding
+  TORCH_ARG(MinRNNBlockOptions, block);
+};
+
+/// A language model of MinRNNBlocks, see torch_ext.MinRNNLM in Python: embedding, blocks, norm, logits.
+class TORCH_EXT_API MinRNNLMImpl : public torch::nn::Cloneable<MinRNNLMImpl> {
+ public:
+  explicit MinRNNLMImpl(const MinRNNLMOptions& options);
+
+  /// Logits (B, T, vocab_size) of the token after each of ids (B, T).
+  torch::Tensor forward(const torch::Tensor& ids);
+  /// `forward` from a state to a state.
+  std::tuple<torch::Tensor, MinRNNState> prefill(
+      const torch::Tensor& ids, const std::optional<MinRNNState>& state = {});
+  /// One token of each sequence, (B), to logits (B, vocab_size) and a state.
+  std::tuple<torch::Tensor, MinRNNState> step(const torch::Tensor& ids, const MinRNNState& state);
+  /// Zeros: the two states of MinRNNBlock, each (num_layers, B, ...).
+  MinRNNState init_state(int64_t batch_size) const;
+  /// Appends tokens to ids (B, T), T >= 1, one at a time in constant memory. A temperature of 0 always
+  /// takes the most likely one; with top_k only that many most likely ones are drawn from.
+  /// Records no gradient. Call eval() before if the model has dropout.
+  torch::Tensor generate(
+      const torch::Tensor& ids, int64_t max_new_tokens, double temperature = 1.0,
+      std::optional<int64_t> top_k = {});
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  MinRNNLMOptions options;
+  torch::nn::Embedding embedding{nullptr};
+  torch::nn::Dropout dropout{nullptr};
+  torch::nn::ModuleList layers{nullptr};
+  detail::Norm norm{nullptr};
+  torch::nn::Linear head{nullptr};
+};
+TORCH_MODULE(MinRNNLM);
+
+// ---- weights ----
+
+using StateDict = torch::OrderedDict<std::string, torch::Tensor>;
+
+/// The named tensors in a file, on the CPU. The file is one of
+///   torch.save(model.state_dict(), path), or of any {name: tensor}    in Python
+///   torch.jit.save(scripted, path): its parameters and buffers        in Python
+///   torch::save(module, path)                                         in C++
+TORCH_EXT_API StateDict read_state_dict(const std::string& path);
+
+/// Copies tensors into the parameters and buffers of the same names; dtype and device remain those of
+/// the module. Names that are missing, unexpected or of another shape are an error, which names all of
+/// them and leaves the module as it was.
+TORCH_EXT_API void load_state_dict(torch::nn::Module& module, const StateDict& state_dict);
+
+/// The same from a file. `prefix` picks a part of a larger model: "encoder.rnn" takes the tensors
+/// encoder.rnn.weight_ih_l0 and so on.
+TORCH_EXT_API void load_state_dict(
+    torch::nn::Module& module, const std::string& path, const std::string& prefix = "");
+
+template <class Impl>
+void load_state_dict(
+    torch::nn::ModuleHolder<Impl>& module, const std::string& path,
+    const std::string& prefix = "") {
+  load_state_dict(*module, path, prefix);
+}
+template <class Impl>
+void load_state_dict(torch::nn::ModuleHolder<Impl>& module, const StateDict& state_dict) {
+  load_state_dict(*module, state_dict);
+}
+
+} // namespace torch_ext::nn

@@ -1,0 +1,303 @@
+"""The one list of operators. Every suite in this folder runs over `CASES`: an operator that is added
+here inherits them all, and test_registration.py fails while one is registered but not listed.
+
+To add an operator: a `Case` at the end of this file, a small layer that a consumer would write around it,
+its formula in numpy and a table worked out by hand in oracle.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Optional
+
+import pytest
+import torch
+import torch_ext
+from torch import Tensor, nn
+
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex128, torch.complex64)
+HALF = (torch.bfloat16, torch.float16)
+
+# What a state of these inputs is kept in, and what is accumulated in.
+STATE_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+
+# Bounds on `error` below against the float64 reference on the same, already rounded, inputs.
+#   float64, float32, complex: everything is computed in the dtype itself. One step costs about 3 roundings
+#     and a sigmoid of a few units in the last place; |decay| <= 1 forgets old errors as fast as old values.
+#     Gradients pass two such chains and multiply differences (h - candidate) that may cancel.
+#   bfloat16, float16: the arithmetic is float32, so a value is off by its one final rounding (half a unit,
+#     eps/2). A gradient reads the saved h, which is rounded already: another half unit, times the same differences.
+VALUE_BOUND = {torch.float64: 16, torch.float32: 16, torch.complex128: 16, torch.complex64: 16}
+GRAD_BOUND = {torch.float64: 64, torch.float32: 64, torch.complex128: 64, torch.complex64: 64}
+VALUE_BOUND |= {torch.bfloat16: 0.51, torch.float16: 0.51}
+GRAD_BOUND |= {torch.bfloat16: 4, torch.float16: 4}
+
+
+def state_dtype(dtype):
+    return STATE_DTYPE.get(dtype, dtype)
+
+
+def wide(x):
+    """The same numbers in float64 (or complex128), cut from any graph, as a leaf of its own."""
+    y = x.detach().to(WIDE.get(x.dtype, torch.float64), copy=True).resolve_conj().resolve_neg()
+    return y.requires_grad_(x.requires_grad)
+
+
+def error(got, want, floor=0.0):
+    """Largest |got - want| / (|want| + rms(want)), where differences up to `floor` count as none; infinite
+    where only one of the two is NaN or infinite."""
+    got, want = (x.detach().cpu().to(WIDE.get(x.dtype, torch.float64)) for x in (got, want))
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return 0.0
+    finite = want[want.isfinite()]
+    rms = finite.abs().square().mean().sqrt() if finite.numel() else torch.tensor(0.0)
+    difference = (got - want).abs()
+    same = (got == want) | (got.isnan() & want.isnan()) | (difference <= floor)
+    ratio = torch.where(same, 0.0, difference / (want.abs() + rms))
+    return float(ratio.nan_to_num(nan=torch.inf).max())
+
+
+def close(got, want, dtype=None, grad=False, factor=1.0, name="value"):
+    """Asserts that `got` is as close to `want`, computed in float64, as its dtype promises."""
+    dtype = dtype or got.dtype
+    bound = (GRAD_BOUND if grad else VALUE_BOUND)[dtype] * factor * torch.finfo(dtype).eps
+    # numbers that small are flushed to zero, or have few digits (float16 keeps its subnormals)
+    floor = 6e-8 if dtype is torch.float16 else 16 * torch.finfo(dtype).tiny
+    found = error(got, want, floor)
+    assert found <= bound, f"{name}: relative error {found:.3g}, allowed {bound:.3g} for {dtype}"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str  # torch_ext.NAME and torch.ops.torch_ext.NAME
+    arguments: tuple[str, ...]  # the inputs that run over time, (B, T, D), in order
+    draw: Callable  # (name of an argument, shape, generator) -> float64 (or complex128) sample
+    layer: type  # a module around the operator, as a user writes one
+    variants: tuple[dict, ...] = ({},)  # every combination of options
+    dtypes: tuple[torch.dtype, ...] = REAL
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def function(self):
+        return getattr(torch_ext, self.name)
+
+    @property
+    def reference(self):
+        return getattr(torch_ext, self.name + "_reference")
+
+    @property
+    def step(self):
+        return getattr(torch_ext, self.name + "_step")
+
+    @property
+    def step_(self):
+        return getattr(torch_ext, self.name + "_step_")
+
+    @property
+    def op(self):
+        return getattr(torch.ops.torch_ext, self.name).default
+
+    @property
+    def backward_op(self):
+        return getattr(torch.ops.torch_ext, self.name + "_backward").default
+
+    @property
+    def operators(self):
+        """The dispatcher's operators that belong to this case."""
+        return {f"torch_ext::{self.name}{tail}" for tail in ("", "_backward", "_step", "_step_")}
+
+    def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
+        """Sample inputs and, where `state`, the initial state (`state` rows of it if it is a number)."""
+        out = [self.sample(a, (B, T, D), dtype, generator) for a in self.arguments]
+        if state is not False and state is not None:
+            rows = B if state is True else state
+            out.append(self.sample("state", (rows, D), state_dtype(dtype), generator))
+        return [x.to(device).requires_grad_(grad) for x in out]
+
+    def sample(self, argument, shape, dtype, generator):
+        x = self.draw(argument, shape, generator, WIDE.get(dtype, torch.float64))
+        return x.to(dtype)
+
+    def bind(self, function=None, **options):
+        """The function of the leaves alone: f(*inputs) or f(*inputs, initial_state) -> (h, final_state)."""
+        function, n = function or self.function, len(self.arguments)
+
+        def bound(*leaves):
+            return function(*leaves[:n], leaves[n] if len(leaves) > n else None, **options)
+
+        return bound
+
+    def bind_step(self, function=None, **options):
+        """f(*inputs, state) -> (h, state)."""
+        function = function or self.step
+        return lambda *leaves, **k: function(*leaves, **options, **k)
+
+
+def normal(argument, shape, generator, dtype):
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def remembers(shape):
+    """Every second channel keeps its state for hundreds of steps, so that an error far back shows."""
+    return torch.arange(shape[-1]) % 2 == 1
+
+
+def draw_scan(argument, shape, generator, dtype):
+    """Decays of either sign up to the unit circle, some exactly 0 and some exactly 1."""
+    if argument != "a":
+        return normal(argument, shape, generator, dtype)
+    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    a = torch.where(remembers(shape), 1 - u / 256, u)
+    angle = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if dtype.is_complex:
+        return torch.polar(a, angle)
+    a = torch.where(u < 0.02, 1.0, torch.where((u > 0.98) & ~remembers(shape), 0.0, a))
+    return torch.where(angle < -1, -a, a)
+
+
+def draw_gates(argument, shape, generator, dtype):
+    """Pre-activations on both flanks of the sigmoid; candidates of both signs."""
+    x = normal(argument, shape, generator, dtype)
+    shift = {"gate": -6, "forget_gate": 3, "input_gate": -3}.get(argument)
+    return x if shift is None else 2 * x + torch.where(remembers(shape), shift, 0)
+
+
+class Layer(nn.Module):
+    """A projection, the recurrence, a projection back: (B, T, size) -> (B, T, size)."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.inp = nn.Linear(size, self.width * size)
+        self.out = nn.Linear(size, size)
+
+
+class LinearScanLayer(Layer):
+    width = 2
+
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        a, b = self.inp(x).chunk(2, -1)
+        h, state = torch_ext.linear_scan(torch.sigmoid(a), b, state)
+        return self.out(h), state
+
+
+class MinGRULayer(Layer):
+    width = 2
+
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        gate, candidate = self.inp(x).chunk(2, -1)
+        h, state = torch_ext.min_gru(gate, candidate, state, activation="g")
+        return self.out(h), state
+
+
+class MinLSTMLayer(Layer):
+    width = 3
+
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        f, i, candidate = self.inp(x).chunk(3, -1)
+        h, state = torch_ext.min_lstm(f, i, candidate, state, normalize=False)
+        return self.out(h), state
+
+
+CASES = (
+    Case("linear_scan", ("a", "b"), draw_scan, LinearScanLayer, dtypes=REAL + COMPLEX),
+    Case(
+        "min_gru",
+        ("gate", "candidate"),
+        draw_gates,
+        MinGRULayer,
+        ({"activation": "identity"}, {"activation": "g"}),
+    ),
+    Case(
+        "min_lstm",
+        ("forget_gate", "input_gate", "candidate"),
+        draw_gates,
+        MinLSTMLayer,
+        (
+            {"activation": "identity", "normalize": True},
+            {"activation": "g", "normalize": True},
+            {"activation": "identity", "normalize": False},
+            {"activation": "g", "normalize": False},
+        ),
+    ),
+)
+
+# Every length, batch and width that has its own path somewhere (empty, one, below and above a vector and a
+# tile of time), each at least twice; the full product would add time and no path.
+SHAPES = (
+    (3, 0, 5),
+    (0, 7, 16),
+    (1, 7, 0),
+    (1, 1, 1),
+    (3, 2, 33),
+    (1, 2, 100),
+    (3, 7, 5),
+    (1, 7, 16),
+    (1, 64, 1),
+    (3, 64, 33),
+    (1, 64, 100),
+    (1, 257, 16),
+    (3, 257, 5),
+    (0, 0, 0),
+)
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def label(options):
+    return "-".join(
+        (key if value else "no_" + key) if isinstance(value, bool) else str(value)
+        for key, value in options.items()
+    )
+
+
+def over(dtypes=None, variants=True, cases=CASES):
+    """Parametrises a test over `case`, its `options` (the first alone where not `variants`) and, where
+    `dtypes` is a tuple or "all", over those `dtype`s that the operator takes."""
+    names = ["case"] + ["options"] * variants + ["dtype"] * (dtypes is not None)
+    values = []
+    for case in cases:
+        for options in case.variants if variants else [None]:
+            for dtype in case.dtypes if dtypes == "all" else dtypes or [None]:
+                if dtype is not None and dtype not in case.dtypes:
+                    continue
+                row = [case] + [options] * variants + [dtype] * (dtypes is not None)
+                text = [case.name, variants and label(options), dtype and short(dtype)]
+                values.append(pytest.param(*row, id="-".join(t for t in text if t)))
+    return pytest.mark.parametrize(names, values)
+
+
+def cotangents(outputs, generator):
+    """Random gradients for these outputs: the same numbers whatever the outputs' dtype can hold of them."""
+    out = []
+    for x in outputs:
+        g = torch.randn(x.shape, generator=generator, dtype=WIDE.get(x.dtype, torch.float64))
+        out.append(g.to(x.dtype).to(x.device))
+    return out
+
+
+def gradients(f, leaves, through=(0, 1), weights=None, generator=None, unused=False):
+    """Gradients of every leaf that asks for one, through these outputs of f, under these cotangents.
+
+    A leaf that is cut off is an error, or, where `unused` allows that (a reference that never touches it
+    because there is no step), has gradient zero."""
+    outputs = f(*leaves)
+    outputs = [outputs[i] for i in through]
+    weights = cotangents(outputs, generator) if weights is None else weights
+    pairs = [p for p in zip(outputs, weights, strict=True) if p[0].requires_grad or not unused]
+    wanted = [x for x in leaves if x.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in wanted]
+    outputs, weights = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=unused)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
+
+
+def bounds(lengths):
+    return [0, *accumulate(lengths)]

@@ -1,0 +1,430 @@
+// The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, streaming, padding, training, saving, loading. That they
+// compute what the Python modules compute is checked by parity.py.
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/torch.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <string>
+
+#include "random.h"
+#include "torch_ext/nn.h"
+
+namespace torch_ext::test {
+namespace {
+
+using torch::Tensor;
+using namespace torch_ext::nn;
+
+void expect_close(const Tensor& got, const Tensor& want, double tolerance = 1e-5) {
+  ASSERT_EQ(got.sizes(), want.sizes());
+  EXPECT_TRUE(torch::allclose(got, want, tolerance, tolerance))
+      << "largest difference " << (got - want).abs().max().item<double>();
+}
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+#define EXPECT_MESSAGE(call, text) \
+  EXPECT_PRED_FORMAT2(::testing::IsSubstring, text, message_of([&] { call; }))
+
+// A file that is gone afterwards.
+class TemporaryFile {
+ public:
+  TemporaryFile()
+      : path_((std::filesystem::temp_directory_path() /
+               ("torch_ext_test_" + std::to_string(::getpid()) + "_" + std::to_string(count_++)))
+                  .string()) {}
+  ~TemporaryFile() { std::remove(path_.c_str()); }
+  const std::string& path() const { return path_; }
+
+ private:
+  static inline int count_ = 0;
+  std::string path_;
+};
+
+// Both layers through the same tests.
+template <class M>
+struct OptionsOf;
+template <>
+struct OptionsOf<MinGRU> {
+  using type = MinGRUOptions;
+};
+template <>
+struct OptionsOf<MinLSTM> {
+  using type = MinLSTMOptions;
+};
+
+template <class M>
+class Layer : public ::testing::Test {
+ protected:
+  using Options = typename OptionsOf<M>::type;
+  void SetUp() override { torch::manual_seed(seed()); }
+};
+using Layers = ::testing::Types<MinGRU, MinLSTM>;
+TYPED_TEST_SUITE(Layer, Layers);
+
+TYPED_TEST(Layer, HasTorchsShapes) {
+  using Options = typename TestFixture::Options;
+  const Tensor x = torch::randn({7, 3, 5}); // (T, B, input_size)
+  TypeParam rnn(Options(5, 4).num_layers(2).bidirectional(true));
+  const auto [y, state] = rnn->forward(x);
+  EXPECT_EQ(y.sizes(), (torch::IntArrayRef{7, 3, 8}));
+  EXPECT_EQ(state.sizes(), (torch::IntArrayRef{4, 3, 4}));
+  EXPECT_EQ(rnn->init_state(3).sizes(), state.sizes());
+
+  rnn->options.batch_first(true);
+  const auto [y_first, state_first] = rnn->forward(x.transpose(0, 1));
+  expect_close(y_first.transpose(0, 1), y);
+  expect_close(state_first, state);
+
+  const auto [y_alone, state_alone] = rnn->forward(x.select(1, 1));
+  expect_close(y_alone, y.select(1, 1));
+  expect_close(state_alone, state.select(1, 1));
+  const auto [y_given, state_given] = rnn->forward(x.select(1, 1), torch::zeros({4, 4}));
+  expect_close(y_given, y_alone);
+}
+
+TYPED_TEST(Layer, HasPythonsParameters) {
+  using Options = typename TestFixture::Options;
+  constexpr int64_t gates = std::is_same_v<TypeParam, MinGRU> ? 2 : 3;
+  TypeParam rnn(Options(5, 4).num_layers(2).bidirectional(true));
+  const auto parameters = rnn->named_parameters();
+  const std::vector<std::string> names = {
+      "weight_ih_l0", "bias_ih_l0", "weight_ih_l0_reverse", "bias_ih_l0_reverse",
+      "weight_ih_l1", "bias_ih_l1", "weight_ih_l1_reverse", "bias_ih_l1_reverse"};
+  EXPECT_EQ(parameters.keys(), names);
+  EXPECT_EQ(parameters["weight_ih_l0"].sizes(), (torch::IntArrayRef{gates * 4, 5}));
+  EXPECT_EQ(parameters["weight_ih_l1_reverse"].sizes(), (torch::IntArrayRef{gates * 4, 8}));
+  EXPECT_EQ(parameters["bias_ih_l1"].sizes(), (torch::IntArrayRef{gates * 4}));
+  for (const auto& each : parameters)
+    EXPECT_LE(each.value().abs().max().template item<float>(), 0.5f);
+  EXPECT_EQ(TypeParam(Options(5, 4).bias(false))->named_parameters().size(), 1u);
+}
+
+TYPED_TEST(Layer, ChunksAndStepsAreTheSequence) {
+  using Options = typename TestFixture::Options;
+  TypeParam rnn(Options(5, 4).num_layers(3).batch_first(true).activation("g"));
+  const Tensor x = torch::randn({2, 9, 5}), start = torch::rand({3, 2, 4});
+  const auto [y, last] = rnn->forward(x, start);
+
+  const auto [first, between] = rnn->forward(x.slice(1, 0, 4), start);
+  const auto [second, end] = rnn->forward(x.slice(1, 4), between);
+  expect_close(torch::cat({first, second}, 1), y);
+  expect_close(end, last);
+
+  Tensor state = start, y_t;
+  for (int64_t t = 0; t < 9; ++t) {
+    std::tie(y_t, state) = rnn->step(x.select(1, t), state);
+    expect_close(y_t, y.select(1, t));
+  }
+  expect_close(state, last);
+}
+
+TYPED_TEST(Layer, PaddingDoesNotCount) {
+  using Options = typename TestFixture::Options;
+  TypeParam rnn(Options(5, 4).num_layers(2).batch_first(true).bidirectional(true));
+  Tensor x = torch::randn({4, 6, 5});
+  const std::vector<int64_t> lengths = {6, 2, 0, 5};
+  for (int64_t row = 0; row < 4; ++row) {
+    x[row].slice(0, lengths[size_t(row)]).fill_(std::numeric_limits<float>::quiet_NaN());
+  }
+  x.requires_grad_();
+  const Tensor start = torch::randn({4, 4, 4});
+  const auto [y, state] = rnn->forward(x, start, torch::tensor(lengths));
+  for (int64_t row = 0; row < 4; ++row) {
+    const int64_t length = lengths[size_t(row)];
+    const auto [want, want_state] =
+        rnn->forward(x.slice(0, row, row + 1).slice(1, 0, length), start.slice(1, row, row + 1));
+    expect_close(y.slice(0, row, row + 1).slice(1, 0, length), want);
+    expect_close(state.slice(1, row, row + 1), want_state);
+    EXPECT_EQ(y[row].slice(0, length).abs().sum().template item<float>(), 0);
+  }
+  (y.sum() + state.sum()).backward();
+  for (const Tensor& each : rnn->parameters()) {
+    EXPECT_TRUE(each.grad().isfinite().all().template item<bool>());
+  }
+}
+
+TYPED_TEST(Layer, Learns) {
+  using Options = typename TestFixture::Options;
+  // The running mean of the first channel over the last ten steps.
+  TypeParam rnn(Options(3, 16).num_layers(2).batch_first(true));
+  torch::nn::Linear head(16, 1);
+  auto parameters = rnn->parameters();
+  for (const Tensor& each : head->parameters()) parameters.push_back(each);
+  torch::optim::Adam adam(parameters, torch::optim::AdamOptions(1e-2));
+  double first = 0, last = 0;
+  for (int i = 0; i < 150; ++i) {
+    const Tensor x = torch::randn({16, 40, 3});
+    const Tensor sum = x.select(2, 0).cumsum(1);
+    const Tensor target = (sum - torch::constant_pad_nd(sum, {10, 0}).slice(1, 0, 40)) / 10;
+    adam.zero_grad();
+    const Tensor loss =
+        torch::mse_loss(head->forward(std::get<0>(rnn->forward(x))).squeeze(-1), target);
+    loss.backward();
+    adam.step();
+    if (i == 0) first = loss.item<double>();
+    last = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.4 * first);
+}
+
+TYPED_TEST(Layer, IsSavedClonedMovedAndPrinted) {
+  using Options = typename TestFixture::Options;
+  const auto options = Options(5, 4).num_layers(2).batch_first(true);
+  TypeParam rnn(options), loaded(options), read(options);
+  const Tensor x = torch::randn({2, 6, 5});
+  const Tensor y = std::get<0>(rnn->forward(x));
+  const TemporaryFile file;
+  torch::save(rnn, file.path());
+  torch::load(loaded, file.path());
+  EXPECT_TRUE(torch::equal(std::get<0>(loaded->forward(x)), y));
+  load_state_dict(read, file.path());
+  EXPECT_TRUE(torch::equal(std::get<0>(read->forward(x)), y));
+
+  auto copy = std::dynamic_pointer_cast<typename TypeParam::ContainedType>(rnn->clone());
+  ASSERT_TRUE(copy);
+  EXPECT_TRUE(torch::equal(std::get<0>(copy->forward(x)), y));
+  {
+    const torch::NoGradGuard no_grad;
+    for (Tensor& each : copy->parameters()) each.zero_();
+  }
+  EXPECT_TRUE(torch::equal(std::get<0>(rnn->forward(x)), y)) << "the copy shares parameters";
+
+  rnn->to(torch::kDouble);
+  const auto [in_double, state] = rnn->forward(x.to(torch::kDouble));
+  EXPECT_EQ(in_double.scalar_type(), torch::kDouble);
+  EXPECT_EQ(state.scalar_type(), torch::kDouble);
+  expect_close(in_double.to(torch::kFloat), y);
+  rnn->to(torch::kBFloat16);
+  const auto [in_half, half_state] = rnn->forward(x.to(torch::kBFloat16));
+  EXPECT_EQ(in_half.scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(half_state.scalar_type(), torch::kFloat);
+
+  EXPECT_NE(c10::str(rnn).find("hidden_size=4, num_layers=2"), std::string::npos);
+  torch::nn::AnyModule any(rnn);
+  const auto [y_any, state_any] = any.forward<std::tuple<Tensor, Tensor>>(x.to(torch::kBFloat16));
+  EXPECT_TRUE(torch::equal(y_any, in_half));
+}
+
+TYPED_TEST(Layer, DropsOutOnlyInTrainingAndBetweenLayers) {
+  using Options = typename TestFixture::Options;
+  TypeParam rnn(Options(5, 32).num_layers(2).dropout(0.5));
+  const Tensor x = torch::randn({6, 2, 5});
+  EXPECT_FALSE(torch::equal(std::get<0>(rnn->forward(x)), std::get<0>(rnn->forward(x))));
+  EXPECT_GT(std::get<0>(rnn->forward(x)).abs().min().template item<float>(), 0);
+  rnn->eval();
+  EXPECT_TRUE(torch::equal(std::get<0>(rnn->forward(x)), std::get<0>(rnn->forward(x))));
+}
+
+TYPED_TEST(Layer, RunsUnderAutocastWithAFloatState) {
+  using Options = typename TestFixture::Options;
+  TypeParam rnn(Options(5, 4));
+  const Tensor x = torch::randn({6, 2, 5});
+  const Tensor want = std::get<0>(rnn->forward(x));
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const auto [y, state] = rnn->forward(x);
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(y.scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(state.scalar_type(), torch::kFloat);
+  expect_close(y.to(torch::kFloat), want, 0.03);
+}
+
+TYPED_TEST(Layer, GateBiasInitIsLongMemory) {
+  using Options = typename TestFixture::Options;
+  constexpr bool gru = std::is_same_v<TypeParam, MinGRU>;
+  TypeParam fixed(Options(5, 4).gate_bias_init(3.0));
+  const Tensor bias = fixed->named_parameters()["bias_ih_l0"];
+  EXPECT_TRUE((bias.slice(0, 0, 4) == 3).all().template item<bool>());
+  if (!gru) {
+    EXPECT_TRUE((bias.slice(0, 4, 8) == -3).all().template item<bool>());
+  }
+  TypeParam spread(Options(5, 400).gate_bias_init(GateBiasInit(10, 100)));
+  Tensor logit = spread->named_parameters()["bias_ih_l0"].slice(0, 0, 400);
+  if (gru) logit = -logit;
+  const Tensor steps = 1 / (1 - torch::sigmoid(logit));
+  EXPECT_GE(steps.min().template item<float>(), 9.99);
+  EXPECT_LE(steps.max().template item<float>(), 100.1);
+  EXPECT_NEAR(steps.mean().template item<float>(), 55, 6);
+}
+
+TYPED_TEST(Layer, SaysWhatIsWrong) {
+  using Options = typename TestFixture::Options;
+  const std::string name = std::is_same_v<TypeParam, MinGRU> ? "MinGRU" : "MinLSTM";
+  TypeParam rnn(Options(5, 4).num_layers(2).batch_first(true));
+  const Tensor x = torch::randn({2, 6, 5});
+  EXPECT_MESSAGE(rnn->forward(x.slice(2, 0, 4)), name + ": x has shape (2, 6, 4)");
+  EXPECT_MESSAGE(rnn->forward(x.unsqueeze(0)), name + ": x has shape (1, 2, 6, 5)");
+  EXPECT_MESSAGE(rnn->forward(Tensor()), name + ": x is undefined");
+  EXPECT_MESSAGE(rnn->forward(x.to(torch::kDouble)), name + ": x has dtype float64");
+  EXPECT_MESSAGE(rnn->forward(x, torch::zeros({2, 3, 4})), name + ": state has shape (2, 3, 4)");
+  EXPECT_MESSAGE(rnn->forward(x[0], torch::zeros({2, 1, 4})), name + ": state has shape (2, 1, 4)");
+  EXPECT_MESSAGE(
+      rnn->forward(x, {}, torch::tensor({1, 7})), name + ": lengths has values from 1 to 7");
+  EXPECT_MESSAGE(rnn->forward(x, {}, torch::tensor({1, 2, 3})), name + ": lengths has shape (3,)");
+  EXPECT_MESSAGE(rnn->forward(x, {}, torch::tensor({1., 2.})), name + ": lengths has dtype");
+  EXPECT_MESSAGE(rnn->forward(x[0], {}, torch::tensor({1})), name + ": lengths is given");
+  EXPECT_MESSAGE(rnn->step(x, rnn->init_state(2)), name + ".step: x has shape (2, 6, 5)");
+  EXPECT_MESSAGE(rnn->step(x.select(1, 0), Tensor()), name + ": state has shape none");
+  EXPECT_MESSAGE(TypeParam(Options(0, 4)), name + ": input_size is 0");
+  EXPECT_MESSAGE(TypeParam(Options(5, 4).num_layers(0)), name + ": num_layers is 0");
+  EXPECT_MESSAGE(TypeParam(Options(5, 4).dropout(1.5)), name + ": dropout is 1.5");
+  EXPECT_MESSAGE(TypeParam(Options(5, 4).activation("relu")), name + ": activation is \"relu\"");
+  EXPECT_MESSAGE(
+      TypeParam(Options(5, 4).bias(false).gate_bias_init(1.0)), name + ": gate_bias_init is given");
+  EXPECT_MESSAGE(
+      TypeParam(Options(5, 4).gate_bias_init(GateBiasInit(5, 2))),
+      name + ": gate_bias_init is (5, 2)");
+  TypeParam both(Options(5, 4).bidirectional(true));
+  EXPECT_MESSAGE(
+      both->step(x.select(1, 0), both->init_state(2)), name + ".step: bidirectional is true");
+}
+
+// ---- the block and the language model ----
+
+class Block : public ::testing::TestWithParam<MinRNNBlockOptions> {
+ protected:
+  void SetUp() override { torch::manual_seed(seed()); }
+};
+
+TEST_P(Block, ChunksAndStepsAreTheSequence) {
+  MinRNNBlock block(GetParam());
+  const Tensor x = torch::randn({2, 9, 6});
+  const auto [y, last] = block->forward(x);
+  EXPECT_EQ(y.sizes(), x.sizes());
+  std::optional<MinRNNState> state;
+  std::vector<Tensor> parts;
+  for (const auto& [begin, end] : {std::pair(0, 2), {2, 2}, {2, 3}, {3, 9}}) {
+    auto [part, new_state] = block->forward(x.slice(1, begin, end), state);
+    parts.push_back(part);
+    state = new_state;
+  }
+  expect_close(torch::cat(parts, 1), y);
+  expect_close(std::get<0>(*state), std::get<0>(last));
+  expect_close(std::get<1>(*state), std::get<1>(last));
+  MinRNNState stepped = block->init_state(2);
+  for (int64_t t = 0; t < 9; ++t) {
+    auto [y_t, new_state] = block->step(x.select(1, t), stepped);
+    expect_close(y_t, y.select(1, t));
+    stepped = new_state;
+  }
+  auto copy = std::dynamic_pointer_cast<MinRNNBlockImpl>(block->clone());
+  expect_close(std::get<0>(copy->forward(x)), y, 0);
+  const TemporaryFile file;
+  torch::save(block, file.path());
+  MinRNNBlock loaded(GetParam());
+  load_state_dict(loaded, file.path());
+  expect_close(std::get<0>(loaded->forward(x)), y, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, Block,
+    ::testing::Values(
+        MinRNNBlockOptions(6), MinRNNBlockOptions(6).layer("min_lstm").norm("rms_norm"),
+        MinRNNBlockOptions(6).conv_width(1).expansion(1.5).mlp_ratio(1).activation("g")));
+
+TEST(BlockMessages, SayWhatIsWrong) {
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(0)), "MinRNNBlock: dim is 0");
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).layer("gru")), "MinRNNBlock: layer is \"gru\"");
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).norm("none")), "MinRNNBlock: norm is \"none\"");
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).conv_width(0)), "MinRNNBlock: conv_width is 0");
+  EXPECT_MESSAGE(
+      MinRNNBlock(MinRNNBlockOptions(4).expansion(0.1)), "MinRNNBlock: expansion is 0.1");
+  MinRNNBlock block(MinRNNBlockOptions(4));
+  EXPECT_MESSAGE(block->forward(torch::zeros({1, 2, 5})), "MinRNNBlock: x has shape (1, 2, 5)");
+  EXPECT_MESSAGE(
+      block->forward(torch::zeros({1, 2, 4}), block->init_state(2)),
+      "MinRNNBlock: the first tensor of state has shape (2, 4, 3)");
+}
+
+TEST(LanguageModel, LearnsAndContinues) {
+  torch::manual_seed(seed());
+  MinRNNLM model(MinRNNLMOptions(8, 16, 2));
+  torch::optim::Adam adam(model->parameters(), torch::optim::AdamOptions(1e-2));
+  const Tensor text = (torch::arange(64) * 3 % 8).view({1, 64}); // 0 3 6 1 4 7 2 5
+  double first = 0, last = 0;
+  for (int i = 0; i < 60; ++i) {
+    adam.zero_grad();
+    const Tensor logits = model->forward(text.slice(1, 0, 63));
+    const Tensor loss =
+        torch::nn::functional::cross_entropy(logits.transpose(1, 2), text.slice(1, 1));
+    loss.backward();
+    adam.step();
+    if (i == 0) first = loss.item<double>();
+    last = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.1 * first);
+  model->eval();
+  EXPECT_TRUE(torch::equal(model->generate(text.slice(1, 0, 5), 20, 0.0), text.slice(1, 0, 25)));
+  EXPECT_EQ(model->generate(text.slice(1, 0, 5), 4, 1.0, 2).sizes(), (torch::IntArrayRef{1, 9}));
+  EXPECT_EQ(model->generate(text.slice(1, 0, 5), 0).sizes(), (torch::IntArrayRef{1, 5}));
+  const auto [logits, state] = model->prefill(text.slice(1, 0, 5));
+  const auto [next, next_state] = model->step(text.select(1, 5), state);
+  expect_close(next, model->forward(text.slice(1, 0, 6)).select(1, 5), 1e-4);
+  EXPECT_MESSAGE(
+      model->generate(text.slice(1, 0, 0), 2), "MinRNNLM.generate: ids has shape (1, 0)");
+  EXPECT_MESSAGE(model->forward(text[0]), "MinRNNLM: ids has shape (64,)");
+}
+
+// ---- weights ----
+
+TEST(StateDict, OfAFileThatPythonCouldHaveWritten) {
+  MinGRU rnn(3, 2), other(3, 2);
+  c10::Dict<std::string, Tensor> dict;
+  for (const auto& each : rnn->named_parameters()) {
+    dict.insert("encoder.rnn." + each.key(), each.value().detach().to(torch::kDouble));
+  }
+  dict.insert("head.weight", torch::zeros({1}));
+  const TemporaryFile file;
+  const auto bytes = torch::jit::pickle_save(dict);
+  std::ofstream(file.path(), std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
+
+  EXPECT_EQ(read_state_dict(file.path()).size(), 3u);
+  load_state_dict(other, file.path(), "encoder.rnn");
+  EXPECT_EQ(other->parameters()[0].scalar_type(), torch::kFloat);
+  for (size_t i = 0; i < 2; ++i)
+    EXPECT_TRUE(torch::equal(other->parameters()[i], rnn->parameters()[i]));
+  EXPECT_MESSAGE(load_state_dict(other, file.path(), "decoder"), "starts with \"decoder.\"");
+}
+
+TEST(StateDict, NamesEveryProblemAndChangesNothing) {
+  MinGRU rnn(3, 2);
+  const Tensor before = rnn->parameters()[0].detach().clone();
+  StateDict dict;
+  dict.insert("weight_ih_l0", torch::zeros({4, 3}));
+  dict.insert("bias_hh_l0", torch::zeros({4}));
+  EXPECT_MESSAGE(load_state_dict(rnn, dict), "missing: bias_ih_l0; unexpected: bias_hh_l0");
+  StateDict wrong_shape;
+  wrong_shape.insert("weight_ih_l0", torch::zeros({4, 3}));
+  wrong_shape.insert("bias_ih_l0", torch::zeros({6}));
+  EXPECT_MESSAGE(
+      load_state_dict(rnn, wrong_shape),
+      "of another shape: bias_ih_l0 has shape [6], expected [4]");
+  EXPECT_TRUE(torch::equal(rnn->parameters()[0], before));
+}
+
+TEST(StateDict, SaysWhatAFileIsNot) {
+  MinGRU rnn(3, 2);
+  EXPECT_MESSAGE(load_state_dict(rnn, "/no/such/file.pt"), "cannot open /no/such/file.pt");
+  const TemporaryFile text;
+  std::ofstream(text.path()) << "not a zip archive";
+  EXPECT_MESSAGE(load_state_dict(rnn, text.path()), "is damaged or not a file that torch saved");
+  const TemporaryFile tensor;
+  const auto bytes = torch::jit::pickle_save(torch::zeros({2}));
+  std::ofstream(tensor.path(), std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
+  EXPECT_MESSAGE(load_state_dict(rnn, tensor.path()), "holds a Tensor, expected a dictionary");
+}
+
+} // namespace
+} // namespace torch_ext::test

@@ -1,0 +1,305 @@
+// The operators as a C++ program calls them (torch_ext/ops.h): values and gradients against the same recurrence written with
+// torch's own operations, states, sequences end to end, steps, and what bad arguments say.
+#include <torch/torch.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "random.h"
+#include "torch_ext/ops.h"
+
+namespace torch_ext::test {
+namespace {
+
+using torch::Tensor;
+
+// One operator: its inputs' number, itself, and its recurrence h = a h_before + b by torch's operations.
+struct Operator {
+  std::string name;
+  size_t num_inputs;
+  std::function<TensorPair(
+      const std::vector<Tensor>&, const OptionalTensor& state, const OptionalTensor& cu_seqlens,
+      bool reverse)>
+      run;
+  std::function<TensorPair(
+      const std::vector<Tensor>&, const Tensor& state, const OptionalTensor& indices)>
+      step;
+  std::function<Tensor(const std::vector<Tensor>&, Tensor& state, const OptionalTensor& indices)>
+      step_;
+  std::function<std::pair<Tensor, Tensor>(const std::vector<Tensor>&)> coefficients;
+
+  friend void PrintTo(const Operator& op, std::ostream* out) { *out << op.name; }
+};
+
+Tensor activate(const Tensor& x, const std::string& activation) {
+  return activation == "g" ? torch::where(x >= 0, x + 0.5, torch::sigmoid(x)) : x;
+}
+
+using Tensors = std::vector<Tensor>;
+
+Operator linear_scan_case() {
+  return {
+      "linear_scan",
+      2,
+      [](const Tensors& x, const OptionalTensor& s, const OptionalTensor& c, bool r) {
+        return linear_scan(x[0], x[1], s, c, r);
+      },
+      [](const Tensors& x, const Tensor& s, const OptionalTensor& i) {
+        return linear_scan_step(x[0], x[1], s, i);
+      },
+      [](const Tensors& x, Tensor& s, const OptionalTensor& i) {
+        return linear_scan_step_(x[0], x[1], s, i);
+      },
+      [](const Tensors& x) { return std::pair(x[0], x[1]); }};
+}
+Operator min_gru_case(const std::string& activation) {
+  return {
+      "min_gru_" + activation,
+      2,
+      [=](const Tensors& x, const OptionalTensor& s, const OptionalTensor& c, bool r) {
+        return min_gru(x[0], x[1], s, activation, c, r);
+      },
+      [=](const Tensors& x, const Tensor& s, const OptionalTensor& i) {
+        return min_gru_step(x[0], x[1], s, i, activation);
+      },
+      [=](const Tensors& x, Tensor& s, const OptionalTensor& i) {
+        return min_gru_step_(x[0], x[1], s, i, activation);
+      },
+      [=](const Tensors& x) {
+        const Tensor z = torch::sigmoid(x[0]);
+        return std::pair(1 - z, z * activate(x[1], activation));
+      }};
+}
+Operator min_lstm_case(const std::string& activation, bool normalize) {
+  return {
+      "min_lstm_" + activation + (normalize ? "" : "_raw"),
+      3,
+      [=](const Tensors& x, const OptionalTensor& s, const OptionalTensor& c, bool r) {
+        return min_lstm(x[0], x[1], x[2], s, activation, normalize, c, r);
+      },
+      [=](const Tensors& x, const Tensor& s, const OptionalTensor& i) {
+        return min_lstm_step(x[0], x[1], x[2], s, i, activation, normalize);
+      },
+      [=](const Tensors& x, Tensor& s, const OptionalTensor& i) {
+        return min_lstm_step_(x[0], x[1], x[2], s, i, activation, normalize);
+      },
+      [=](const Tensors& x) {
+        Tensor f = torch::sigmoid(x[0]), i = torch::sigmoid(x[1]);
+        if (normalize) {
+          const Tensor sum = f + i;
+          f = f / sum;
+          i = i / sum;
+        }
+        return std::pair(f, i * activate(x[2], activation));
+      }};
+}
+
+class Ops : public ::testing::TestWithParam<Operator> {
+ protected:
+  void SetUp() override { torch::manual_seed(seed()); }
+  const Operator& op() const { return GetParam(); }
+  Tensors inputs(torch::IntArrayRef shape, torch::ScalarType dtype = torch::kDouble) const {
+    Tensors x;
+    for (size_t i = 0; i < op().num_inputs; ++i) {
+      x.push_back(torch::randn(shape, torch::TensorOptions().dtype(dtype)));
+    }
+    if (op().name == "linear_scan") x[0] = torch::tanh(x[0]);
+    for (Tensor& each : x) each.requires_grad_();
+    return x;
+  }
+  TensorPair loop(const Tensors& x, Tensor state, bool reverse) const {
+    const auto [a, b] = op().coefficients(x);
+    const int64_t T = a.size(1);
+    Tensors h(size_t(T), state);
+    for (int64_t n = 0; n < T; ++n) {
+      const int64_t t = reverse ? T - 1 - n : n;
+      state = a.select(1, t) * state + b.select(1, t);
+      h[size_t(t)] = state;
+    }
+    return {torch::stack(h, 1), state};
+  }
+  Random random;
+};
+
+// The gradients of both outputs, weighed by fixed random numbers, with respect to `x`.
+Tensors gradients(const TensorPair& outputs, const Tensors& x, bool create_graph = false) {
+  Tensors weights;
+  for (const Tensor& y : {std::get<0>(outputs), std::get<1>(outputs)}) {
+    weights.push_back(torch::linspace(-1, 1, y.numel(), y.options()).cos().view(y.sizes()));
+  }
+  return torch::autograd::grad(
+      {std::get<0>(outputs), std::get<1>(outputs)}, x, weights, true, create_graph);
+}
+
+void expect_close(const Tensor& got, const Tensor& want, double tolerance = 1e-10) {
+  ASSERT_EQ(got.sizes(), want.sizes());
+  EXPECT_TRUE(torch::allclose(got, want.to(got.scalar_type()), tolerance, tolerance))
+      << "largest difference " << (got - want).abs().max().item<double>();
+}
+
+TEST_P(Ops, ValuesAndGradientsAreThoseOfALoop) {
+  for (const bool reverse : {false, true}) {
+    Tensors x = inputs({2, 7, 5});
+    Tensor state = torch::randn({2, 5}, torch::kDouble).requires_grad_();
+    const auto got = op().run(x, state, {}, reverse);
+    const auto want = loop(x, state, reverse);
+    expect_close(std::get<0>(got), std::get<0>(want));
+    expect_close(std::get<1>(got), std::get<1>(want));
+    Tensors leaves = x;
+    leaves.push_back(state);
+    const Tensors got_grad = gradients(got, leaves, true),
+                  want_grad = gradients(want, leaves, true);
+    for (size_t i = 0; i < leaves.size(); ++i) expect_close(got_grad[i], want_grad[i]);
+    const auto second = [&](const Tensors& grad) {
+      Tensor sum = torch::zeros({}, torch::kDouble);
+      for (const Tensor& each : grad) sum = sum + (each * each).sum();
+      return torch::autograd::grad({sum}, leaves);
+    };
+    const Tensors got_second = second(got_grad), want_second = second(want_grad);
+    for (size_t i = 0; i < leaves.size(); ++i) expect_close(got_second[i], want_second[i], 1e-8);
+  }
+}
+
+TEST_P(Ops, NoStateIsZeros) {
+  const Tensors x = inputs({3, 4, 2}, torch::kFloat);
+  const auto got = op().run(x, {}, {}, false);
+  const auto want = op().run(x, torch::zeros({3, 2}), {}, false);
+  EXPECT_TRUE(torch::equal(std::get<0>(got), std::get<0>(want)));
+  EXPECT_TRUE(torch::equal(std::get<1>(got), std::get<1>(want)));
+}
+
+TEST_P(Ops, PackedSequencesAreEachAlone) {
+  const Tensors x = inputs({1, 9, 3});
+  const Tensor state = torch::randn({3, 3}, torch::kDouble);
+  const auto cu_seqlens = torch::tensor({0, 4, 4, 9}, torch::kInt);
+  for (const bool reverse : {false, true}) {
+    const auto [h, final_state] = op().run(x, state, cu_seqlens, reverse);
+    expect_close(final_state[1], state[1]);
+    for (const auto& [s, begin, end] : {std::tuple(0, 0, 4), {2, 4, 9}}) {
+      Tensors part;
+      for (const Tensor& each : x) part.push_back(each.slice(1, begin, end));
+      const auto want = op().run(part, state.slice(0, s, s + 1), {}, reverse);
+      expect_close(h.slice(1, begin, end), std::get<0>(want));
+      expect_close(final_state.slice(0, s, s + 1), std::get<1>(want));
+    }
+  }
+}
+
+TEST_P(Ops, StepsAreTheSequence) {
+  const Tensors x = inputs({2, 6, 4}, torch::kFloat);
+  const auto [h, final_state] = op().run(x, {}, {}, false);
+  Tensor state = torch::zeros({2, 4}), pool = torch::randn({5, 4});
+  const Tensor slots = torch::tensor({3, 1}), before = pool.clone();
+  pool.index_fill_(0, slots, 0);
+  for (int64_t t = 0; t < 6; ++t) {
+    Tensors x_t, detached;
+    for (const Tensor& each : x) {
+      x_t.push_back(each.select(1, t));
+      detached.push_back(each.detach().select(1, t));
+    }
+    Tensor y;
+    std::tie(y, state) = op().step(x_t, state, {});
+    expect_close(y, h.select(1, t), 1e-6);
+    const Tensor in_place = op().step_(detached, pool, slots);
+    expect_close(in_place, h.select(1, t), 1e-6);
+  }
+  expect_close(state, final_state, 1e-6);
+  expect_close(pool.index({slots}), final_state, 1e-6);
+  for (const int64_t untouched : {0, 2, 4}) {
+    EXPECT_TRUE(torch::equal(pool[untouched], before[untouched])) << untouched;
+  }
+  const Tensors want = gradients({h, final_state}, x);
+  const Tensor weights = torch::linspace(-1, 1, 8).cos().view({2, 4});
+  const Tensors through_steps = torch::autograd::grad({state}, x, {weights});
+  const Tensors through_all = torch::autograd::grad({final_state}, x, {weights});
+  for (size_t i = 0; i < x.size(); ++i) expect_close(through_steps[i], through_all[i], 1e-5);
+}
+
+TEST_P(Ops, HalfPrecisionHasAFloatState) {
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    const Tensors x = inputs({2, 5, 3}, dtype);
+    const auto [h, final_state] = op().run(x, {}, {}, false);
+    EXPECT_EQ(h.scalar_type(), dtype);
+    EXPECT_EQ(final_state.scalar_type(), torch::kFloat);
+    EXPECT_EQ(gradients({h, final_state}, x)[0].scalar_type(), dtype);
+  }
+}
+
+TEST_P(Ops, EmptyIsFine) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{0, 4, 3}, {2, 0, 3}, {2, 4, 0}}) {
+    const Tensors x = inputs(shape, torch::kFloat);
+    const Tensor state = torch::randn({shape[0], shape[2]}).requires_grad_();
+    const auto [h, final_state] = op().run(x, state, {}, false);
+    EXPECT_EQ(h.sizes(), torch::IntArrayRef(shape));
+    if (shape[1] == 0) EXPECT_TRUE(torch::equal(final_state, state));
+    (h.sum() + final_state.sum()).backward();
+    EXPECT_EQ(x[0].grad().sizes(), torch::IntArrayRef(shape));
+  }
+}
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+#define EXPECT_MESSAGE(call, text) \
+  EXPECT_PRED_FORMAT2(::testing::IsSubstring, text, message_of([&] { call; }))
+
+TEST(Message, NamesTheArgument) {
+  const Tensor x = torch::randn({4, 8, 6});
+  EXPECT_MESSAGE(min_gru(x, x.slice(2, 0, 3)), "min_gru: candidate has shape (4, 8, 3)");
+  EXPECT_MESSAGE(min_gru(x, x.to(torch::kDouble)), "min_gru: candidate has dtype float64");
+  EXPECT_MESSAGE(min_gru(x, x, torch::zeros({4, 5})), "min_gru: initial_state has shape (4, 5)");
+  EXPECT_MESSAGE(min_gru(x, x, {}, "relu"), "min_gru: activation is \"relu\"");
+  EXPECT_MESSAGE(min_gru(x[0], x[0]), "min_gru: gate has shape (8, 6)");
+  EXPECT_MESSAGE(min_lstm(x, x, x[0]), "min_lstm: candidate has shape (8, 6)");
+  EXPECT_MESSAGE(
+      min_gru_step(x.select(1, 0), x.select(1, 0), torch::zeros({5, 6})),
+      "min_gru_step: state has shape (5, 6)");
+  const Tensor row = x.slice(0, 0, 1);
+  EXPECT_MESSAGE(linear_scan(row, row, {}, torch::tensor({0, 9})), "linear_scan: cu_seqlens");
+  EXPECT_MESSAGE(
+      linear_scan(x, x, {}, torch::tensor({0, 8})), "linear_scan: a has shape (4, 8, 6)");
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, Ops,
+    ::testing::Values(
+        linear_scan_case(), min_gru_case("identity"), min_gru_case("g"),
+        min_lstm_case("identity", true), min_lstm_case("g", true), min_lstm_case("g", false)),
+    [](const auto& each) { return each.param.name; });
+
+TEST(Complex, GradientIsThatOfALoop) {
+  torch::manual_seed(seed());
+  const auto draw = [](torch::IntArrayRef shape) {
+    return torch::randn(shape, torch::kComplexDouble) / 2;
+  };
+  const Tensor a = draw({2, 6, 3}).requires_grad_(), b = draw({2, 6, 3}).requires_grad_();
+  const Tensor state = draw({2, 3}).requires_grad_();
+  const auto [h, final_state] = linear_scan(a, b, state);
+  Tensor want = state;
+  Tensors all;
+  for (int64_t t = 0; t < 6; ++t) {
+    want = a.select(1, t) * want + b.select(1, t);
+    all.push_back(want);
+  }
+  expect_close(torch::view_as_real(h), torch::view_as_real(torch::stack(all, 1)));
+  const auto loss = [](const Tensor& y) { return torch::real(y * y + 3 * y).sum(); };
+  const Tensors leaves = {a, b, state};
+  const Tensors got_grad = torch::autograd::grad({loss(h) + loss(final_state)}, leaves);
+  const Tensors want_grad =
+      torch::autograd::grad({loss(torch::stack(all, 1)) + loss(want)}, leaves);
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    expect_close(torch::view_as_real(got_grad[i]), torch::view_as_real(want_grad[i]));
+  }
+}
+
+TEST(Library, HasAVersion) { EXPECT_NE(std::string(version()), ""); }
+
+} // namespace
+} // namespace torch_ext::test

@@ -1,0 +1,135 @@
+// The C++ half of parity.py: builds the module that a name stands for, loads the weights that Python wrote, and compares
+// with what the Python module answered. Called as: torch_ext_parity NAME FOLDER
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/torch.h>
+
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "torch_ext/nn.h"
+
+using torch::Tensor;
+using namespace torch_ext::nn;
+
+namespace {
+
+StateDict answers; // what Python wrote: x, lengths, and the results by name
+double worst = 0;
+
+void compare(const std::string& name, const Tensor& got) {
+  const Tensor& want = answers[name];
+  TORCH_CHECK(
+      got.sizes() == want.sizes() && got.scalar_type() == want.scalar_type(), name, " is ",
+      got.toString(), " ", got.sizes(), ", in Python ", want.toString(), " ", want.sizes());
+  const Tensor difference = (got - want).abs();
+  worst = std::max(worst, difference.numel() ? difference.max().item<double>() : 0);
+  TORCH_CHECK(
+      torch::allclose(got, want, 1e-5, 1e-5), name, " differs by ",
+      difference.max().item<double>());
+}
+
+// Loads from each kind of file that Python writes, into modules that begin differently.
+template <class Module, class Options, class Check>
+void run(const std::string& folder, const Options& options, const Check& check) {
+  for (const char* file : {"/state_dict.pt", "/parameters.pt", "/script.pt"}) {
+    Module module(options);
+    module->eval();
+    load_state_dict(module, folder + file);
+    check(module);
+  }
+}
+
+template <class Module, class Options>
+void run_layer(const std::string& folder, const Options& options) {
+  run<Module>(folder, options, [&](Module& module) {
+    const Tensor& x = answers["x"];
+    const auto [y, state] = module->forward(x);
+    compare("y", y);
+    compare("state", state);
+    const auto [padded_y, padded_state] = module->forward(x, state, answers["lengths"]);
+    compare("padded_y", padded_y);
+    compare("padded_state", padded_state);
+    if (answers.contains("step_y")) {
+      const auto [step_y, step_state] = module->step(x[0], state);
+      compare("step_y", step_y);
+      compare("step_state", step_state);
+    }
+  });
+}
+
+void run_block(const std::string& folder, const MinRNNBlockOptions& options) {
+  run<MinRNNBlock>(folder, options, [&](MinRNNBlock& module) {
+    const Tensor& x = answers["x"];
+    const auto [y, state] = module->forward(x);
+    compare("y", y);
+    compare("last_inputs", std::get<0>(state));
+    compare("state", std::get<1>(state));
+    const auto [more, more_state] = module->forward(x, state);
+    compare("more", more);
+    compare("step_y", std::get<0>(module->step(x.select(1, 0), more_state)));
+  });
+}
+
+void run_lm(const std::string& folder, const MinRNNLMOptions& options) {
+  run<MinRNNLM>(folder, options, [&](MinRNNLM& module) {
+    const Tensor& ids = answers["x"];
+    compare("y", module->forward(ids));
+    const auto [logits, state] = module->prefill(ids);
+    compare("last_inputs", std::get<0>(state));
+    compare("state", std::get<1>(state));
+    compare("step_y", std::get<0>(module->step(ids.select(1, 0), state)));
+    compare("generated", module->generate(ids, 12, 0.0));
+  });
+}
+
+// The same names and options as in parity.py.
+const std::map<std::string, std::function<void(const std::string& folder)>> kCases = {
+    {"min_gru", [](auto& f) { run_layer<MinGRU>(f, MinGRUOptions(5, 7)); }},
+    {"min_gru_deep",
+     [](auto& f) {
+       run_layer<MinGRU>(
+           f, MinGRUOptions(5, 7).num_layers(3).bidirectional(true).activation("g").dropout(0.5));
+     }},
+    {"min_gru_no_bias", [](auto& f) { run_layer<MinGRU>(f, MinGRUOptions(5, 7).bias(false)); }},
+    {"min_lstm", [](auto& f) { run_layer<MinLSTM>(f, MinLSTMOptions(5, 7).num_layers(2)); }},
+    {"min_lstm_raw",
+     [](auto& f) {
+       run_layer<MinLSTM>(
+           f, MinLSTMOptions(5, 7).bidirectional(true).activation("g").normalize(false));
+     }},
+    {"block", [](auto& f) { run_block(f, MinRNNBlockOptions(8)); }},
+    {"block_lstm",
+     [](auto& f) {
+       run_block(
+           f, MinRNNBlockOptions(8)
+                  .layer("min_lstm")
+                  .norm("rms_norm")
+                  .conv_width(2)
+                  .expansion(1.5)
+                  .mlp_ratio(2)
+                  .activation("g"));
+     }},
+    {"lm",
+     [](auto& f) {
+       run_lm(f, MinRNNLMOptions(11, 8, 2).block(MinRNNBlockOptions(8).layer("min_lstm")));
+     }},
+};
+
+} // namespace
+
+int main(int argc, char** argv) {
+  try {
+    TORCH_CHECK(argc == 3 && kCases.count(argv[1]), "usage: torch_ext_parity NAME FOLDER");
+    const std::string folder = argv[2];
+    answers = read_state_dict(folder + "/answers.pt");
+    const torch::NoGradGuard no_grad;
+    kCases.at(argv[1])(folder);
+    std::printf("%s: largest difference %.1e\n", argv[1], worst);
+  } catch (const c10::Error& error) {
+    std::fprintf(stderr, "%s: %s\n", argc > 1 ? argv[1] : "", error.what_without_backtrace());
+    return 1;
+  }
+}

@@ -1,0 +1,105 @@
+"""C++ modules against Python modules: the same weights give the same answers.
+
+    python parity.py torch_ext_parity
+
+Writes each module's weights in every form that torch_ext::nn::load_state_dict reads, an input and
+the Python module's answers, and has the C++ program of parity.cpp compare. Ends with 77, which
+ctest counts as skipped, where torch or torch_ext is not installed.
+"""
+
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if p]  # not the source tree's torch_ext, unless PYTHONPATH says so
+
+try:
+    import torch
+
+    import torch_ext
+except ImportError as error:
+    print(f"skipped: {error}")
+    sys.exit(77)
+
+warnings.simplefilter("ignore")  # newer versions of torch call TorchScript deprecated
+
+# The same names and options as in parity.cpp.
+CASES = {
+    "min_gru": lambda: torch_ext.MinGRU(5, 7),
+    "min_gru_deep": lambda: torch_ext.MinGRU(
+        5, 7, num_layers=3, bidirectional=True, activation="g", dropout=0.5
+    ),
+    "min_gru_no_bias": lambda: torch_ext.MinGRU(5, 7, bias=False),
+    "min_lstm": lambda: torch_ext.MinLSTM(5, 7, num_layers=2),
+    "min_lstm_raw": lambda: torch_ext.MinLSTM(
+        5, 7, bidirectional=True, activation="g", normalize=False
+    ),
+    "block": lambda: torch_ext.MinRNNBlock(8),
+    "block_lstm": lambda: torch_ext.MinRNNBlock(
+        8,
+        layer="min_lstm",
+        norm="rms_norm",
+        conv_width=2,
+        expansion=1.5,
+        mlp_ratio=2,
+        activation="g",
+    ),
+    "lm": lambda: torch_ext.MinRNNLM(11, 8, 2, layer="min_lstm"),
+}
+
+
+def layer_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    x, lengths = torch.randn(6, 3, 5), torch.tensor([6, 0, 4])
+    y, state = module(x)
+    padded_y, padded_state = module(x, state, lengths)
+    answers = {"x": x, "lengths": lengths, "y": y, "state": state}
+    answers |= {"padded_y": padded_y, "padded_state": padded_state}
+    if not module.bidirectional:
+        answers["step_y"], answers["step_state"] = module.step(x[0], state)
+    return answers
+
+
+def block_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    x = torch.randn(2, 6, 8)
+    y, state = module(x)
+    more, more_state = module(x, state)
+    step_y, _ = module.step(x[:, 0], more_state)
+    last_inputs, h = state
+    return {"x": x, "y": y, "last_inputs": last_inputs, "state": h, "more": more, "step_y": step_y}
+
+
+def lm_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.randint(11, (2, 6))
+    _, state = module.prefill(ids)
+    step_y, _ = module.step(ids[:, 0], state)
+    answers = {"x": ids, "y": module(ids), "last_inputs": state[0], "state": state[1]}
+    return answers | {"step_y": step_y, "generated": module.generate(ids, 12, 0.0)}
+
+
+def main(program: str) -> int:
+    failed = []
+    for name, make in CASES.items():
+        torch.manual_seed(0)
+        module = make().eval()
+        with torch.no_grad():
+            for parameter in module.parameters():  # norms and biases too, that all of them count
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            answers = {"lm": lm_answers, "block": block_answers}.get(
+                name.partition("_")[0], layer_answers
+            )(module)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(module.state_dict(), Path(folder, "state_dict.pt"))
+            torch.save(dict(module.named_parameters()), Path(folder, "parameters.pt"))
+            torch.jit.script(module).save(str(Path(folder, "script.pt")))
+            torch.save({k: v.contiguous() for k, v in answers.items()}, Path(folder, "answers.pt"))
+            if subprocess.run([program, name, folder]).returncode:
+                failed.append(name)
+    if failed:
+        print(f"differ from Python: {', '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

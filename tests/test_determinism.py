@@ -1,0 +1,173 @@
+"""The same bits in every run and for every number of threads; the same numbers on every instruction set."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cases import CASES, close, cotangents, gradients, over, wide
+
+# wide, long and narrow (where a driver may split time), odd, and many short rows
+SHAPES = ((3, 257, 100), (1, 4099, 3), (1, 300, 33), (64, 17, 40), (2, 70, 1000))
+
+
+def run(case, options, x, weights):
+    f = case.bind(**options)
+    return [*f(*x), *gradients(f, x, weights=weights)]
+
+
+def problems(case, options, dtype, generator, device):
+    for B, T, D in SHAPES:
+        for reverse in (False, True):
+            yield dict(options, reverse=reverse), case.leaves(
+                B, T, D, dtype, generator, device, grad=True
+            )
+    cu = torch.tensor([0, 5, 5, 600, 1500], device=device)
+    yield (
+        dict(options, cu_seqlens=cu),
+        case.leaves(1, 1500, 40, dtype, generator, device, state=4, grad=True),
+    )
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@over(dtypes="all")
+def test_runs_and_threads(case, options, dtype, generator, device, threads):
+    for settings, x in problems(case, options, dtype, generator, device):
+        weights = cotangents(case.bind(**settings)(*x), generator)
+        threads(1)
+        one = run(case, settings, x, weights)
+        assert equal(run(case, settings, x, weights), one), "two runs differ"
+        if device == "cpu":
+            for n in (2, 3):
+                threads(n)
+                assert equal(run(case, settings, x, weights), one), f"{n} threads differ from one"
+
+
+@over(variants=False)
+def test_step_and_threads(case, generator, device, threads):
+    x = [
+        y[:, 0] if y.dim() == 3 else y
+        for y in case.leaves(600, 1, 100, torch.float32, generator, device)
+    ]
+    indices = torch.randperm(600, generator=generator).to(device)
+    threads(1)
+    want = case.step(*x, state_indices=indices)
+    threads(2)
+    assert equal(case.step(*x, state_indices=indices), want)
+
+
+@pytest.mark.unpoisoned
+@over(variants=False)
+def test_more_than_one_thread_works(case, generator, device, threads):
+    """Bitwise equality would hold just as well if all ran on one thread."""
+    if device != "cpu":
+        pytest.skip("about the CPU's thread pool")
+    threads(2)
+    x = case.leaves(8, 512, 512, torch.float32, generator, grad=True)
+    weights = cotangents(case.bind()(*x), generator)
+    forward = backward = 0.0
+
+    def others():
+        """CPU time of this process that is not this thread's."""
+        return time.process_time() - time.thread_time()
+
+    begin = time.thread_time()
+    while time.thread_time() - begin < 0.5:
+        start = others()
+        outputs = case.bind()(*x)
+        middle = others()
+        torch.autograd.grad(outputs, x, weights)
+        forward += middle - start
+        backward += others() - middle
+    # the other thread of a pool of two does about half; a call alone on its thread, nothing
+    assert forward > 0.05 and backward > 0.05, f"other threads: {forward:.2f} s, {backward:.2f} s"
+
+
+# ---- instruction sets ----
+CHILD = """
+import sys, torch, torch_ext
+from cases import CASES
+case, index, file, out = sys.argv[1:]
+case = next(c for c in CASES if c.name == case)
+options = case.variants[int(index)]
+torch.set_num_threads(2)
+results = []
+for x, weights in torch.load(file):
+    x = [y.requires_grad_() for y in x]
+    f = case.bind(**options)
+    outputs = f(*x)
+    results.append([y.detach() for y in (*outputs, *torch.autograd.grad(outputs, x, weights))])
+torch.save(results, out)
+"""
+CAPABILITIES = ("default", "avx2", "avx512")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_instruction_sets(case, dtype, generator, device, tmp_path, child_environment):
+    """ATEN_CPU_CAPABILITY chooses; each is as right as the reference demands, and they differ by rounding."""
+    if device != "cpu":
+        pytest.skip("about the CPU's instruction sets")
+    index = len(case.variants) - 1
+    f = case.bind(case.reference, **case.variants[index])
+    tasks, wants = [], []
+    for shape in ((2, 40, 37), (1, 70, 64), (3, 5, 3)):
+        x = case.leaves(*shape, dtype, generator)
+        weights = cotangents(case.bind()(*x), generator)
+        tasks.append((x, weights))
+        exact = [wide(y).requires_grad_() for y in x]
+        wants.append([*f(*exact), *gradients(f, exact, weights=[wide(g) for g in weights])])
+    torch.save(tasks, tmp_path / "tasks")
+    found = {}
+    for capability in CAPABILITIES:
+        out = tmp_path / capability
+        subprocess.run(
+            [sys.executable, "-c", CHILD, case.name, str(index), tmp_path / "tasks", out],
+            env=dict(child_environment, ATEN_CPU_CAPABILITY=capability),
+            check=True,
+            timeout=300,
+        )
+        found[capability] = torch.load(out)
+    for capability, results in found.items():
+        for got, want in zip(results, wants, strict=True):
+            for k, (g, w) in enumerate(zip(got, want, strict=True)):
+                close(g, w, grad=k > 1, name=f"{capability}, output {k}")
+
+
+def test_force_isa(generator, device):
+    """The same in one process, by the hook of torch_ext._C: what is not built or not there is refused."""
+    c = pytest.importorskip("torch_ext._C", reason="torch_ext._C was not built")
+    if device != "cpu":
+        pytest.skip("about the CPU's instruction sets")
+    assert set(c.isas()) <= {"generic", "avx2", "avx512"} and "generic" in c.isas()
+    chosen = c.isa()
+    case = CASES[-1]
+    x = case.leaves(2, 40, 37, torch.float32, generator, grad=True)
+    weights = cotangents(case.bind()(*x), generator)
+    want = run(case, {}, [wide(y) for y in x], [wide(g) for g in weights])
+    try:
+        assert not c.force_isa("mmx")
+        for isa in c.isas():
+            if c.force_isa(isa):
+                assert c.isa() == isa
+                for k, (g, w) in enumerate(zip(run(case, {}, x, weights), want, strict=True)):
+                    close(g, w, grad=k > 1, name=isa)
+    finally:
+        assert c.force_isa("")
+    assert c.isa() == chosen
+
+
+def test_chosen_isa_follows_the_environment(child_environment):
+    pytest.importorskip("torch_ext._C", reason="torch_ext._C was not built")
+    code = "import torch, torch_ext._C as c; print(c.isa())"
+    env = dict(child_environment, ATEN_CPU_CAPABILITY="default")
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    )
+    assert out.stdout.strip() == "generic", os.environ.get("ATEN_CPU_CAPABILITY")

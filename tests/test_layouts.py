@@ -1,0 +1,214 @@
+"""Memory: whatever its strides, offset or lazy bits, a tensor means its elements."""
+
+import os
+
+import pytest
+import torch
+from cases import HALF, close, cotangents, gradients, over, wide
+
+# Each lays the same (B, T, D) values out in another way. None copies back to contiguous.
+LAYOUTS = {
+    "channels_first": lambda x: x.mT.contiguous().mT,  # (B, D, T) memory, time contiguous
+    "time_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed_dims": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "offset": lambda x: padded(x, 1)[..., 1:],  # misaligned by one element
+    "wide_rows": lambda x: padded(x, 7)[..., 7:],
+    "every_second_channel": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "every_second_step": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "flipped_memory": lambda x: x.flip(1).flip(1),
+    "chunk_of_a_projection": lambda x: torch.cat([x, x, x], -1).chunk(3, -1)[1],
+}
+
+
+def padded(x, n):
+    filler = torch.full((*x.shape[:-1], n), torch.nan, dtype=x.dtype, device=x.device)
+    return torch.cat([filler, x], -1)
+
+
+def lay_out(x, layout):
+    """States have no time: they are laid out as one step of it."""
+    y = layout(x) if x.dim() == 3 else layout(x[:, None])[:, 0]
+    assert torch.equal(y, x)
+    return y
+
+
+
+def same(got, want):
+    """Equal but for the order of roundings, which a path of its own for a layout may choose."""
+    close(got, wide(want), grad=True, factor=0.3 if got.dtype in HALF else 0.125)
+
+
+SOME = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def results(f, x, weights, requires_grad=True):
+    x = [y.detach().requires_grad_(requires_grad) for y in x]
+    return [*f(*x), *gradients(f, x, weights=weights)]
+
+
+@over(dtypes="all")
+@SOME
+def test_inputs(case, options, dtype, layout, generator, device):
+    """Time-contiguous, channel-contiguous, neither: values and gradients."""
+    for shape, reverse in (((2, 21, 19), False), ((1, 70, 33), True)):
+        x = case.leaves(*shape, dtype, generator, device)
+        f = case.bind(**options, reverse=reverse)
+        weights = cotangents(f(*x), generator)
+        want = results(f, x, weights)
+        got = results(f, [lay_out(y, layout) for y in x], weights)
+        assert got[0].is_contiguous()
+        for g, w in zip(got, want, strict=True):
+            same(g, w)
+
+
+@over(dtypes="all", variants=False)
+@SOME
+def test_one_input_at_a_time(case, dtype, layout, generator, device):
+    x = case.leaves(2, 21, 19, dtype, generator, device)
+    f = case.bind()
+    weights = cotangents(f(*x), generator)
+    want = results(f, x, weights)
+    for i in range(len(x)):
+        mixed = [lay_out(y, layout) if i == j else y for j, y in enumerate(x)]
+        for g, w in zip(results(f, mixed, weights), want, strict=True):
+            same(g, w)
+
+
+@over(dtypes="all", variants=False)
+@SOME
+def test_gradients_coming_in(case, dtype, layout, generator, device):
+    x = case.leaves(2, 21, 19, dtype, generator, device)
+    f = case.bind()
+    weights = cotangents(f(*x), generator)
+    want = results(f, x, weights)
+    got = results(f, x, [lay_out(g, layout) for g in weights])
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+
+
+EXPANDED = {"batch": (0,), "time": (1,), "channels": (2,), "one_number": (0, 1, 2)}
+
+
+@over(dtypes="all", variants=False)
+@pytest.mark.parametrize("dims", EXPANDED.values(), ids=EXPANDED)
+def test_expanded(case, dtype, dims, generator, device):
+    """Stride 0: one element stands for many, in inputs, states and gradients (sum() gives such)."""
+
+    def one(x):
+        for d in dims:
+            d = {0: 0, 1: None, 2: 1}[d] if x.dim() == 2 else d
+            if d is not None:
+                x = x.narrow(d, 0, 1)
+        return x
+
+    shape = (2, 21, 19)
+    small = [one(y) for y in case.leaves(*shape, dtype, generator, device)]
+    big = [y.expand(shape if y.dim() == 3 else (2, 19)) for y in small]
+    f = case.bind()
+    outputs = f(*[y.contiguous() for y in big])
+    weights = [one(g).expand_as(g) for g in cotangents(outputs, generator)]
+    want = results(f, [y.contiguous() for y in big], [g.contiguous() for g in weights])
+    for g, w in zip(results(f, big, weights), want, strict=True):
+        same(g, w)
+    summed = torch.autograd.grad(
+        [y.sum() for y in f(*[y.requires_grad_() for y in big])], big
+    )  # expanded scalars arrive as gradients
+    ones = [torch.ones_like(y) for y in outputs]
+    for g, w in zip(summed, results(f, big, ones)[2:], strict=True):
+        assert torch.equal(g, w)
+
+
+@over(dtypes=(torch.float32,), variants=False)
+def test_overlapping_inputs(case, dtype, generator, device):
+    """Windows that share memory, and one tensor as every input."""
+    x = torch.randn(2, 60, generator=generator).to(device)
+    windows = x.unfold(1, 21, 2).transpose(1, 2)[..., :19]  # (2, 21, 19), overlapping
+    f, n = case.bind(), len(case.arguments)
+    for g, w in zip(f(*[windows] * n), f(*[windows.clone()] * n), strict=True):
+        same(g, w)
+
+
+@over(dtypes=(torch.float32, torch.complex64), variants=False)
+def test_lazy_bits(case, dtype, generator, device):
+    """Conjugation and negation that torch has only noted, not done."""
+    x = case.leaves(2, 21, 19, dtype, generator, device)
+    lazy = [torch._neg_view(y) for y in x]
+    if dtype.is_complex:
+        lazy = [y.conj() for y in lazy]
+        assert all(y.is_conj() for y in lazy)
+    assert all(y.is_neg() for y in lazy)
+    exact = [y.resolve_conj().resolve_neg() for y in lazy]
+    f = case.bind()
+    weights = cotangents(f(*x), generator)
+    lazy_weights = [torch._neg_view(-g) for g in weights]
+    if dtype.is_complex:
+        lazy_weights = [g.conj().resolve_conj().conj() for g in lazy_weights]
+    want = results(f, exact, [g.resolve_conj().resolve_neg() for g in lazy_weights])
+    for g, w in zip(results(f, lazy, lazy_weights), want, strict=True):
+        assert torch.equal(g, w)
+
+
+@over(dtypes=(torch.float32, torch.bfloat16), variants=False)
+def test_packed_with_strides(case, dtype, generator, device):
+    x = case.leaves(1, 40, 19, dtype, generator, device, state=3)
+    cu = torch.tensor([0, 11, 11, 40], device=device)
+    f = case.bind(cu_seqlens=cu)
+    weights = cotangents(f(*x), generator)
+    want = results(f, x, weights)
+    for layout in LAYOUTS.values():
+        got = results(f, [lay_out(y, layout) for y in x], [lay_out(g, layout) for g in weights])
+        for g, w in zip(got, want, strict=True):
+            same(g, w)
+
+
+@over(variants=False)
+@SOME
+def test_step(case, layout, generator, device):
+    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(4, 1, 19, torch.float32, generator, device)]
+    want = case.step(*[y.contiguous() for y in x])
+    laid = [lay_out(y, layout) for y in x]
+    for g, w in zip(case.step(*laid), want, strict=True):
+        same(g, w)
+    same(case.step_(*laid), want[0])
+    same(laid[-1], want[1])
+
+
+# ---- more elements than 32 bits count ----
+@over(variants=False)
+def test_more_elements_than_int32_on_meta(case):
+    B, T, D = 3, 2**20, 1024
+    x = [torch.empty(B, T, D, device="meta", requires_grad=True) for _ in case.arguments]
+    h, final = case.function(*x)
+    assert h.shape == (B, T, D) and h.numel() > 2**31 and final.shape == (B, D)
+    for g, y in zip(torch.autograd.grad((h, final), x, (h, final)), x, strict=True):
+        assert g.shape == y.shape
+
+
+def available_bytes():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@over(variants=False)
+def test_more_elements_than_int32(case, generator, device):
+    """Offsets beyond 2^31: rows around and after it of a 4.3 GB output. The inputs are windows over a few
+    megabytes, every row another; a later row must equal the same row of a short call from the state before."""
+    D, T = 1024, 2**21 + 72
+    need = 2 * 2 * T * D
+    if device == "cpu" and available_bytes() < need:
+        pytest.skip(f"needs {need / 1e9:.0f} GB of free memory")
+
+    def windows(argument):
+        line = case.sample(argument, (1, 1, T + D), torch.bfloat16, generator)
+        if argument == "a":
+            line.clamp_(-0.9, 0.9)
+        return line.flatten().to(device).as_strided((1, T, D), (0, 1, 1))
+
+    x = [windows(argument) for argument in case.arguments]
+    h, final = case.function(*x)
+    assert h.numel() > 2**31
+    for start in (2**20, 2**21 - 32, 2**21, T - 64):
+        part = case.function(*[y[:, start : start + 64] for y in x], h[:, start - 1].float())
+        close(h[:, start : start + 64], wide(part[0]), factor=4)
+    close(h[:, -1], wide(final), factor=2)

@@ -1,0 +1,96 @@
+"""The Python references against tables checked by hand, a second formula, and finite differences."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import CASES, close, gradients, over
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def test_every_operator_has_a_table_and_a_formula():
+    assert set(oracle.TERMS) == set(BY_NAME)
+    assert {table.operator for table in oracle.TABLES} == set(BY_NAME)
+
+
+WIDTH = 17  # the one channel of a table, in each of so many: a vector and a rest
+
+
+def channels(numbers, dtype, device):
+    """(steps or rows, WIDTH)"""
+    return torch.tensor(numbers, dtype=dtype, device=device)[:, None].repeat(1, WIDTH)
+
+
+def table_leaves(table, dtype, device):
+    inputs = [channels(x, dtype, device)[None] for x in table.inputs]
+    return [x.requires_grad_() for x in (*inputs, channels(table.state, dtype, device))]
+
+
+def check_table(table, function, dtype, device="cpu"):
+    options = dict(table.options)
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], device=device)
+    leaves = table_leaves(table, dtype, device)
+    f = BY_NAME[table.operator].bind(function, **options)
+    exact = table_dtype(table)
+    for name, got, want in zip(("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True):
+        close(got.reshape(-1, WIDTH), channels(want, exact, "cpu"), dtype, name=name)
+    weights = [channels(g, dtype, device) for g in (table.grad_h, table.grad_final)]
+    grads = gradients(f, leaves, weights=(weights[0][None], weights[1]))
+    names = (*BY_NAME[table.operator].arguments, "initial_state")
+    for name, got, want in zip(names, grads, table.grads, strict=True):
+        want = channels(want, exact, "cpu")
+        close(got.reshape(-1, WIDTH), want, dtype, grad=True, name=f"gradient of {name}")
+
+
+def over_tables(f):
+    return pytest.mark.parametrize("table", oracle.TABLES, ids=lambda t: t.name.replace(" ", "_"))(f)
+
+
+def table_dtype(table, real=torch.float64):
+    return torch.complex128 if any(isinstance(x, complex) for x in table.inputs[0]) else real
+
+
+@over_tables
+def test_table(table):
+    check_table(table, BY_NAME[table.operator].reference, table_dtype(table))
+
+
+@over_tables
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_table_kernel(table, dtype, device):
+    """The first thing to look at when everything is red: the operator itself on the same tables."""
+    check_table(table, None, table_dtype(table, dtype), device)
+
+
+@over(dtypes=(torch.float64, torch.complex128))
+@pytest.mark.parametrize("form", ["plain", "reverse", "packed", "packed_reverse"])
+@pytest.mark.parametrize("formula", [oracle.closed_form, oracle.loop], ids=["closed_form", "loop"])
+def test_second_formula(case, options, dtype, form, formula, generator):
+    packed = [0, 0, 3, 4, 11, 11] if "packed" in form else None
+    B, rows = (1, 5) if packed else (3, 3)
+    options = dict(options, reverse="reverse" in form)
+    leaves = case.leaves(B, 11, 2, dtype, generator, state=rows)
+    arrays = [x.numpy() for x in leaves]
+    want = formula(case.name, arrays[:-1], arrays[-1], cu_seqlens=packed, **options)
+    if packed:
+        options["cu_seqlens"] = torch.tensor(packed)
+    got = case.bind(case.reference, **options)(*leaves)
+    for name, g, w in zip(("h", "final_state"), got, want, strict=True):
+        assert np.isfinite(w).all()
+        close(g, torch.from_numpy(w), name=name)
+
+
+@over(dtypes=(torch.float64, torch.complex128))
+def test_gradients_of_the_reference(case, options, dtype, generator):
+    leaves = case.leaves(2, 3, 2, dtype, generator, grad=True)
+    assert torch.autograd.gradcheck(case.bind(case.reference, **options), leaves)
+
+
+@over(dtypes="all", variants=False)
+def test_dtypes_of_the_reference(case, dtype, generator):
+    leaves = case.leaves(2, 3, 2, dtype, generator)
+    h, final = case.bind(case.reference)(*leaves)
+    assert h.dtype is dtype
+    assert final.dtype is leaves[-1].dtype

@@ -1,0 +1,116 @@
+"""The list of operators, the dispatcher and the Python functions say the same."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+import torch_ext
+from cases import CASES, over
+from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
+
+
+def registered():
+    return {n.split(".")[0] for n in _dispatch_get_all_op_names() if n.startswith("torch_ext::")}
+
+
+def test_every_registered_operator_is_listed_and_the_other_way_round():
+    listed = set().union(*(case.operators for case in CASES))
+    assert registered() - listed == set(), "registered, but no Case in tests/cases.py tests it"
+    assert listed - registered() == set(), "listed in tests/cases.py, but not registered"
+
+
+def test_the_list_tells_its_entries_apart():
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        assert torch.float64 in case.dtypes and torch.float32 in case.dtypes
+        assert len({tuple(v.items()) for v in case.variants}) == len(case.variants)
+
+
+OPTIONS = {"activation": ("str activation", '="identity"'), "normalize": ("bool normalize", "=True")}
+
+
+@over(variants=False)
+def test_schemas(case):
+    """As written in the interface: saved programs and C++ callers depend on every word."""
+    inputs = ", ".join(f"Tensor {name}" for name in case.arguments)
+    options = [OPTIONS[name] for name in case.variants[0]]
+    with_default = "".join(f", {kind}{default}" for kind, default in options)
+    without = "".join(f", {kind}" for kind, _ in options)
+    grads = ", ".join(f"Tensor grad_{name}" for name in (*case.arguments, "initial_state"))
+    name = f"torch_ext::{case.name}"
+    want = {
+        "": f"{name}({inputs}, Tensor? initial_state=None, Tensor? cu_seqlens=None{with_default}, "
+        "bool reverse=False) -> (Tensor h, Tensor final_state)",
+        "_backward": f"{name}_backward(Tensor? grad_h, Tensor? grad_final_state, {inputs}, Tensor h, "
+        f"Tensor? initial_state, Tensor? cu_seqlens{without}, bool reverse) -> ({grads})",
+        "_step": f"{name}_step({inputs}, Tensor state, Tensor? state_indices=None{with_default}) "
+        "-> (Tensor h, Tensor state)",
+        "_step_": f"{name}_step_({inputs}, Tensor(a!) state, Tensor? state_indices=None{with_default}) "
+        "-> Tensor h",
+    }
+    for tail, schema in want.items():
+        found = getattr(torch.ops.torch_ext, case.name + tail).default._schema
+        want_schema = torch._C.parse_schema(schema)
+        # the names of what comes back are free
+        assert str(found).split(" -> ")[0] == str(want_schema).split(" -> ")[0]
+        assert [str(r.type) for r in found.returns] == [str(r.type) for r in want_schema.returns]
+
+
+@over(variants=False)
+@pytest.mark.parametrize("tail", ["", "_backward", "_step", "_step_"])
+def test_kernels_are_registered_in_cpp(case, tail):
+    """Python registrations do not exist in a C++ program."""
+    name = f"torch_ext::{case.name}{tail}"
+    has = {
+        key: _dispatch_has_kernel_for_dispatch_key(name, key)
+        for key in ("CPU", "Meta", "AutogradCPU", "CompositeImplicitAutograd")
+    }
+    assert has["CompositeImplicitAutograd"] or (has["CPU"] and has["Meta"]), has
+    if not tail:
+        assert has["CPU"] and has["Meta"] and has["AutogradCPU"], has
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            assert _dispatch_has_kernel_for_dispatch_key(name, key), key
+    dump = torch._C._dispatch_dump(name)
+    assert "/dev/null" not in dump and ".py" not in dump.split("FuncTorchBatched")[0], dump
+    tags = getattr(torch.ops.torch_ext, case.name + tail).default.tags
+    assert torch.Tag.pt2_compliant_tag in tags
+
+
+@over(variants=False)
+def test_python_signatures(case):
+    """Tensors, then options, in the order of the interface, with the defaults of the schema."""
+    schema = {a.name: a for a in case.op._schema.arguments}
+    options = [n for n in schema if n in case.variants[0]]
+    sequence = [*case.arguments, "initial_state", *options, "cu_seqlens", "reverse"]
+    step = [*case.arguments, "state", "state_indices", *options]
+    for f, want in (
+        (case.function, sequence),
+        (case.reference, sequence),
+        (case.step, step),
+        (case.step_, step),
+    ):
+        parameters = inspect.signature(f).parameters
+        assert list(parameters) == want, f.__name__
+        for name, parameter in parameters.items():
+            required = name in case.arguments or name == "state"
+            default = inspect.Parameter.empty if required else schema.get(name)
+            if name == "state_indices":
+                assert parameter.default is None
+            elif not required:
+                assert parameter.default == default.default_value
+            else:
+                assert parameter.default is default
+        assert f.__name__ in torch_ext.__all__ and f.__module__.startswith("torch_ext")
+
+
+@over(variants=False)
+@pytest.mark.parametrize("tail", ["", "_step", "_step_", "_reference"])
+def test_examples_in_the_documentation(case, tail):
+    f = getattr(torch_ext, case.name + tail)
+    finder = doctest.DocTestFinder(recurse=False)
+    tests = finder.find(f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext))
+    assert any(test.examples for test in tests), "has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in tests:
+        assert runner.run(test).failed == 0

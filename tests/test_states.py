@@ -1,0 +1,91 @@
+"""The whole sequence == chunks with the state handed over == step by step, values and gradients."""
+
+import pytest
+import torch
+from cases import bounds, close, cotangents, gradients, over, wide
+
+CUTS = pytest.mark.parametrize(
+    "lengths", [(40,), (1,) * 40, (16, 16, 8), (17, 0, 1, 22)], ids=["one", "ones", "tiles", "odd"]
+)
+
+
+def chunked(case, options, lengths, reverse):
+    f = case.bind(**options, reverse=reverse)
+    cuts = bounds(lengths)
+    pieces = list(zip(cuts, cuts[1:], strict=False))
+
+    def run(*x):
+        *inputs, state = x
+        out = []
+        for start, stop in reversed(pieces) if reverse else pieces:
+            h, state = f(*[y[:, start:stop] for y in inputs], state)
+            out.append(h)
+        return torch.cat(out[::-1] if reverse else out, 1), state
+
+    return run
+
+
+def stepped(case, options):
+    def run(*x):
+        *inputs, state = x
+        out = []
+        for t in range(inputs[0].shape[1]):
+            h, state = case.step(*[y[:, t] for y in inputs], state, **options)
+            out.append(h)
+        return torch.stack(out, 1), state
+
+    return run
+
+
+def check(case, options, reverse, other, dtype, generator, device):
+    x = case.leaves(2, 40, 19, dtype, generator, device, grad=True)
+    f = case.bind(**options, reverse=reverse)
+    whole, parts = f(*x), other(*x)
+    for name, w, p in zip(("h", "final_state"), whole, parts, strict=True):
+        assert w.dtype is p.dtype
+        # two float32 sums of equal quality, each off by its own bound; half precision may round
+        # differently where they differ in the last bit, by one unit
+        close(p, wide(w), factor=2, name=name)
+    weights = cotangents(whole, generator)
+    got = gradients(other, x, weights=weights)
+    want = gradients(f, x, weights=weights)
+    names = (*case.arguments, "initial_state")
+    for name, g, w in zip(names, got, want, strict=True):
+        close(g, wide(w), grad=True, factor=2, name=f"gradient of {name}")
+
+
+@over(dtypes="all")
+@CUTS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_chunks(case, options, dtype, lengths, reverse, generator, device):
+    check(case, options, reverse, chunked(case, options, lengths, reverse), dtype, generator, device)
+
+
+@over(dtypes="all")
+def test_steps(case, options, dtype, generator, device):
+    check(case, options, False, stepped(case, options), dtype, generator, device)
+
+
+@over(variants=False)
+def test_truncated_backpropagation(case, generator, device):
+    """A detached hand-over stops the gradient and leaves the values alone."""
+    x = case.leaves(2, 20, 5, torch.float64, generator, device, grad=True)
+    *inputs, state = x
+    f = case.bind()
+    first = f(*[y[:, :10] for y in inputs], state)
+    second = f(*[y[:, 10:] for y in inputs], first[1].detach())
+    grads = torch.autograd.grad(second[0].sum(), inputs)
+    for g in grads:
+        assert not g[:, :10].any()
+    assert any(g[:, 10:].any() for g in grads)
+    close(second[1], f(*x)[1])
+
+
+@over(variants=False)
+def test_forward_then_reverse_is_time_reversal(case, generator, device):
+    """reverse=True on flipped inputs is the forward direction, flipped."""
+    x = case.leaves(2, 23, 17, torch.float32, generator, device)
+    h, final = case.bind()(*x)
+    flipped = case.bind(reverse=True)(*[y.flip(1) for y in x[:-1]], x[-1])
+    close(flipped[0].flip(1), wide(h), factor=2)
+    close(flipped[1], wide(final), factor=2)

@@ -1,0 +1,201 @@
+"""One step at a time: the functional operator, its in-place twin, and pools of states."""
+
+import pytest
+import torch
+from cases import close, cotangents, gradients, over, state_dtype, wide
+
+INTS = pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+
+
+def step_leaves(case, B, D, dtype, generator, device, rows=None, grad=False):
+    x = case.leaves(B, 1, D, dtype, generator, device, state=B if rows is None else rows)
+    return [y[:, 0].contiguous() for y in x[:-1]] + x[-1:] if not grad else [
+        y.requires_grad_() for y in step_leaves(case, B, D, dtype, generator, device, rows)
+    ]
+
+
+def sequence(case, options):
+    """The same step by the reference: f(*inputs, state) -> (h, state)."""
+    f = case.bind(case.reference, **options)
+
+    def step(*x):
+        h, state = f(*[y[:, None] for y in x[:-1]], x[-1])
+        return h[:, 0], state
+
+    return step
+
+
+def pooled(case, options, indices):
+    """The pool's step by the reference: a negative index skips its row."""
+
+    def step(*x):
+        keep = [b for b, i in enumerate(indices) if i >= 0]
+        rows = torch.tensor([indices[b] for b in keep], dtype=torch.int64)
+        h, state = sequence(case, options)(*[y[keep] for y in x[:-1]], x[-1][rows])
+        out = torch.zeros_like(x[0])
+        return out.index_put((torch.tensor(keep, dtype=torch.int64),), h), x[-1].index_put((rows,), state)
+
+    return step
+
+
+@over(dtypes="all")
+def test_step(case, options, dtype, generator, device):
+    for B, D in ((0, 5), (3, 0), (1, 1), (3, 33), (2, 100)):
+        x = step_leaves(case, B, D, dtype, generator, device)
+        before = x[-1].clone()
+        h, state = case.bind_step(**options)(*x)
+        want = sequence(case, options)(*[wide(y.cpu()) for y in x])
+        assert h.dtype is dtype and h.shape == (B, D) and state.dtype is state_dtype(dtype)
+        close(h, want[0], name="h")
+        close(state, want[1], name="state")
+        assert torch.equal(x[-1], before), "the functional step changed its state"
+        h_, pool = case.bind_step(case.step_, **options)(*x), x[-1]
+        assert torch.equal(h_, h) and torch.equal(pool, state)
+
+
+@over(dtypes="all")
+def test_step_gradients(case, options, dtype, generator, device):
+    x = step_leaves(case, 3, 33, dtype, generator, device, grad=True)
+    weights = cotangents(case.bind_step(**options)(*x), generator)
+    got = gradients(case.bind_step(**options), x, weights=weights)
+    exact = [wide(y.cpu()) for y in x]
+    want = gradients(sequence(case, options), exact, weights=[wide(g.cpu()) for g in weights])
+    for y, g, w in zip(x, got, want, strict=True):
+        assert g.dtype is y.dtype
+        close(g, w, grad=True)
+
+
+@over(dtypes=(torch.float64, torch.complex128))
+@pytest.mark.parametrize("kind", ["rows", "pool"])
+def test_step_gradcheck(case, options, dtype, kind, generator, device):
+    indices = {"rows": None, "pool": torch.tensor([3, -1, 0], device=device)}[kind]
+    x = step_leaves(case, 3, 2, dtype, generator, device, rows=4 if kind == "pool" else 3, grad=True)
+    f = case.bind_step(**options)
+    if kind == "pool":
+        f = lambda *y, step=f: step(*y, state_indices=indices)  # noqa: E731
+    assert all(y.requires_grad for y in f(*x))
+    torch.autograd.gradcheck(f, x, check_forward_ad=True)
+    torch.autograd.gradgradcheck(f, x)
+
+
+@over(dtypes=(torch.float32, torch.bfloat16))
+@INTS
+def test_pool(case, options, dtype, index, generator, device):
+    for indices in ([4, 0, 2], [-1, 3, -7], [-1, -1, -1], [], [2]):
+        B = len(indices)
+        x = step_leaves(case, B, 17, dtype, generator, device, rows=5)
+        i = torch.tensor(indices, dtype=index, device=device)
+        h, pool = case.bind_step(**options)(*x, state_indices=i)
+        want = pooled(case, options, indices)(*[wide(y.cpu()) for y in x])
+        close(h, want[0], name="h")
+        close(pool, want[1], name="pool")
+        for b, slot in enumerate(indices):
+            assert slot >= 0 or not h[b].any(), "a skipped row has an output"
+        untouched = [r for r in range(5) if r not in indices]
+        assert torch.equal(pool[untouched], x[-1][untouched])
+        h_ = case.bind_step(case.step_, **options)(*x, state_indices=i)
+        assert torch.equal(h_, h) and torch.equal(x[-1], pool)
+
+
+@over(variants=False)
+def test_pool_gradients(case, generator, device):
+    """Rows that no index names, and skipped rows, pass their gradient straight through."""
+    indices = [4, -1, 0]
+    x = step_leaves(case, 3, 17, torch.float64, generator, device, rows=6, grad=True)
+    f = case.bind_step()
+    i = torch.tensor(indices, device=device)
+    step = lambda *y: f(*y, state_indices=i)  # noqa: E731
+    weights = cotangents(step(*x), generator)
+    got = gradients(step, x, weights=weights)
+    exact = [wide(y.cpu()) for y in x]
+    want = gradients(pooled(case, {}, indices), exact, weights=[w.cpu() for w in weights])
+    for g, w in zip(got, want, strict=True):
+        close(g, w, grad=True)
+    assert torch.equal(got[-1][[1, 2, 3, 5]], weights[1][[1, 2, 3, 5]])
+
+
+@over(variants=False)
+@pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
+def test_index_out_of_range(case, in_place, generator, device):
+    x = step_leaves(case, 2, 17, torch.float32, generator, device, rows=5)
+    before = x[-1].clone()
+    f = case.step_ if in_place else case.step
+    for bad in (5, 2**31 - 1):
+        i = torch.tensor([0, bad], device=device)
+        with pytest.raises((IndexError, ValueError), match=rf"state_indices.*{bad}.*5"):
+            f(*x, state_indices=i)
+        assert torch.equal(x[-1], before), "a refused step changed the pool"
+
+
+@over(variants=False)
+def test_in_place_on_views(case, generator, device):
+    """A state inside something larger: every second row, every second column, transposed."""
+    for view in (
+        lambda big: big[1::2, :17],
+        lambda big: big[:4, ::2],
+        lambda big: big.t()[:4, :8],
+    ):
+        x = step_leaves(case, 4, 17, torch.float32, generator, device)
+        big = torch.randn(8, 34, generator=generator).to(device)
+        state = view(big)
+        state, inputs = state[:, :17], [y[:, : state.shape[1]] for y in x[:-1]]
+        inside = torch.zeros_like(big, dtype=torch.bool)
+        view(inside)[:, :17] = True
+        outside = big[~inside].clone()
+        h, want = case.step(*inputs, state.clone())
+        h_ = case.step_(*inputs, state)
+        assert torch.equal(h_, h) and torch.equal(state, want)
+        assert torch.equal(big[~inside], outside), "wrote outside the state"
+
+
+@over(variants=False)
+def test_in_place_counts_versions(case, generator, device):
+    x = step_leaves(case, 2, 5, torch.float32, generator, device)
+    before = x[-1]._version
+    case.step_(*x)
+    assert x[-1]._version > before
+    base = x[-1][:1]
+    base._version  # noqa: B018
+    seen = x[-1]._version
+    case.step_(*[y[:1] for y in x[:-1]], base)
+    assert x[-1]._version > seen, "a step on a view did not bump its base"
+
+
+@over(variants=False)
+def test_in_place_spoils_a_saved_state(case, generator, device):
+    """A graph that saved the state notices that a step overwrote it."""
+    x = step_leaves(case, 2, 5, torch.float32, generator, device)
+    w = torch.ones_like(x[-1], requires_grad=True)
+    y = (w * x[-1]).sum()
+    case.step_(*x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@over(variants=False)
+@pytest.mark.parametrize("which", ["input", "state", "view"])
+def test_in_place_refuses_gradients(case, which, generator, device):
+    """It has no derivative: it says so, and points to the functional step, instead of dropping one."""
+    x = step_leaves(case, 2, 5, torch.float32, generator, device)
+    if which == "input":
+        x[0].requires_grad_()
+    else:
+        x[-1] = x[-1].clone().requires_grad_() * 1
+        x[-1] = x[-1][:, :] if which == "view" else x[-1]
+    before = x[-1].detach().clone()
+    with pytest.raises(RuntimeError, match=f"{case.name}_step_?"):
+        case.step_(*x)
+    assert torch.equal(x[-1].detach(), before)
+    with torch.no_grad():
+        case.step_(*x)
+    assert not torch.equal(x[-1].detach(), before)
+
+
+@over(variants=False)
+def test_streaming_in_place_is_the_sequence(case, generator, device):
+    x = case.leaves(3, 50, 17, torch.float32, generator, device)
+    h, final = case.bind()(*x)
+    state = x[-1].clone()
+    for t in range(50):
+        close(case.step_(*[y[:, t] for y in x[:-1]], state), wide(h[:, t]))
+    close(state, wide(final))
