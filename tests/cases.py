@@ -227,6 +227,23 @@ CASES = (
     ),
 )
 
+class Everything(nn.Module):
+    """The layers of all operators, one after the other, each from its own state or none: what takes a
+    minute to compile is tried on all of them at once."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.layers = nn.ModuleList([case.layer(size) for case in CASES])
+
+    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        finals: list[Tensor] = []
+        for layer in self.layers:
+            y, final = layer(x, state)
+            x = x + y
+            finals.append(final)
+        return x, torch.cat(finals)
+
+
 # Every length, batch and width that has its own path somewhere (empty, one, below and above a vector and a
 # tile of time), each at least twice; the full product would add time and no path.
 SHAPES = (
