@@ -8,12 +8,12 @@ its formula in numpy and a table worked out by hand in oracle.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Optional
 
 import pytest
 import torch
-import torch_ext
 from torch import Tensor, nn
+
+import torch_ext
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)
@@ -180,7 +180,7 @@ class Layer(nn.Module):
 class LinearScanLayer(Layer):
     width = 2
 
-    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self.inp(x).chunk(2, -1)
         h, state = torch_ext.linear_scan(torch.sigmoid(a), b, state)
         return self.out(h), state
@@ -189,7 +189,7 @@ class LinearScanLayer(Layer):
 class MinGRULayer(Layer):
     width = 2
 
-    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         gate, candidate = self.inp(x).chunk(2, -1)
         h, state = torch_ext.min_gru(gate, candidate, state, activation="g")
         return self.out(h), state
@@ -198,7 +198,7 @@ class MinGRULayer(Layer):
 class MinLSTMLayer(Layer):
     width = 3
 
-    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         f, i, candidate = self.inp(x).chunk(3, -1)
         h, state = torch_ext.min_lstm(f, i, candidate, state, normalize=False)
         return self.out(h), state
@@ -227,6 +227,7 @@ CASES = (
     ),
 )
 
+
 class Everything(nn.Module):
     """The layers of all operators, one after the other, each from its own state or none: what takes a
     minute to compile is tried on all of them at once."""
@@ -235,7 +236,7 @@ class Everything(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([case.layer(size) for case in CASES])
 
-    def forward(self, x: Tensor, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
         for layer in self.layers:
             y, final = layer(x, state)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import zlib
 from pathlib import Path
 
@@ -180,7 +179,3 @@ def merge_table(text, version, column, operators):
     if not marked:
         return new
     return text[: begin + len(TABLE_BEGIN)] + "\n" + new + text[end:]
-
-
-if sys.version_info < (3, 10):
-    raise RuntimeError("the tests need Python 3.10 or newer")

@@ -192,7 +192,9 @@ TABLES = [
 
 
 def sigmoid(x):
-    return np.where(x < 0, np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x))), 1 / (1 + np.exp(-np.abs(x))))
+    return np.where(
+        x < 0, np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x))), 1 / (1 + np.exp(-np.abs(x)))
+    )
 
 
 def activate(x, activation):

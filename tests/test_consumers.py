@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-import torch_ext
 from cases import CASES, Everything, close, over, wide
 from torch import nn
+
+import torch_ext
 
 pytestmark = pytest.mark.unpoisoned
 HERE = Path(__file__).resolve().parent
@@ -105,9 +106,7 @@ def test_opcheck_backward(case, options, dtype, generator, device):
     *x, state = case.leaves(1, 5, 3, dtype, generator, device, state=2)
     cu = torch.tensor([0, 2, 5], device=device)
     h, final = case.bind(**options, cu_seqlens=cu)(*x, state)
-    torch.library.opcheck(
-        case.backward_op, (h, final, *x, h, state, cu, *options.values(), False)
-    )
+    torch.library.opcheck(case.backward_op, (h, final, *x, h, state, cu, *options.values(), False))
 
 
 @consumer("opcheck, step and in-place step")
@@ -115,7 +114,10 @@ def test_opcheck_backward(case, options, dtype, generator, device):
 def test_opcheck_steps(case, options, generator, device):
     packet = getattr(torch.ops.torch_ext, case.name + "_step")
     in_place = getattr(torch.ops.torch_ext, case.name + "_step_")
-    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(2, 1, 3, torch.float32, generator, device)]
+    x = [
+        y[:, 0] if y.dim() == 3 else y
+        for y in case.leaves(2, 1, 3, torch.float32, generator, device)
+    ]
     pool, indices = torch.randn(5, 3, device=device), torch.tensor([4, -1], device=device)
     torch.library.opcheck(packet.default, tuple(x), options)
     torch.library.opcheck(packet.default, (*x[:-1], pool, indices), options)
@@ -392,7 +394,10 @@ class Step(nn.Module):
 @consumer("torch.export, step")
 @over(variants=False)
 def test_export_step(case, generator, device):
-    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(3, 1, 5, torch.float32, generator, device)]
+    x = [
+        y[:, 0] if y.dim() == 3 else y
+        for y in case.leaves(3, 1, 5, torch.float32, generator, device)
+    ]
     B = torch.export.Dim("B", min=2, max=64)
     program = torch.export.export(Step(case), tuple(x), dynamic_shapes=(({0: B},) * len(x),))
     x = [torch.cat([y, y]) for y in x]
@@ -520,7 +525,11 @@ def cpp_output(artifacts, tmp_path_factory, device):
 
     def cmake(*arguments):
         # pip's, where installed: a distribution's may be too old
-        return run(sys.executable, "-m", "cmake", *arguments) if has_cmake() else run("cmake", *arguments)
+        return (
+            run(sys.executable, "-m", "cmake", *arguments)
+            if has_cmake()
+            else run("cmake", *arguments)
+        )
 
     cmake(
         *("-S", HERE / "consumer", "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
@@ -638,7 +647,9 @@ def test_spawn(monkeypatch, child_environment):
     torch.manual_seed(0)
     module, x = Everything(), torch.randn(2, 5, 4)
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        check(torch.from_numpy(pool.apply_async(_work, (module, x)).get(120)), module(x)[0].detach())
+        check(
+            torch.from_numpy(pool.apply_async(_work, (module, x)).get(120)), module(x)[0].detach()
+        )
 
 
 @consumer("multiprocessing, fork")

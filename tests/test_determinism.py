@@ -21,8 +21,9 @@ def run(case, options, x, weights):
 def problems(case, options, dtype, generator, device):
     for B, T, D in SHAPES:
         for reverse in (False, True):
-            yield dict(options, reverse=reverse), case.leaves(
-                B, T, D, dtype, generator, device, grad=True
+            yield (
+                dict(options, reverse=reverse),
+                case.leaves(B, T, D, dtype, generator, device, grad=True),
             )
     cu = torch.tensor([0, 5, 5, 600, 1500], device=device)
     yield (

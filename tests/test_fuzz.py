@@ -14,7 +14,6 @@ from cases import (
     STATE_DTYPE,
     bounds,
     close,
-    cotangents,
     gradients,
     label,
     short,

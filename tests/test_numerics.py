@@ -47,7 +47,7 @@ def test_extreme_gates(case, options, dtype, size, generator, device):
         sign = torch.randint(-1, 2, (B, T, D), generator=generator).to(device)
         if size == "mixed":
             exponent = 6 * torch.rand(B, T, D, generator=generator) - 2
-            x[i] = (sign * 10**exponent.to(device)).clamp(-6e4, 6e4).to(dtype)
+            x[i] = (sign * 10 ** exponent.to(device)).clamp(-6e4, 6e4).to(dtype)
         else:
             x[i] = (sign * size + x[i]).to(dtype)
     got, want = both_ways(case, options, x, generator)
@@ -66,7 +66,9 @@ def test_equal_extreme_gates(case, options, dtype, generator, device):
     for i in gates(case):
         x[i][:] = torch.tensor([-1e4, -100.0, 100.0, 1e4], device=device)[None, :, None].to(dtype)
     got, want = both_ways(case, options, x, generator)
-    assert torch.allclose(want[0][:, 0], 0.5 * (wide(x[-1].cpu()) + _candidate(options, x[2][:, 0])))
+    assert torch.allclose(
+        want[0][:, 0], 0.5 * (wide(x[-1].cpu()) + _candidate(options, x[2][:, 0]))
+    )
     for k, (g, w) in enumerate(zip(got, want, strict=True)):
         close(g, w, grad=k > 1)
 
@@ -200,7 +202,9 @@ def test_nan_in_gradients(case, options, dtype, generator, device):
     weights = cotangents(f(*x), generator)
     clean = gradients(f, x, weights=weights)
     weights[0][2, 13, 17] = torch.nan
-    for g, c, name in zip(gradients(f, x, weights=weights), clean, (*case.arguments, "state"), strict=True):
+    for g, c, name in zip(
+        gradients(f, x, weights=weights), clean, (*case.arguments, "state"), strict=True
+    ):
         want = torch.zeros_like(g, dtype=torch.bool)
         want[(2, 17) if name == "state" else (2, slice(0, 14), 17)] = True
         if name == "a":  # times h before, which is never 0 here

@@ -34,7 +34,9 @@ def check_table(table, function, dtype, device="cpu"):
     leaves = table_leaves(table, dtype, device)
     f = BY_NAME[table.operator].bind(function, **options)
     exact = table_dtype(table)
-    for name, got, want in zip(("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True):
+    for name, got, want in zip(
+        ("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True
+    ):
         close(got.reshape(-1, WIDTH), channels(want, exact, "cpu"), dtype, name=name)
     weights = [channels(g, dtype, device) for g in (table.grad_h, table.grad_final)]
     grads = gradients(f, leaves, weights=(weights[0][None], weights[1]))
@@ -45,7 +47,9 @@ def check_table(table, function, dtype, device="cpu"):
 
 
 def over_tables(f):
-    return pytest.mark.parametrize("table", oracle.TABLES, ids=lambda t: t.name.replace(" ", "_"))(f)
+    return pytest.mark.parametrize("table", oracle.TABLES, ids=lambda t: t.name.replace(" ", "_"))(
+        f
+    )
 
 
 def table_dtype(table, real=torch.float64):

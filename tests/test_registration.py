@@ -5,9 +5,10 @@ import inspect
 
 import pytest
 import torch
-import torch_ext
 from cases import CASES, over
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
+
+import torch_ext
 
 
 def registered():
@@ -27,7 +28,10 @@ def test_the_list_tells_its_entries_apart():
         assert len({tuple(v.items()) for v in case.variants}) == len(case.variants)
 
 
-OPTIONS = {"activation": ("str activation", '="identity"'), "normalize": ("bool normalize", "=True")}
+OPTIONS = {
+    "activation": ("str activation", '="identity"'),
+    "normalize": ("bool normalize", "=True"),
+}
 
 
 @over(variants=False)
@@ -109,7 +113,9 @@ def test_python_signatures(case):
 def test_examples_in_the_documentation(case, tail):
     f = getattr(torch_ext, case.name + tail)
     finder = doctest.DocTestFinder(recurse=False)
-    tests = finder.find(f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext))
+    tests = finder.find(
+        f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext)
+    )
     assert any(test.examples for test in tests), "has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     for test in tests:
