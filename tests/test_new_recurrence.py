@@ -71,7 +71,8 @@ torch.testing.assert_close(torch.autograd.grad(loss(decay_sum), x), torch.autogr
 small = [y[..., :3, :2].detach().requires_grad_() for y in x[:2]] + [x[2][..., :2].detach().requires_grad_()]
 assert torch.autograd.gradgradcheck(decay_sum, small)
 assert torch.autograd.gradcheck(decay_sum, small, check_forward_ad=True)
-torch.testing.assert_close(decay_sum(*[y.float() for y in x])[0], decay_sum_reference(*x)[0].float(), rtol=1e-4, atol=1e-4)
+got, want = decay_sum(*[y.float() for y in x])[0], decay_sum_reference(*x)[0].float()
+torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 print("works")
 """
     assert "works" in run(sys.executable, "-c", code, cwd=tmp_path)
