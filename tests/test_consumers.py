@@ -1,7 +1,8 @@
-"""Everything that consumes an operator, on every operator. `--consumer-table FILE` writes what came of it.
+"""Everything that consumes an operator, on every operator. `--consumer-table FILE` writes what came
+of it.
 
-What is cheap runs for each operator by itself; what takes a compiler or a process runs on `Everything`,
-a module that has them all.
+What is cheap runs for each operator by itself; what takes a compiler or a process runs on
+`Everything`, a module that has them all.
 """
 
 import copy
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-import torch_ext
 from cases import CASES, Everything, close, over, wide
 from torch import nn
+
+import torch_ext
 
 pytestmark = pytest.mark.unpoisoned
 HERE = Path(__file__).resolve().parent
@@ -105,9 +107,7 @@ def test_opcheck_backward(case, options, dtype, generator, device):
     *x, state = case.leaves(1, 5, 3, dtype, generator, device, state=2)
     cu = torch.tensor([0, 2, 5], device=device)
     h, final = case.bind(**options, cu_seqlens=cu)(*x, state)
-    torch.library.opcheck(
-        case.backward_op, (h, final, *x, h, state, cu, *options.values(), False)
-    )
+    torch.library.opcheck(case.backward_op, (h, final, *x, h, state, cu, *options.values(), False))
 
 
 @consumer("opcheck, step and in-place step")
@@ -115,7 +115,10 @@ def test_opcheck_backward(case, options, dtype, generator, device):
 def test_opcheck_steps(case, options, generator, device):
     packet = getattr(torch.ops.torch_ext, case.name + "_step")
     in_place = getattr(torch.ops.torch_ext, case.name + "_step_")
-    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(2, 1, 3, torch.float32, generator, device)]
+    x = [
+        y[:, 0] if y.dim() == 3 else y
+        for y in case.leaves(2, 1, 3, torch.float32, generator, device)
+    ]
     pool, indices = torch.randn(5, 3, device=device), torch.tensor([4, -1], device=device)
     torch.library.opcheck(packet.default, tuple(x), options)
     torch.library.opcheck(packet.default, (*x[:-1], pool, indices), options)
@@ -190,7 +193,8 @@ def test_compile_packed(case, generator, device):
 @consumer("torch.compile, steps")
 @over(variants=False)
 def test_compile_steps(case, generator, device):
-    """The functional step in a loop that is unrolled, and the in-place step, which is functionalised."""
+    """The functional step in a loop that is unrolled, and the in-place step, which is
+    functionalised."""
 
     def run(x, state):
         out = []
@@ -392,7 +396,10 @@ class Step(nn.Module):
 @consumer("torch.export, step")
 @over(variants=False)
 def test_export_step(case, generator, device):
-    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(3, 1, 5, torch.float32, generator, device)]
+    x = [
+        y[:, 0] if y.dim() == 3 else y
+        for y in case.leaves(3, 1, 5, torch.float32, generator, device)
+    ]
     B = torch.export.Dim("B", min=2, max=64)
     program = torch.export.export(Step(case), tuple(x), dynamic_shapes=(({0: B},) * len(x),))
     x = [torch.cat([y, y]) for y in x]
@@ -511,7 +518,7 @@ def cpp_output(artifacts, tmp_path_factory, device):
         pytest.skip("the program runs on the CPU")
     build = tmp_path_factory.mktemp("consumer")
 
-    def run(*command, timeout=600):
+    def run(*command, timeout=1200):
         done = subprocess.run(
             [str(c) for c in command], capture_output=True, text=True, timeout=timeout
         )
@@ -520,10 +527,14 @@ def cpp_output(artifacts, tmp_path_factory, device):
 
     def cmake(*arguments):
         # pip's, where installed: a distribution's may be too old
-        return run(sys.executable, "-m", "cmake", *arguments) if has_cmake() else run("cmake", *arguments)
+        return (
+            run(sys.executable, "-m", "cmake", *arguments)
+            if has_cmake()
+            else run("cmake", *arguments)
+        )
 
     cmake(
-        *("-S", HERE / "consumer", "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
+        *("-S", HERE / "consumer", "-B", build, "-DCMAKE_BUILD_TYPE=Debug"),
         f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{torch_ext.cmake_prefix_path}",
     )
     cmake("--build", build)
@@ -638,7 +649,9 @@ def test_spawn(monkeypatch, child_environment):
     torch.manual_seed(0)
     module, x = Everything(), torch.randn(2, 5, 4)
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        check(torch.from_numpy(pool.apply_async(_work, (module, x)).get(120)), module(x)[0].detach())
+        check(
+            torch.from_numpy(pool.apply_async(_work, (module, x)).get(120)), module(x)[0].detach()
+        )
 
 
 @consumer("multiprocessing, fork")
@@ -715,8 +728,8 @@ def test_fake_tensors(case, x):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode()
+    fake = [mode.from_tensor(y.detach()).requires_grad_() for y in x]
     with mode:
-        fake = [mode.from_tensor(y.detach()).requires_grad_() for y in x]
         outputs = case.function(*fake)
         grads = torch.autograd.grad([y.sum() for y in outputs], fake)
     for got, want in zip((*outputs, *grads), (*case.function(*x), *x), strict=True):

@@ -1,4 +1,5 @@
-"""Thousands of drawn calls: each gives the reference's numbers, or, where the call is wrong, says so.
+"""Thousands of drawn calls: each gives the reference's numbers, or, where the call is wrong, says
+so.
 
 Derandomised: the same calls in every run.
 """
@@ -14,7 +15,6 @@ from cases import (
     STATE_DTYPE,
     bounds,
     close,
-    cotangents,
     gradients,
     label,
     short,
@@ -60,7 +60,8 @@ class Names:
 
 @st.composite
 def laid_out(draw, case, argument, shape, dtype, generator, expand=True):
-    """A tensor of this shape with drawn order of dimensions in memory, gaps, offset and stride 0."""
+    """A tensor of this shape with drawn order of dimensions in memory, gaps, offset and stride
+    0."""
     n = len(shape)
     order = draw(st.permutations(range(n)))
     gaps = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in shape]
@@ -120,7 +121,8 @@ def test_sequences(device, call, data):
         for o in (got[i] for i in through)
     ]
     want = gradients(reference, exact, through, [wide(g.cpu()) for g in weights], unused=True)
-    # a half-precision gradient that exactly cancels, h == candidate, keeps the rounding of the saved h
+    # a half-precision gradient that exactly cancels, h == candidate, keeps the rounding of the
+    # saved h
     size = 0.5 if x[0].dtype in HALF else 0.02
     for g, w in zip(gradients(f, x, through, weights), want, strict=True):
         close(g, w, grad=True, name="gradient", size=size)

@@ -16,7 +16,9 @@ BLOCK = re.compile(r"^```(?:\w+ file=(\S+)|(diff))\n(.*?)^```$", re.MULTILINE | 
 
 def run(*command, cwd, **variables):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
-    p = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    p = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert p.returncode == 0, f"{command}\n{p.stdout[-4000:]}{p.stderr[-4000:]}"
     return p.stdout
 
@@ -26,7 +28,9 @@ def test_five_steps(tmp_path):
     if not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("needs the source tree")
     tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(".git", "build", ".venv", "__pycache__", "*.so", "_build_info.py")
+    ignored = shutil.ignore_patterns(
+        ".git", "build", ".venv", "__pycache__", "*.so", "_build_info.py"
+    )
     shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
     run("git", "init", "-q", cwd=tree)
     blocks = BLOCK.findall((ROOT / "csrc" / "README.md").read_text())
@@ -59,14 +63,16 @@ sys.modules["torch_ext"] = package
 from torch_ext.decay_sum import *
 from torch_ext.decay_sum import decay_sum_reference
 g = torch.Generator().manual_seed(0)
-x = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((2, 70, 37), (2, 70, 37), (2, 37))]
+shapes = (2, 70, 37), (2, 70, 37), (2, 37)
+x = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
 torch.testing.assert_close(decay_sum(*x), decay_sum_reference(*x))
 loss = lambda f: (f(*x)[0].square().sum() + f(*x)[1].sum())
 torch.testing.assert_close(torch.autograd.grad(loss(decay_sum), x), torch.autograd.grad(loss(decay_sum_reference), x))
 small = [y[..., :3, :2].detach().requires_grad_() for y in x[:2]] + [x[2][..., :2].detach().requires_grad_()]
 assert torch.autograd.gradgradcheck(decay_sum, small)
 assert torch.autograd.gradcheck(decay_sum, small, check_forward_ad=True)
-torch.testing.assert_close(decay_sum(*[y.float() for y in x])[0], decay_sum_reference(*x)[0].float(), rtol=1e-4, atol=1e-4)
+got, want = decay_sum(*[y.float() for y in x])[0], decay_sum_reference(*x)[0].float()
+torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 print("works")
 """
     assert "works" in run(sys.executable, "-c", code, cwd=tmp_path)

@@ -38,8 +38,9 @@ Outputs loop(const Tensor& decay, const Tensor& drive, const Tensor& state) {
   return {torch::stack(out, 1), h};
 }
 
-void check(const char* name, const std::function<Outputs(const Tensor&)>& f,
-           const std::function<Outputs(const Tensor&)>& reference, const Tensor& x) {
+void check(
+    const char* name, const std::function<Outputs(const Tensor&)>& f,
+    const std::function<Outputs(const Tensor&)>& reference, const Tensor& x) {
   auto got = f(x), want = reference(x);
   TORCH_CHECK(close(std::get<0>(got), std::get<0>(want)), name, ": h");
   TORCH_CHECK(close(std::get<1>(got), std::get<1>(want)), name, ": final state");
@@ -65,12 +66,14 @@ void functions() {
   auto row = torch::randn({1, 5, 3}, options), states = torch::randn({2, 3}, options);
   auto cu = torch::tensor({0, 2, 5}, torch::kInt64);
   auto packed = std::get<0>(torch_ext::min_gru(row, row, states, "g", cu, true));
-  auto part = std::get<0>(torch_ext::min_gru(row.narrow(1, 2, 3), row.narrow(1, 2, 3),
-                                             states.narrow(0, 1, 1), "g", {}, true));
+  auto part = std::get<0>(torch_ext::min_gru(
+      row.narrow(1, 2, 3), row.narrow(1, 2, 3), states.narrow(0, 1, 1), "g", {}, true));
   TORCH_CHECK(close(packed.narrow(1, 2, 3), part), "packed");
-  TORCH_CHECK(close(std::get<0>(torch_ext::min_lstm(row, row, row)),
-                    std::get<0>(torch_ext::min_lstm(row, row, row, {}, "identity", true))),
-              "defaults");
+  TORCH_CHECK(
+      close(
+          std::get<0>(torch_ext::min_lstm(row, row, row)),
+          std::get<0>(torch_ext::min_lstm(row, row, row, {}, "identity", true))),
+      "defaults");
 
   // Streaming with the state overwritten.
   auto h = std::get<0>(torch_ext::min_gru(x, c, s));
@@ -104,8 +107,9 @@ void package(torch::jit::Module& module, const char* file) {
     auto x = torch::randn({3, T, 4}), state = torch::randn({3, 4});
     auto got = loader.run({x, state});
     auto want = module.forward({x, state}).toTupleRef().elements();
-    TORCH_CHECK(close(got[0], want[0].toTensor()) && close(got[1], want[1].toTensor()),
-                "the package and the script module disagree");
+    TORCH_CHECK(
+        close(got[0], want[0].toTensor()) && close(got[1], want[1].toTensor()),
+        "the package and the script module disagree");
   }
   std::cout << "package ok\n";
 }
@@ -129,7 +133,7 @@ void train(torch::jit::Module& module) {
   std::cout << "script ok, loss " << first << " to " << last << "\n";
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char** argv) {
   TORCH_CHECK(argc == 3, "usage: consumer everything.ts everything.pt2");
