@@ -1,4 +1,5 @@
-"""The same bits in every run and for every number of threads; the same numbers on every instruction set."""
+"""The same bits in every run and for every number of threads; the same numbers on every instruction
+set."""
 
 import os
 import subprocess
@@ -21,8 +22,9 @@ def run(case, options, x, weights):
 def problems(case, options, dtype, generator, device):
     for B, T, D in SHAPES:
         for reverse in (False, True):
-            yield dict(options, reverse=reverse), case.leaves(
-                B, T, D, dtype, generator, device, grad=True
+            yield (
+                dict(options, reverse=reverse),
+                case.leaves(B, T, D, dtype, generator, device, grad=True),
             )
     cu = torch.tensor([0, 5, 5, 600, 1500], device=device)
     yield (
@@ -154,7 +156,8 @@ def test_instruction_sets(case, device, by_capability):
 
 
 def test_force_isa(generator, device):
-    """The same in one process, by the hook of torch_ext._C: what is not built or not there is refused."""
+    """The same in one process, by the hook of torch_ext._C: what is not built or not there is
+    refused."""
     c = pytest.importorskip("torch_ext._C", reason="torch_ext._C was not built")
     if device != "cpu":
         pytest.skip("about the CPU's instruction sets")

@@ -52,7 +52,16 @@ def test_first_argument_dimensions(case, shape, where):
 @over(variants=False)
 @pytest.mark.parametrize(
     "shape",
-    [(B, T), (B + 1, T, D), (B, T - 1, D), (B, T, D + 1), (1, T, D), (B, 1, D), (B, T, 1), (B, T, D, 1)],
+    [
+        (B, T),
+        (B + 1, T, D),
+        (B, T - 1, D),
+        (B, T, D + 1),
+        (1, T, D),
+        (B, 1, D),
+        (B, T, 1),
+        (B, T, D, 1),
+    ],
     ids=str,
 )
 def test_shapes_differ(case, shape, where):
@@ -84,7 +93,12 @@ def test_dtype_not_supported(case, dtype, where):
         pytest.skip("supported")
     x = torch.empty(B, T, D, dtype=dtype, device=where)
     # named as C++ names it: Float8_e4m3fn, ComplexHalf
-    pieces = [f"{case.name}: {case.arguments[0]}", "dtype", "expected", "float32, float64, bfloat16"]
+    pieces = [
+        f"{case.name}: {case.arguments[0]}",
+        "dtype",
+        "expected",
+        "float32, float64, bfloat16",
+    ]
     refuses(TypeError, pieces, case.function, *[x] * len(case.arguments))
 
 
@@ -100,7 +114,9 @@ def test_mixed_dtypes(case, dtype, where):
 
 @over(variants=False)
 @pytest.mark.parametrize(
-    "shape", [(), (D,), (B, D + 1), (B + 1, D), (1, D), (B, 1), (B, 1, D), (1, B, D), (0, D)], ids=str
+    "shape",
+    [(), (D,), (B, D + 1), (B + 1, D), (1, D), (B, 1), (B, 1, D), (1, B, D), (0, D)],
+    ids=str,
 )
 def test_state_shape(case, shape, where):
     call = arguments(case, device=where) | {"initial_state": torch.ones(shape, device=where)}
@@ -115,8 +131,8 @@ def test_state_shape(case, shape, where):
 
 @over(dtypes="all", variants=False)
 def test_state_dtype(case, dtype, where):
-    """The state's dtype follows from the inputs'; every other is refused, also the inputs' own where
-    that is half precision."""
+    """The state's dtype follows from the inputs'; every other is refused, also the inputs' own
+    where that is half precision."""
     expected = arguments(case, dtype)["initial_state"].dtype
     for other in (torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64):
         if other is expected:
@@ -124,7 +140,9 @@ def test_state_dtype(case, dtype, where):
         call = arguments(case, dtype, device=where)
         call["initial_state"] = torch.ones(B, D, dtype=other, device=where)
         names = (str(t).removeprefix("torch.") for t in (other, expected))
-        refuses(TypeError, [f"{case.name}: initial_state", *names, "expected"], case.function, **call)
+        refuses(
+            TypeError, [f"{case.name}: initial_state", *names, "expected"], case.function, **call
+        )
 
 
 @over(variants=False)
@@ -133,7 +151,9 @@ def test_devices(case, device):
         call = arguments(case, device=device)
         call[name] = call[name].to("meta")
         refuses(RuntimeError, [f"{case.name}: ", name, "meta", device], case.function, **call)
-        call = {k: v if k == name else v.to("meta") for k, v in arguments(case, device=device).items()}
+        call = {
+            k: v if k == name else v.to("meta") for k, v in arguments(case, device=device).items()
+        }
         refuses(RuntimeError, [f"{case.name}: ", name, "meta", device], case.function, **call)
 
 
@@ -165,7 +185,9 @@ def test_cu_seqlens_contents(case, cu, pieces, grad, device):
         call[name].requires_grad_(grad)
     for on in {"cpu", device}:
         call["cu_seqlens"] = torch.tensor(cu, device=on)
-        refuses(ValueError, [f"{case.name}: cu_seqlens", "expected", *pieces], case.function, **call)
+        refuses(
+            ValueError, [f"{case.name}: cu_seqlens", "expected", *pieces], case.function, **call
+        )
 
 
 @over(variants=False)
@@ -246,7 +268,8 @@ def test_not_strided(case, kind):
 
 @over(variants=False)
 def test_gradient_of_integers(case):
-    """torch refuses requires_grad on integers; integers beside inputs that ask for gradients are refused."""
+    """torch refuses requires_grad on integers; integers beside inputs that ask for gradients are
+    refused."""
     with pytest.raises(RuntimeError, match="floating point"):
         torch.ones(B, T, D, dtype=torch.int64).requires_grad_()
     call = arguments(case)
@@ -309,12 +332,20 @@ def test_state_indices(case, in_place, device):
     good = torch.tensor([0, 5, -1], device=device)
     f(**call, state_indices=good)
     for bad in (good.float(), good.to(torch.int16), good > 0):
-        pieces = ["state_indices", str(bad.dtype).removeprefix("torch."), "expected", "int32", "int64"]
+        pieces = [
+            "state_indices",
+            str(bad.dtype).removeprefix("torch."),
+            "expected",
+            "int32",
+            "int64",
+        ]
         refuses(TypeError, [case.name + "_step", *pieces], f, **call, state_indices=bad)
     for bad in (good[:2], good[None], good[0], torch.tensor([0, 1, 2, 3], device=device)):
         pieces = ["state_indices", "shape", "expected", str(B)]
         refuses(ValueError, [case.name + "_step", *pieces], f, **call, state_indices=bad)
-    refuses(RuntimeError, ["state_indices", "meta", device], f, **call, state_indices=good.to("meta"))
+    refuses(
+        RuntimeError, ["state_indices", "meta", device], f, **call, state_indices=good.to("meta")
+    )
     call["state"] = torch.ones(7, D + 1, device=device)
     refuses(ValueError, ["state", "expected", str(D)], f, **call, state_indices=good)
 
@@ -352,7 +383,8 @@ def test_backward_operator(case, name, wrong, device):
 
 
 def test_no_exception_from_cpp_is_opaque():
-    """One look at a whole message: name of the operator, argument, what came, what was expected, why."""
+    """One look at a whole message: name of the operator, argument, what came, what was expected,
+    why."""
     case = next(c for c in CASES if c.name == "min_gru")
     call = arguments(case)
     call["candidate"] = torch.ones(B, T, D + 1)

@@ -21,14 +21,14 @@ struct MinLstm {
     T forget_gate, input_gate, candidate;
   };
   // Numerators and common reciprocal of the normalised gates. Far in the tails p and q would overflow, so both are
-  // scaled by e^-shift; the 1s and the 2 would be too, but beside e^80 they no longer count.
+  // scaled by e^-shift; the 1s and the 2 would be too, but beside e^80 they no longer count. (1e30: for gates of -inf.)
   template <class T>
   struct Normalized {
     T p, q, r;
   };
   template <class T>
   TORCH_EXT_HD static Normalized<T> normalized(Input<T> x) {
-    const T shift = at_least(-80 - minimum(x.forget_gate, x.input_gate), 0);
+    const T shift = at_most(at_least(-80 - minimum(x.forget_gate, x.input_gate), 0), 1e30);
     const T p = exp(-x.forget_gate - shift), q = exp(-x.input_gate - shift);
     return {p, q, reciprocal(2 + p + q)};
   }

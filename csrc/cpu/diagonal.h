@@ -99,10 +99,11 @@ TORCH_EXT_HD void put(S* p, typename Stored<S>::Lane x, int n) {
 }
 
 // Data larger than the cache: fetch what the next tile will read, while this one computes. Once per cache line; k is
-// the vector's number in its group. An address behind the array's end is harmless.
+// the vector's number in its group. Into L2, since rows of 4 KiB all fall into one set of L1. An address behind the
+// array's end is harmless.
 template <bool kStream, class S>
 TORCH_EXT_HD void fetch_ahead(const S* p, int k, int64_t ahead) {
-  if (kStream && k * Stored<S>::kLanes * sizeof(S) % 64 == 0) __builtin_prefetch(p + ahead, 0, 3);
+  if (kStream && k * Stored<S>::kLanes * sizeof(S) % 64 == 0) __builtin_prefetch(p + ahead, 0, 2);
 }
 
 template <class Cell, class S>

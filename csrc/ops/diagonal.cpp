@@ -2,6 +2,7 @@
 #include "diagonal.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace torch_ext {
 
@@ -47,8 +48,10 @@ Tensor sequence_offsets(
 }
 
 Tensor state_rows(
-    const char* op, const Opt& state_indices, int64_t batch, int64_t num_rows, at::Device device) {
+    const char* op_name, const Opt& state_indices, int64_t batch, int64_t num_rows,
+    at::Device device) {
   if (!defined(state_indices)) return {};
+  const std::string op = std::string(op_name) + "_step";
   const Tensor rows = state_indices->to(at::kLong).contiguous();
   if (rows.is_cpu()) {
     std::vector<int64_t> used;
@@ -163,6 +166,19 @@ void check_step(
       state.dim() == 2 && equal(state.sym_size(1), first.sym_size(1)), op, ": state has shape ",
       shape_text(state.sym_sizes()), ", expected (num_rows, D=", first.sym_size(1),
       "), a pool of states as wide as ", names[0]);
+}
+
+void check_no_overlap(const char* op, const Tensor& state) {
+  int64_t size[] = {state.size(0), state.size(1)}, stride[] = {state.stride(0), state.stride(1)};
+  if (stride[0] < stride[1]) std::swap(size[0], size[1]), std::swap(stride[0], stride[1]);
+  // The larger stride steps over a whole run of the smaller one.
+  const bool apart =
+      state.numel() == 0 ||
+      ((size[1] == 1 || stride[1] > 0) && (size[0] == 1 || stride[0] > stride[1] * (size[1] - 1)));
+  TORCH_CHECK_VALUE(
+      apart, op, "_step_: state has shape ", shape_text(state.sym_sizes()), " and strides (",
+      state.stride(0), ", ", state.stride(1),
+      "), expected memory in which no two elements share a place, since it is written");
 }
 
 Strided strided(const Tensor& x) {

@@ -62,6 +62,8 @@ Tensor state_rows(
 void check_sequences(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     const Opt& initial_state, const Opt& cu_seqlens);
+// That no two elements of the state that is written in place share memory.
+void check_no_overlap(const char* op, const Tensor& state);
 void check_step(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     const Tensor& state, const Opt& state_indices);
@@ -217,6 +219,7 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
       Launch launch, const Inputs& x, const Tensor& state, const Opt& state_indices,
       unsigned flags) {
     check_step(name, Op::names, x, Cell::complex, state, state_indices);
+    check_no_overlap(name, state);
     const Tensor rows = state_rows(name, state_indices, x[0].size(0), state.size(0), x[0].device());
     const Tensor pool = state.contiguous(); // the state itself, nearly always
     Tensor h = at::empty({x[0].size(0), x[0].size(1)}, x[0].options());
@@ -521,7 +524,7 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
     // Rows without a state read and write one row more at the pool's end.
     const auto num_rows = state.sym_size(0);
     Tensor rows = state_indices->to(at::kLong);
-    if (rows.is_cpu() && !rows.is_meta() &&
+    if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
         !rows.key_set().has_any(
             c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
       state_rows(

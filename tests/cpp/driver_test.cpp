@@ -415,7 +415,8 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
                              epsilon * (abs(dh) + abs(carry)) * (size[n] + abs(before)) + tiny;
           ASSERT_TRUE(close(
               r.grad_inputs[i].get((row * p.T + t) * p.D + d), dh * slope, stored(all, dh * slope)))
-              << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d;
+              << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d
+              << ", slope=" << abs(slope) << " dh=" << abs(dh) << " error=" << error;
         }
         error = abs(step[n].a) * error + epsilon * (abs(dh) + abs(carry)) + tiny;
         carry = conj(step[n].a) * dh;
