@@ -339,8 +339,10 @@ Result run(const Problem& p, cpu::Parallel parallel) {
   const int64_t count = p.rows() * p.T * p.D;
   Result r;
   r.h = Array(p.dtype, count, true, p.skew);
-  r.final_state = Array(info_of(p.dtype).state, p.S * p.D, true, p.skew);
-  r.grad_initial_state = Array(info_of(p.dtype).state, p.S * p.D, true, p.skew);
+  const DType state = info_of(p.dtype).state;
+  const int64_t state_skew = p.skew / info_of(p.dtype).size * info_of(state).size; // whole elements
+  r.final_state = Array(state, p.S * p.D, true, state_skew);
+  r.grad_initial_state = Array(state, p.S * p.D, true, state_skew);
   for (int i = 0; i < p.cell.num_inputs; ++i)
     r.grad_inputs.emplace_back(p.dtype, count, true, p.skew);
 
