@@ -2,11 +2,14 @@
 
 import os
 import re
-import sys
 import zlib
 from pathlib import Path
 
-import pytest
+# Before torch is imported: waiting threads sleep instead of spinning, or, on a machine that is busy
+# with something else, every small parallel region waits for a thread that is not running.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
 
 TABLE_BEGIN, TABLE_END = "<!-- consumers: begin -->", "<!-- consumers: end -->"
 
@@ -47,7 +50,8 @@ def device(request):
 
 @pytest.fixture
 def seed(request):
-    """A number that follows from the test's name: the same in every run, different between tests."""
+    """A number that follows from the test's name: the same in every run, different between
+    tests."""
     given = request.config.getoption("--seed")
     value = zlib.crc32(request.node.name.encode()) if given is None else given
     print(f"seed {value} (--seed {value} repeats it)")
@@ -145,7 +149,8 @@ def _cell(found, everything):
 
 
 def merge_table(text, version, column, operators):
-    """Puts one version's column into the table in `text` (between the two marks, if it has them)."""
+    """Puts one version's column into the table in `text` (between the two marks, if it has
+    them)."""
     begin, end = text.find(TABLE_BEGIN), text.find(TABLE_END)
     marked = 0 <= begin < end
     old = text[begin + len(TABLE_BEGIN) : end] if marked else text
@@ -176,7 +181,3 @@ def merge_table(text, version, column, operators):
     if not marked:
         return new
     return text[: begin + len(TABLE_BEGIN)] + "\n" + new + text[end:]
-
-
-if sys.version_info < (3, 10):
-    raise RuntimeError("the tests need Python 3.10 or newer")

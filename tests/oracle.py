@@ -1,6 +1,8 @@
-"""What the Python references are trusted for: tables small enough to check by hand, and a second formula.
+"""What the Python references are trusted for: tables small enough to check by hand, and a second
+formula.
 
-The order of trust: these tables -> torch_ext.NAME_reference -> the float64 kernel -> everything else.
+The order of trust: these tables -> torch_ext.NAME_reference -> the float64 kernel -> everything
+else.
 """
 
 import math
@@ -92,8 +94,8 @@ TABLES = [
         [1.5, 0.125, 6.03125],
         [6.03125],
         {"activation": "identity"},
-        # delta3 = 1 + 2 = 3,  delta2 = 1 + 3/4,  delta1 = 1 + 3/4 * 1.75 = 2.3125;  dstate = delta1 / 2
-        # dgate = z (1 - z) (candidate - h before) delta
+        # delta3 = 1 + 2 = 3,  delta2 = 1 + 3/4,  delta1 = 1 + 3/4 * 1.75 = 2.3125;  dstate = delta1
+        # / 2 dgate = z (1 - z) (candidate - h before) delta
         #       = 1/4 * (2 - 1) * 2.3125,  3/16 * (-4 - 1.5) * 1.75,  3/16 * (8 - 0.125) * 3
         # dcandidate = z delta
         grads=[[0.578125, -1.8046875, 4.4296875], [1.15625, 0.4375, 2.25], [1.15625]],
@@ -134,8 +136,8 @@ TABLES = [
         # 8/4 + 3/4 * 4,  2/3 * 5 + 3/3,  3/5 * 13/3 - 2/5 * 5
         [5, 13 / 3, 0.6],
         [0.6],
-        # delta3 = 3,  delta2 = 1 + 3/5 * 3 = 2.8,  delta1 = 1 + 2/3 * 2.8 = 43/15;  dstate = delta1 / 4
-        # dforget = f' i' (1 - f) (h before - candidate) delta
+        # delta3 = 3,  delta2 = 1 + 3/5 * 3 = 2.8,  delta1 = 1 + 2/3 * 2.8 = 43/15;  dstate = delta1
+        # / 4 dforget = f' i' (1 - f) (h before - candidate) delta
         #         = 3/16 * 3/4 * 4 * 43/15,  2/9 * 1/2 * 2 * 2.8,  6/25 * 1/4 * 28/3 * 3
         # dinput = -f' i' (1 - i) (h before - candidate) delta
         #        = -3/16 * 1/4 * 4 * 43/15,  -2/9 * 3/4 * 2 * 2.8,  -6/25 * 1/2 * 28/3 * 3
@@ -157,8 +159,8 @@ TABLES = [
         [5, 3.25, -0.0625],
         [-0.0625],
         {"activation": "identity", "normalize": False},
-        # delta3 = 3,  delta2 = 1 + 3/4 * 3 = 3.25,  delta1 = 1 + 3.25/2 = 2.625;  dstate = delta1 / 4
-        # dforget = f (1 - f) h before delta = 3/16 * 8 * 2.625,  1/4 * 5 * 3.25,  3/16 * 3.25 * 3
+        # delta3 = 3,  delta2 = 1 + 3/4 * 3 = 3.25,  delta1 = 1 + 3.25/2 = 2.625;  dstate = delta1 /
+        # 4 dforget = f (1 - f) h before delta = 3/16 * 8 * 2.625,  1/4 * 5 * 3.25,  3/16 * 3.25 * 3
         # dinput = i (1 - i) candidate delta = 3/16 * 4 * 2.625,  3/16 * 3 * 3.25,  1/4 * -5 * 3
         # dcandidate = i delta
         grads=[
@@ -192,7 +194,9 @@ TABLES = [
 
 
 def sigmoid(x):
-    return np.where(x < 0, np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x))), 1 / (1 + np.exp(-np.abs(x))))
+    return np.where(
+        x < 0, np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x))), 1 / (1 + np.exp(-np.abs(x)))
+    )
 
 
 def activate(x, activation):
@@ -239,7 +243,8 @@ def join(rows, like, cu_seqlens, reverse):
 
 
 def closed_form(name, inputs, state, cu_seqlens=None, reverse=False, **options):
-    """Without a loop over the state: h[t] = prod(a[..t]) h0 + sum over s of prod(a[s+1..t]) b[s]."""
+    """Without a loop over the state: h[t] = prod(a[..t]) h0 + sum over s of prod(a[s+1..t])
+    b[s]."""
     terms = TERMS[name](*inputs, **options)
     rows, finals = [], []
     for a, b, s in split(terms, state, cu_seqlens, reverse):

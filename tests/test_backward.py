@@ -27,7 +27,7 @@ def check_gradients(f, reference, leaves, through, generator, names):
     want = gradients(reference, exact, through, [wide(g.cpu()) for g in weights], unused=True)
     for leaf, name, g, w in zip(leaves, names, got, want, strict=True):
         assert g.dtype is leaf.dtype and g.shape == leaf.shape
-        close(g, w, grad=True, name=f"gradient of {name}")
+        close(g, w, grad=True, name=f"gradient of {name}", size=0.01)
 
 
 @over(dtypes="all")
@@ -46,7 +46,8 @@ def test_gradients(case, options, dtype, shape, generator, device):
 
 @over(dtypes="all", variants=False)
 def test_gradient_of_each_input_alone(case, dtype, generator, device):
-    """What does not ask for a gradient gets none, and changes no other's; every output is attached."""
+    """What does not ask for a gradient gets none, and changes no other's; every output is
+    attached."""
     x = case.leaves(2, 9, 17, dtype, generator, device, grad=True)
     f, weights = case.bind(), None
     weights = cotangents(f(*x), generator)
@@ -121,7 +122,9 @@ def test_backward_operator(case, options, dtype, generator, device):
     gh, gs = cotangents((h, final), generator)
     for p, q in ((gh, gs), (gh, None), (None, gs)):
         got = case.backward_op(p, q, *x[:n], h, x[n], *tail)
-        filled = [torch.zeros_like(o) if g is None else g for g, o in zip((p, q), (h, final))]
+        filled = [
+            torch.zeros_like(o) if g is None else g for g, o in zip((p, q), (h, final), strict=True)
+        ]
         want = case.backward_op(*filled, *x[:n], h, x[n], *tail)
         assert [g.dtype for g in got] == [y.dtype for y in x]
         for g, w in zip(got, want, strict=True):

@@ -1,4 +1,5 @@
-"""The same bits in every run and for every number of threads; the same numbers on every instruction set."""
+"""The same bits in every run and for every number of threads; the same numbers on every instruction
+set."""
 
 import os
 import subprocess
@@ -21,8 +22,9 @@ def run(case, options, x, weights):
 def problems(case, options, dtype, generator, device):
     for B, T, D in SHAPES:
         for reverse in (False, True):
-            yield dict(options, reverse=reverse), case.leaves(
-                B, T, D, dtype, generator, device, grad=True
+            yield (
+                dict(options, reverse=reverse),
+                case.leaves(B, T, D, dtype, generator, device, grad=True),
             )
     cu = torch.tensor([0, 5, 5, 600, 1500], device=device)
     yield (
@@ -92,14 +94,12 @@ def test_more_than_one_thread_works(case, generator, device, threads):
 CHILD = """
 import sys, torch, torch_ext
 from cases import CASES
-case, index, file, out = sys.argv[1:]
-case = next(c for c in CASES if c.name == case)
-options = case.variants[int(index)]
+tasks, out = sys.argv[1:]
 torch.set_num_threads(2)
 results = []
-for x, weights in torch.load(file):
+for name, options, x, weights in torch.load(tasks):
+    f = next(case for case in CASES if case.name == name).bind(**options)
     x = [y.requires_grad_() for y in x]
-    f = case.bind(**options)
     outputs = f(*x)
     results.append([y.detach() for y in (*outputs, *torch.autograd.grad(outputs, x, weights))])
 torch.save(results, out)
@@ -107,41 +107,57 @@ torch.save(results, out)
 CAPABILITIES = ("default", "avx2", "avx512")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_instruction_sets(case, dtype, generator, device, tmp_path, child_environment):
-    """ATEN_CPU_CAPABILITY chooses; each is as right as the reference demands, and they differ by rounding."""
-    if device != "cpu":
-        pytest.skip("about the CPU's instruction sets")
-    index = len(case.variants) - 1
-    f = case.bind(case.reference, **case.variants[index])
-    tasks, wants = [], []
-    for shape in ((2, 40, 37), (1, 70, 64), (3, 5, 3)):
-        x = case.leaves(*shape, dtype, generator)
-        weights = cotangents(case.bind()(*x), generator)
-        tasks.append((x, weights))
-        exact = [wide(y).requires_grad_() for y in x]
-        wants.append([*f(*exact), *gradients(f, exact, weights=[wide(g) for g in weights])])
-    torch.save(tasks, tmp_path / "tasks")
+def isa_tasks():
+    tasks = []
+    for case in CASES:
+        g = torch.Generator().manual_seed(len(tasks))
+        for options in case.variants:
+            for dtype in case.dtypes:
+                for shape in ((2, 40, 37), (1, 70, 64), (3, 5, 3)):
+                    x = case.leaves(*shape, dtype, g)
+                    weights = cotangents(case.bind(**options)(*x), g)
+                    tasks.append((case.name, options, x, weights))
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def by_capability(tmp_path_factory, child_environment):
+    """What a fresh process computes under each value of ATEN_CPU_CAPABILITY."""
+    folder = tmp_path_factory.mktemp("isa")
+    torch.save(isa_tasks(), folder / "tasks")
     found = {}
     for capability in CAPABILITIES:
-        out = tmp_path / capability
+        out = folder / capability
         subprocess.run(
-            [sys.executable, "-c", CHILD, case.name, str(index), tmp_path / "tasks", out],
+            [sys.executable, "-c", CHILD, folder / "tasks", out],
             env=dict(child_environment, ATEN_CPU_CAPABILITY=capability),
             check=True,
             timeout=300,
         )
         found[capability] = torch.load(out)
-    for capability, results in found.items():
-        for got, want in zip(results, wants, strict=True):
-            for k, (g, w) in enumerate(zip(got, want, strict=True)):
-                close(g, w, grad=k > 1, name=f"{capability}, output {k}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_instruction_sets(case, device, by_capability):
+    """Each is as right as the reference demands, so that they differ by rounding alone."""
+    if device != "cpu":
+        pytest.skip("about the CPU's instruction sets")
+    for k, (name, options, x, weights) in enumerate(isa_tasks()):
+        if name != case.name:
+            continue
+        exact = [wide(y).requires_grad_() for y in x]
+        f = case.bind(case.reference, **options)
+        want = [*f(*exact), *gradients(f, exact, weights=[wide(g) for g in weights])]
+        for capability, results in by_capability.items():
+            for j, (g, w) in enumerate(zip(results[k], want, strict=True)):
+                close(g, w, grad=j > 1, name=f"{capability}, output {j}")
 
 
 def test_force_isa(generator, device):
-    """The same in one process, by the hook of torch_ext._C: what is not built or not there is refused."""
+    """The same in one process, by the hook of torch_ext._C: what is not built or not there is
+    refused."""
     c = pytest.importorskip("torch_ext._C", reason="torch_ext._C was not built")
     if device != "cpu":
         pytest.skip("about the CPU's instruction sets")

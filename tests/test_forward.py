@@ -16,13 +16,18 @@ def test_forward(case, options, dtype, shape, generator, device):
             x = case.leaves(B, T, D, dtype, generator, device, state=state)
             before = [y.clone() for y in x]
             h, final = case.bind(**options, reverse=reverse)(*x)
-            want = case.bind(case.reference, **options, reverse=reverse)(*[wide(y.cpu()) for y in x])
+            want = case.bind(case.reference, **options, reverse=reverse)(
+                *[wide(y.cpu()) for y in x]
+            )
             assert h.dtype is dtype and h.shape == shape and h.is_contiguous()
             assert final.dtype is state_dtype(dtype) and final.is_contiguous()
             assert h.device.type == final.device.type == device
-            close(h, want[0], name="h")
-            close(final, want[1], name="final_state")  # not rounded to the inputs' dtype
-            assert all(torch.equal(p, q) for p, q in zip(x, before, strict=True)), "an input changed"
+            close(h, want[0], name="h", size=0.25)
+            # not rounded to the inputs' dtype
+            close(final, want[1], name="final_state", size=0.25)
+            assert all(torch.equal(p, q) for p, q in zip(x, before, strict=True)), (
+                "an input changed"
+            )
             assert not {y.data_ptr() for y in (h, final) if y.numel()} & {y.data_ptr() for y in x}
 
 

@@ -76,10 +76,13 @@ def test_forms_of_cu_seqlens(case, generator, device):
 
 @over(variants=False)
 def test_cu_seqlens_changed_before_backward(case, generator, device):
-    """It is part of what was saved: a change is noticed or has no effect, never a wrong gradient."""
+    """It is part of what was saved: a change is noticed or has no effect, never a wrong
+    gradient."""
     x = case.leaves(1, 40, 19, torch.float32, generator, device, state=2, grad=True)
     cu = torch.tensor([0, 10, 40], device=device)
-    want = gradients(case.bind(cu_seqlens=cu.clone()), x, through=(1,), weights=[torch.ones_like(x[-1])])
+    want = gradients(
+        case.bind(cu_seqlens=cu.clone()), x, through=(1,), weights=[torch.ones_like(x[-1])]
+    )
     final = case.bind(cu_seqlens=cu)(*x)[1]
     cu.copy_(torch.tensor([0, 30, 40]))
     try:

@@ -1,4 +1,5 @@
-"""The Python references against tables checked by hand, a second formula, and finite differences."""
+"""The Python references against tables checked by hand, a second formula, and finite
+differences."""
 
 import numpy as np
 import oracle
@@ -34,7 +35,9 @@ def check_table(table, function, dtype, device="cpu"):
     leaves = table_leaves(table, dtype, device)
     f = BY_NAME[table.operator].bind(function, **options)
     exact = table_dtype(table)
-    for name, got, want in zip(("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True):
+    for name, got, want in zip(
+        ("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True
+    ):
         close(got.reshape(-1, WIDTH), channels(want, exact, "cpu"), dtype, name=name)
     weights = [channels(g, dtype, device) for g in (table.grad_h, table.grad_final)]
     grads = gradients(f, leaves, weights=(weights[0][None], weights[1]))
@@ -45,7 +48,9 @@ def check_table(table, function, dtype, device="cpu"):
 
 
 def over_tables(f):
-    return pytest.mark.parametrize("table", oracle.TABLES, ids=lambda t: t.name.replace(" ", "_"))(f)
+    return pytest.mark.parametrize("table", oracle.TABLES, ids=lambda t: t.name.replace(" ", "_"))(
+        f
+    )
 
 
 def table_dtype(table, real=torch.float64):

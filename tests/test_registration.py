@@ -5,9 +5,10 @@ import inspect
 
 import pytest
 import torch
-import torch_ext
 from cases import CASES, over
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
+
+import torch_ext
 
 
 def registered():
@@ -27,7 +28,10 @@ def test_the_list_tells_its_entries_apart():
         assert len({tuple(v.items()) for v in case.variants}) == len(case.variants)
 
 
-OPTIONS = {"activation": ("str activation", '="identity"'), "normalize": ("bool normalize", "=True")}
+OPTIONS = {
+    "activation": ("str activation", '="identity"'),
+    "normalize": ("bool normalize", "=True"),
+}
 
 
 @over(variants=False)
@@ -39,15 +43,15 @@ def test_schemas(case):
     without = "".join(f", {kind}" for kind, _ in options)
     grads = ", ".join(f"Tensor grad_{name}" for name in (*case.arguments, "initial_state"))
     name = f"torch_ext::{case.name}"
+    gradients = "Tensor? grad_h, Tensor? grad_final_state"
+    step = f"Tensor state, Tensor? state_indices=None{with_default}"
     want = {
         "": f"{name}({inputs}, Tensor? initial_state=None, Tensor? cu_seqlens=None{with_default}, "
         "bool reverse=False) -> (Tensor h, Tensor final_state)",
-        "_backward": f"{name}_backward(Tensor? grad_h, Tensor? grad_final_state, {inputs}, Tensor h, "
-        f"Tensor? initial_state, Tensor? cu_seqlens{without}, bool reverse) -> ({grads})",
-        "_step": f"{name}_step({inputs}, Tensor state, Tensor? state_indices=None{with_default}) "
-        "-> (Tensor h, Tensor state)",
-        "_step_": f"{name}_step_({inputs}, Tensor(a!) state, Tensor? state_indices=None{with_default}) "
-        "-> Tensor h",
+        "_backward": f"{name}_backward({gradients}, {inputs}, Tensor h, Tensor? initial_state, "
+        f"Tensor? cu_seqlens{without}, bool reverse) -> ({grads})",
+        "_step": f"{name}_step({inputs}, {step}) -> (Tensor, Tensor)",
+        "_step_": f"{name}_step_({inputs}, {step.replace('Tensor', 'Tensor(a!)', 1)}) -> Tensor",
     }
     for tail, schema in want.items():
         found = getattr(torch.ops.torch_ext, case.name + tail).default._schema
@@ -64,11 +68,11 @@ def test_kernels_are_registered_in_cpp(case, tail):
     name = f"torch_ext::{case.name}{tail}"
     has = {
         key: _dispatch_has_kernel_for_dispatch_key(name, key)
-        for key in ("CPU", "Meta", "AutogradCPU", "CompositeImplicitAutograd")
+        for key in ("CPU", "Meta", "Autograd", "CompositeImplicitAutograd")
     }
     assert has["CompositeImplicitAutograd"] or (has["CPU"] and has["Meta"]), has
     if not tail:
-        assert has["CPU"] and has["Meta"] and has["AutogradCPU"], has
+        assert has["CPU"] and has["Meta"] and has["Autograd"], has
         for key in ("AutocastCPU", "AutocastCUDA"):
             assert _dispatch_has_kernel_for_dispatch_key(name, key), key
     dump = torch._C._dispatch_dump(name)
@@ -109,7 +113,9 @@ def test_python_signatures(case):
 def test_examples_in_the_documentation(case, tail):
     f = getattr(torch_ext, case.name + tail)
     finder = doctest.DocTestFinder(recurse=False)
-    tests = finder.find(f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext))
+    tests = finder.find(
+        f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext)
+    )
     assert any(test.examples for test in tests), "has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     for test in tests:

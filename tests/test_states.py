@@ -58,7 +58,9 @@ def check(case, options, reverse, other, dtype, generator, device):
 @CUTS
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_chunks(case, options, dtype, lengths, reverse, generator, device):
-    check(case, options, reverse, chunked(case, options, lengths, reverse), dtype, generator, device)
+    check(
+        case, options, reverse, chunked(case, options, lengths, reverse), dtype, generator, device
+    )
 
 
 @over(dtypes="all")

@@ -9,9 +9,11 @@ INTS = pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32"
 
 def step_leaves(case, B, D, dtype, generator, device, rows=None, grad=False):
     x = case.leaves(B, 1, D, dtype, generator, device, state=B if rows is None else rows)
-    return [y[:, 0].contiguous() for y in x[:-1]] + x[-1:] if not grad else [
-        y.requires_grad_() for y in step_leaves(case, B, D, dtype, generator, device, rows)
-    ]
+    return (
+        [y[:, 0].contiguous() for y in x[:-1]] + x[-1:]
+        if not grad
+        else [y.requires_grad_() for y in step_leaves(case, B, D, dtype, generator, device, rows)]
+    )
 
 
 def sequence(case, options):
@@ -33,7 +35,9 @@ def pooled(case, options, indices):
         rows = torch.tensor([indices[b] for b in keep], dtype=torch.int64)
         h, state = sequence(case, options)(*[y[keep] for y in x[:-1]], x[-1][rows])
         out = torch.zeros_like(x[0])
-        return out.index_put((torch.tensor(keep, dtype=torch.int64),), h), x[-1].index_put((rows,), state)
+        return out.index_put((torch.tensor(keep, dtype=torch.int64),), h), x[-1].index_put(
+            (rows,), state
+        )
 
     return step
 
@@ -69,7 +73,9 @@ def test_step_gradients(case, options, dtype, generator, device):
 @pytest.mark.parametrize("kind", ["rows", "pool"])
 def test_step_gradcheck(case, options, dtype, kind, generator, device):
     indices = {"rows": None, "pool": torch.tensor([3, -1, 0], device=device)}[kind]
-    x = step_leaves(case, 3, 2, dtype, generator, device, rows=4 if kind == "pool" else 3, grad=True)
+    x = step_leaves(
+        case, 3, 2, dtype, generator, device, rows=4 if kind == "pool" else 3, grad=True
+    )
     f = case.bind_step(**options)
     if kind == "pool":
         f = lambda *y, step=f: step(*y, state_indices=indices)  # noqa: E731
@@ -175,7 +181,8 @@ def test_in_place_spoils_a_saved_state(case, generator, device):
 @over(variants=False)
 @pytest.mark.parametrize("which", ["input", "state", "view"])
 def test_in_place_refuses_gradients(case, which, generator, device):
-    """It has no derivative: it says so, and points to the functional step, instead of dropping one."""
+    """It has no derivative: it says so, and points to the functional step, instead of dropping
+    one."""
     x = step_leaves(case, 2, 5, torch.float32, generator, device)
     if which == "input":
         x[0].requires_grad_()

@@ -8,17 +8,7 @@ channels; and unfolded from every output. Operators in place have no rule: vmap 
 import torch
 from torch import Tensor
 
-OPERATORS = {
-    "linear_scan": "cu_seqlens",
-    "linear_scan_backward": "cu_seqlens",
-    "linear_scan_step": "state_indices",
-    "min_gru": "cu_seqlens",
-    "min_gru_backward": "cu_seqlens",
-    "min_gru_step": "state_indices",
-    "min_lstm": "cu_seqlens",
-    "min_lstm_backward": "cu_seqlens",
-    "min_lstm_step": "state_indices",
-}
+DIAGONAL = ("linear_scan", "min_gru", "min_lstm")
 
 
 def _register(name: str, index: str) -> None:
@@ -51,5 +41,7 @@ def _register(name: str, index: str) -> None:
     torch.library.register_vmap(f"torch_ext::{name}", rule)
 
 
-for _name, _index in OPERATORS.items():
-    _register(_name, _index)
+for _name in DIAGONAL:
+    _register(_name, "cu_seqlens")
+    _register(_name + "_backward", "cu_seqlens")
+    _register(_name + "_step", "state_indices")

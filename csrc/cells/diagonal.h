@@ -61,7 +61,8 @@ TORCH_EXT_HD void unpack(const typename Cell::template Input<T>& x, T* v) {
 
 // The gradient by dual numbers. With h = a h_before + b, dx = dh (h_before da/dx + db/dx).
 template <class Cell, class T>
-TORCH_EXT_HD Gradient<T, Cell::template Input> dual_vjp(const Cell& cell, typename Cell::template Input<T> x, T h_before, T dh) {
+TORCH_EXT_HD Gradient<T, Cell::template Input> dual_vjp(
+    const Cell& cell, typename Cell::template Input<T> x, T h_before, T dh) {
   constexpr int N = num_inputs<Cell>;
   T v[N], dx[N];
   unpack<Cell, T>(x, v);
@@ -75,7 +76,8 @@ TORCH_EXT_HD Gradient<T, Cell::template Input> dual_vjp(const Cell& cell, typena
 
 // The gradient of one step: the cell's own, or else by dual numbers.
 template <class Cell, class T>
-TORCH_EXT_HD Gradient<T, Cell::template Input> step_vjp(const Cell& cell, typename Cell::template Input<T> x, T h_before, T dh) {
+TORCH_EXT_HD Gradient<T, Cell::template Input> step_vjp(
+    const Cell& cell, typename Cell::template Input<T> x, T h_before, T dh) {
   if constexpr (requires { cell.vjp(x, h_before, dh); }) {
     return cell.vjp(x, h_before, dh);
   } else {

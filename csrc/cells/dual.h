@@ -29,11 +29,19 @@ struct Dual {
   TORCH_EXT_HD friend Dual operator-(Dual x) {
     return make(-x.v, [&](int i) { return -x.d[i]; });
   }
-  TORCH_EXT_HD friend Dual operator+(Dual x, double c) { return make(x.v + c, [&](int i) { return x.d[i]; }); }
+  TORCH_EXT_HD friend Dual operator+(Dual x, double c) {
+    return make(x.v + c, [&](int i) { return x.d[i]; });
+  }
   TORCH_EXT_HD friend Dual operator+(double c, Dual x) { return x + c; }
-  TORCH_EXT_HD friend Dual operator-(Dual x, double c) { return make(x.v - c, [&](int i) { return x.d[i]; }); }
-  TORCH_EXT_HD friend Dual operator-(double c, Dual x) { return make(c - x.v, [&](int i) { return -x.d[i]; }); }
-  TORCH_EXT_HD friend Dual operator*(Dual x, double c) { return make(x.v * c, [&](int i) { return x.d[i] * c; }); }
+  TORCH_EXT_HD friend Dual operator-(Dual x, double c) {
+    return make(x.v - c, [&](int i) { return x.d[i]; });
+  }
+  TORCH_EXT_HD friend Dual operator-(double c, Dual x) {
+    return make(c - x.v, [&](int i) { return -x.d[i]; });
+  }
+  TORCH_EXT_HD friend Dual operator*(Dual x, double c) {
+    return make(x.v * c, [&](int i) { return x.d[i] * c; });
+  }
   TORCH_EXT_HD friend Dual operator*(double c, Dual x) { return x * c; }
 
   TORCH_EXT_HD friend Dual exp(Dual x) {

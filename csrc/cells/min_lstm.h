@@ -21,14 +21,14 @@ struct MinLstm {
     T forget_gate, input_gate, candidate;
   };
   // Numerators and common reciprocal of the normalised gates. Far in the tails p and q would overflow, so both are
-  // scaled by e^-shift; the 1s and the 2 would be too, but beside e^80 they no longer count.
+  // scaled by e^-shift; the 1s and the 2 would be too, but beside e^80 they no longer count. (1e30: for gates of -inf.)
   template <class T>
   struct Normalized {
     T p, q, r;
   };
   template <class T>
   TORCH_EXT_HD static Normalized<T> normalized(Input<T> x) {
-    const T shift = at_least(-80 - minimum(x.forget_gate, x.input_gate), 0);
+    const T shift = at_most(at_least(-80 - minimum(x.forget_gate, x.input_gate), 0), 1e30);
     const T p = exp(-x.forget_gate - shift), q = exp(-x.input_gate - shift);
     return {p, q, reciprocal(2 + p + q)};
   }
@@ -43,7 +43,9 @@ struct MinLstm {
     if (!normalize) return {sigmoid(x.forget_gate), sigmoid(x.input_gate) * v};
     const Normalized<T> n = normalized(x);
     const T i = (1 + n.p) * n.r;
-    return {1 - i, i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
+    return {
+        1 - i,
+        i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
   }
   template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {

@@ -49,9 +49,7 @@ TORCH_EXT_HD T sigmoid(T x) {
 template <class T>
 struct Complex {
   T re, im;
-  TORCH_EXT_HD friend Complex operator+(Complex x, Complex y) {
-    return {x.re + y.re, x.im + y.im};
-  }
+  TORCH_EXT_HD friend Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
   TORCH_EXT_HD friend Complex operator*(Complex x, Complex y) {
     return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
   }

@@ -23,7 +23,9 @@ using Opt = std::optional<Tensor>;
 inline Opt opt(const Tensor& t) { return t.defined() ? Opt(t) : Opt(); }
 inline bool defined(const Opt& t) { return t && t->defined(); }
 
-inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const Tensor& t) {
+  return t.defined() && t._fw_grad(/*level=*/0).defined();
+}
 inline bool has_tangent(const Opt& t) { return t && has_tangent(*t); }
 template <class T>
 bool has_tangent(const T&) {
@@ -61,7 +63,8 @@ variable_list apply_op(const Args&... args) {
     }
   };
   NodePtr attached;
-  const auto wrapped = wrap_outputs(inputs, {raw.begin(), raw.end()}, record ? NodePtr(node) : NodePtr(), jvp, attached);
+  const auto wrapped = wrap_outputs(
+      inputs, {raw.begin(), raw.end()}, record ? NodePtr(node) : NodePtr(), jvp, attached);
   variable_list out;
   for (const auto& o : wrapped) out.push_back(o.value());
   if (record) {

@@ -8,7 +8,9 @@
 
 namespace torch_ext {
 
-inline bool equal(const c10::SymInt& x, const c10::SymInt& y) { return x.sym_eq(y).expect_true(__FILE__, __LINE__); }
+inline bool equal(const c10::SymInt& x, const c10::SymInt& y) {
+  return x.sym_eq(y).expect_true(__FILE__, __LINE__);
+}
 
 inline std::string shape_text(c10::SymIntArrayRef sizes) {
   std::ostringstream s;
@@ -21,19 +23,32 @@ inline std::string shape_text(c10::SymIntArrayRef sizes) {
 // torch's names: float32, bfloat16, complex64.
 inline std::string dtype_text(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return "float32";
-    case at::kDouble: return "float64";
-    case at::kHalf: return "float16";
-    case at::kBFloat16: return "bfloat16";
-    case at::kComplexFloat: return "complex64";
-    case at::kComplexDouble: return "complex128";
-    case at::kLong: return "int64";
-    case at::kInt: return "int32";
-    case at::kShort: return "int16";
-    case at::kChar: return "int8";
-    case at::kByte: return "uint8";
-    case at::kBool: return "bool";
-    default: return c10::toString(dtype);
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kComplexFloat:
+      return "complex64";
+    case at::kComplexDouble:
+      return "complex128";
+    case at::kLong:
+      return "int64";
+    case at::kInt:
+      return "int32";
+    case at::kShort:
+      return "int16";
+    case at::kChar:
+      return "int8";
+    case at::kByte:
+      return "uint8";
+    case at::kBool:
+      return "bool";
+    default:
+      return c10::toString(dtype);
   }
 }
 
@@ -50,21 +65,32 @@ inline std::string named_text(std::initializer_list<const char*> names, c10::Sym
   return s.str();
 }
 
-inline void check_shape(const char* op, const char* name, const at::Tensor& x, std::initializer_list<const char*> letters,
-                        c10::SymIntArrayRef expected, const std::string& why) {
+inline void check_shape(
+    const char* op, const char* name, const at::Tensor& x,
+    std::initializer_list<const char*> letters, c10::SymIntArrayRef expected,
+    const std::string& why) {
   const auto sizes = x.sym_sizes();
   bool same = sizes.size() == expected.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = equal(sizes[i], expected[i]);
-  TORCH_CHECK_VALUE(same, op, ": ", name, " has shape ", shape_text(sizes), ", expected ", named_text(letters, expected), ", ", why);
+  TORCH_CHECK_VALUE(
+      same, op, ": ", name, " has shape ", shape_text(sizes), ", expected ",
+      named_text(letters, expected), ", ", why);
 }
 
-inline void check_dtype(const char* op, const char* name, const at::Tensor& x, at::ScalarType expected, const std::string& why) {
-  TORCH_CHECK_TYPE(x.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_text(x.scalar_type()), ", expected ",
-                   dtype_text(expected), ", ", why);
+inline void check_dtype(
+    const char* op, const char* name, const at::Tensor& x, at::ScalarType expected,
+    const std::string& why) {
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_text(x.scalar_type()),
+      ", expected ", dtype_text(expected), ", ", why);
 }
 
-inline void check_device(const char* op, const char* name, const at::Tensor& x, at::Device expected, const std::string& why) {
-  TORCH_CHECK(x.device() == expected, op, ": ", name, " is on ", x.device(), ", expected ", expected, ", ", why);
+inline void check_device(
+    const char* op, const char* name, const at::Tensor& x, at::Device expected,
+    const std::string& why) {
+  TORCH_CHECK(
+      x.device() == expected, op, ": ", name, " is on ", x.device(), ", expected ", expected, ", ",
+      why);
 }
 
 // The dtype in which a recurrence accumulates and hands its state on.

@@ -4,7 +4,8 @@
 #include <torch/headeronly/version.h>
 
 #define TORCH_EXT_TORCH_AT_LEAST(major, minor) \
-  (TORCH_VERSION_MAJOR > (major) || (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
+  (TORCH_VERSION_MAJOR > (major) ||            \
+   (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
 
 static_assert(TORCH_EXT_TORCH_AT_LEAST(2, 11), "torch_ext needs torch 2.11 or newer");
 
@@ -28,12 +29,16 @@ auto make_node() {
 // torch::autograd::_wrap_outputs, which has an argument more in newer versions, and the hooks that go with it.
 template <class Ptr> // NodePtr; a template, so that only the call that this torch has is compiled
 std::vector<std::optional<at::Tensor>> wrap_outputs(
-    const torch::autograd::variable_list& inputs, const std::vector<std::optional<at::Tensor>>& raw, const Ptr& node,
-    const torch::autograd::_jvp_fn_t& jvp, Ptr& attached) {
-  const torch::autograd::_view_as_self_fn_t view_as_self = [](const at::Tensor& x) { return x.view_as(x); };
-  const auto call = [&]<class... Extra>(Extra&... extra)
-      -> decltype(torch::autograd::_wrap_outputs(inputs, {}, {}, raw, node, jvp, {}, view_as_self, false, extra...)) {
-    return torch::autograd::_wrap_outputs(inputs, {}, {}, raw, node, jvp, {}, view_as_self, false, extra...);
+    const torch::autograd::variable_list& inputs, const std::vector<std::optional<at::Tensor>>& raw,
+    const Ptr& node, const torch::autograd::_jvp_fn_t& jvp, Ptr& attached) {
+  const torch::autograd::_view_as_self_fn_t view_as_self = [](const at::Tensor& x) {
+    return x.view_as(x);
+  };
+  const auto call = [&]<class... Extra>(Extra&... extra) -> decltype(torch::autograd::_wrap_outputs(
+                                                             inputs, {}, {}, raw, node, jvp, {},
+                                                             view_as_self, false, extra...)) {
+    return torch::autograd::_wrap_outputs(
+        inputs, {}, {}, raw, node, jvp, {}, view_as_self, false, extra...);
   };
   if constexpr (requires { call(attached); }) {
     return call(attached);

@@ -19,10 +19,10 @@ struct DiagonalProblem {
   const int64_t* cu_seqlens = nullptr;
   // Sequence s has its state in this row of the state arrays; negative: it has none, its outputs are 0. Null: row s.
   const int64_t* state_rows = nullptr;
-  bool reverse = false;   // from the last step to the first
-  unsigned flags = 0;     // the cell's options
-  Strided inputs[4];      // the cell's, in order
-  Strided initial_state;  // state dtype; null: zeros
+  bool reverse = false;  // from the last step to the first
+  unsigned flags = 0;    // the cell's options
+  Strided inputs[4];     // the cell's, in order
+  Strided initial_state; // state dtype; null: zeros
 };
 
 struct DiagonalForward : DiagonalProblem {
@@ -31,10 +31,10 @@ struct DiagonalForward : DiagonalProblem {
 };
 
 struct DiagonalBackward : DiagonalProblem {
-  Strided h, grad_h;                                             // grad_h null: zeros
-  Strided grad_final_state;                                      // state dtype; null: zeros
-  void* grad_inputs[4] = {nullptr, nullptr, nullptr, nullptr};   // contiguous, like the inputs
-  void* grad_initial_state = nullptr;                            // contiguous (sequence, width), state dtype
+  Strided h, grad_h;                                           // grad_h null: zeros
+  Strided grad_final_state;                                    // state dtype; null: zeros
+  void* grad_inputs[4] = {nullptr, nullptr, nullptr, nullptr}; // contiguous, like the inputs
+  void* grad_initial_state = nullptr; // contiguous (sequence, width), state dtype
 };
 
 } // namespace torch_ext

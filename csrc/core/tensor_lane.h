@@ -24,7 +24,9 @@ struct TensorLane {
   friend TensorLane reciprocal(const TensorLane& x) { return {at::reciprocal(x.v)}; }
   friend TensorLane at_least(const TensorLane& x, double c) { return {at::where(x.v < c, c, x.v)}; }
   friend TensorLane at_most(const TensorLane& x, double c) { return {at::where(x.v >= c, c, x.v)}; }
-  friend TensorLane maximum(const TensorLane& x, const TensorLane& y) { return {at::where(x.v < y.v, y.v, x.v)}; }
+  friend TensorLane maximum(const TensorLane& x, const TensorLane& y) {
+    return {at::where(x.v < y.v, y.v, x.v)};
+  }
   friend TensorLane nonnegative(const TensorLane& x) { return {(x.v >= 0).to(x.v.dtype())}; }
   friend TensorLane conj(const TensorLane& x) { return {at::conj(x.v)}; }
 };

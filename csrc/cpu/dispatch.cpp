@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <unistd.h>
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -7,7 +8,6 @@
 #include <cstring>
 #include <memory>
 #include <thread>
-#include <unistd.h>
 
 #include "../cells/all.h"
 
@@ -35,12 +35,15 @@ struct Set {
 };
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
-      {&generic::kTable, "default", true},
+    {&generic::kTable, "default", true},
 #if defined(__x86_64__)
-      {&avx2::kTable, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {&avx512::kTable, "avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
+    {&avx2::kTable, "avx2",
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c")},
+    {&avx512::kTable, "avx512",
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("f16c")},
 #endif
   };
   return all;
@@ -78,19 +81,27 @@ int64_t l2_bytes() {
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::bf16:
-    case DType::f16: return 2;
-    case DType::f32: return 4;
+    case DType::f16:
+      return 2;
+    case DType::f32:
+      return 4;
     case DType::f64:
-    case DType::c64: return 8;
-    default: return 16;
+    case DType::c64:
+      return 8;
+    default:
+      return 16;
   }
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-bool aligned(const void* p, int64_t to) { return reinterpret_cast<uintptr_t>(p) % uint64_t(to) == 0; }
+bool aligned(const void* p, int64_t to) {
+  return reinterpret_cast<uintptr_t>(p) % uint64_t(to) == 0;
+}
 
 // num_in, num_out: arrays over time that are read and written. `out` are the written ones.
-Plan plan_of(const DiagonalProblem& p, DType dtype, int num_in, int num_out, void* const* out, const KernelTable& t, int threads) {
+Plan plan_of(
+    const DiagonalProblem& p, DType dtype, int num_in, int num_out, void* const* out,
+    const KernelTable& t, int threads) {
   // Channels move in groups of four vectors; an item takes whole groups, so that a channel meets the same instructions
   // however many threads there are.
   const int64_t group = 4 * t.vector_bytes / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
@@ -98,7 +109,8 @@ Plan plan_of(const DiagonalProblem& p, DType dtype, int num_in, int num_out, voi
   Plan plan;
   const int64_t steps = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences); // of all sequences
   const int64_t bytes = steps * p.width * size_of(dtype);                   // of one array
-  plan.sequences_inside = p.cu_seqlens != nullptr; // sequences differ in length: give every thread some channels of all
+  plan.sequences_inside =
+      p.cu_seqlens != nullptr; // sequences differ in length: give every thread some channels of all
   int64_t blocks = 1;
   if (plan.sequences_inside || p.num_sequences < threads) blocks = threads;
   plan.block = round_up((p.width + blocks - 1) / blocks, group);
@@ -107,15 +119,18 @@ Plan plan_of(const DiagonalProblem& p, DType dtype, int num_in, int num_out, voi
   plan.num_blocks = (p.width + plan.block - 1) / plan.block;
   const int64_t per_thread = bytes * (num_in + num_out) / threads;
   const bool in_cache = per_thread <= l2_bytes();
-  plan.tile = in_cache ? 64 : 8;
-  const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
+  plan.tile = in_cache ? 64 : 4;
+  const int64_t store =
+      t.vector_bytes * size_of(dtype) / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
   plan.stream = bytes * num_out / threads > l2_bytes() / 2 && p.width * size_of(dtype) % store == 0;
   for (int i = 0; i < num_out; ++i) plan.stream = plan.stream && aligned(out[i], store);
   return plan;
 }
 
 template <class Problem>
-void run(void (*kernel)(const Problem&, const Plan&, int64_t, int64_t), const Problem& p, const Plan& plan, int num_arrays, Parallel parallel) {
+void run(
+    void (*kernel)(const Problem&, const Plan&, int64_t, int64_t), const Problem& p,
+    const Plan& plan, int num_arrays, Parallel parallel) {
   const int64_t items = p.num_sequences * plan.num_blocks;
   if (items == 0) return;
   struct Call {
@@ -145,7 +160,8 @@ bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Par
   const ForwardKernel kernel = t.forward[cell][int(dtype)];
   if (!kernel) return false;
   void* out[] = {problem.h};
-  const Plan plan = plan_of(problem, dtype, DiagonalCells::inputs[cell], 1, out, t, parallel.threads);
+  const Plan plan =
+      plan_of(problem, dtype, DiagonalCells::inputs[cell], 1, out, t, parallel.threads);
   run(kernel, problem, plan, DiagonalCells::inputs[cell] + 1, parallel);
   return true;
 }
@@ -154,7 +170,9 @@ bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, P
   const KernelTable& t = table();
   const BackwardKernel kernel = t.backward[cell][int(dtype)];
   if (!kernel) return false;
-  const Plan plan = plan_of(problem, dtype, DiagonalCells::inputs[cell] + 2, DiagonalCells::inputs[cell], problem.grad_inputs, t, parallel.threads);
+  const Plan plan = plan_of(
+      problem, dtype, DiagonalCells::inputs[cell] + 2, DiagonalCells::inputs[cell],
+      problem.grad_inputs, t, parallel.threads);
   run(kernel, problem, plan, 2 * DiagonalCells::inputs[cell] + 2, parallel);
   return true;
 }
@@ -172,17 +190,22 @@ bool force_isa(const std::string& name) {
   return false;
 }
 
-double calibrate(const std::string& kind, int64_t elements, bool stream, int threads, double seconds) {
+double calibrate(
+    const std::string& kind, int64_t elements, bool stream, int threads, double seconds) {
   const KernelTable& t = table();
-  const bool copy = kind == "copy", triad = kind == "triad", exponentials = kind == "exp", fma = kind == "fma";
+  const bool copy = kind == "copy", triad = kind == "triad", exponentials = kind == "exp",
+             fma = kind == "fma";
   if (!(copy || triad || exponentials || fma) || elements < 1 || threads < 1) return -1;
-  constexpr int64_t kResident = 4096; // elements in L1
-  const int64_t share = copy || triad ? round_up((elements + threads - 1) / threads, 256) : kResident;
+  constexpr int64_t kResident = 2048; // elements, in L1
+  const int64_t share =
+      copy || triad ? round_up((elements + threads - 1) / threads, 256) : kResident;
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
   std::vector<std::unique_ptr<float, Free>> memory;
-  for (int i = 0; i < 3; ++i) memory.emplace_back(static_cast<float*>(std::aligned_alloc(4096, size_t(round_up(share * threads * 4, 4096)))));
+  for (int i = 0; i < 3; ++i)
+    memory.emplace_back(
+        static_cast<float*>(std::aligned_alloc(4096, size_t(round_up(share * threads * 4, 4096)))));
   std::atomic<int64_t> barrier{0};
   const auto meet = [&](int64_t round) {
     ++barrier;
@@ -193,9 +216,11 @@ double calibrate(const std::string& kind, int64_t elements, bool stream, int thr
   double elapsed = 0, fastest = 1e30;
   const auto work = [&](int me) {
     using Clock = std::chrono::steady_clock;
-    float *to = memory[0].get() + me * share, *x = memory[1].get() + me * share, *y = memory[2].get() + me * share;
+    float *to = memory[0].get() + me * share, *x = memory[1].get() + me * share,
+          *y = memory[2].get() + me * share;
     for (int64_t i = 0; i < share; ++i) to[i] = 0, x[i] = 0.25f, y[i] = 0.5f;
-    const int64_t inner = std::max<int64_t>(1, 200000 / share); // short calls are repeated between two clock readings
+    const int64_t inner =
+        std::max<int64_t>(1, 200000 / share); // short calls are repeated between two clock readings
     int64_t round = 0;
     while (true) {
       meet(++round);
@@ -203,9 +228,8 @@ double calibrate(const std::string& kind, int64_t elements, bool stream, int thr
       for (int64_t r = 0; r < inner; ++r) {
         if (copy) t.copy(to, x, share, stream);
         if (triad) t.triad(to, x, y, share, stream);
-        if (exponentials) t.exponentials(x, share);
+        if (exponentials) t.exponentials(to, x, share);
         if (fma) t.multiply_adds(x, share);
-        if (exponentials) std::memset(x, 0, size_t(share) * 4);
       }
       meet(++round);
       if (me == 0) {

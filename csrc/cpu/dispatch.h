@@ -11,7 +11,9 @@ namespace torch_ext::cpu {
 // Runs fn(ctx, begin, end) over pieces of 0 .. n, each of at least `grain`, on up to `threads` threads.
 struct Parallel {
   int threads = 1;
-  void (*run)(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) = nullptr; // null: here
+  void (*run)(
+      int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx),
+      void* ctx) = nullptr; // null: here
 };
 
 // cell: its place in cells/all.h's DiagonalCells. False when the cell has no kernel for the dtype.
@@ -28,6 +30,7 @@ bool force_isa(const std::string& name);
 // The machine's limits, by the kernels' own instructions. kind: "copy" and "triad" (GB/s, counting the bytes a program
 // asks for), "exp" (1e9 results/s on data in L1), "fma" (1e9 lane operations/s). Repeats for `seconds`, takes the best.
 // `elements` is the length of each array, all threads together. Negative: no such kind.
-double calibrate(const std::string& kind, int64_t elements, bool stream, int threads, double seconds);
+double calibrate(
+    const std::string& kind, int64_t elements, bool stream, int threads, double seconds);
 
 } // namespace torch_ext::cpu

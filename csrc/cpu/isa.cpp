@@ -29,24 +29,29 @@ constexpr void list_all(KernelTable& t, Cells<Cell...>) {
 using V = Vec<float>;
 using M = Stored<float>;
 
-void copy(float* to, const float* from, int64_t n, bool stream) {
-  for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) put<false>(to + i + k * V::kLanes, M::load(from + i + k * V::kLanes), 0, stream);
-  if (stream) fence_streams();
-}
-void triad(float* to, const float* x, const float* y, int64_t n, bool stream) {
-  const V scale(0.5f);
+// to[i] = value(i) for whole groups of four vectors.
+template <bool kStream, class F>
+TORCH_EXT_HD void fill(float* to, int64_t n, F value) {
   for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k)
-      put<false>(to + i + k * V::kLanes, scale * M::load(x + i + k * V::kLanes) + M::load(y + i + k * V::kLanes), 0, stream);
-  if (stream) fence_streams();
+      put<false, kStream>(to + i + k * V::kLanes, value(i + k * V::kLanes), 0);
+  if (kStream) fence_streams();
 }
-void exponentials(float* x, int64_t n) {
-  for (int64_t i = 0; i + 4 * V::kLanes <= n; i += 4 * V::kLanes)
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) M::store(x + i + k * V::kLanes, exp(M::load(x + i + k * V::kLanes)));
+void copy(float* to, const float* from, int64_t n, bool stream) {
+  const auto value = [from](int64_t i) __attribute__((always_inline)) { return M::load(from + i); };
+  return stream ? fill<true>(to, n, value) : fill<false>(to, n, value);
+}
+void triad(float* to, const float* x, const float* y, int64_t n, bool stream) {
+  const V scale(0.5f);
+  const auto value = [=](int64_t i) __attribute__((always_inline)) {
+    return scale * M::load(x + i) + M::load(y + i);
+  };
+  return stream ? fill<true>(to, n, value) : fill<false>(to, n, value);
+}
+void exponentials(float* to, const float* x, int64_t n) {
+  fill<false>(
+      to, n, [x](int64_t i) __attribute__((always_inline)) { return exp(M::load(x + i)); });
 }
 void multiply_adds(float* x, int64_t repeats) {
   V s[kMultiplyAdds], scale = M::load(x);
@@ -62,7 +67,14 @@ void multiply_adds(float* x, int64_t repeats) {
 constexpr KernelTable make_table() {
 #define TORCH_EXT_STRING(x) #x
 #define TORCH_EXT_NAME(x) TORCH_EXT_STRING(x)
-  KernelTable t{TORCH_EXT_NAME(TORCH_EXT_ISA), kVectorBytes, {}, {}, copy, triad, exponentials, multiply_adds};
+  KernelTable t{TORCH_EXT_NAME(TORCH_EXT_ISA),
+                kVectorBytes,
+                {},
+                {},
+                copy,
+                triad,
+                exponentials,
+                multiply_adds};
   list_all(t, DiagonalCells{});
   return t;
 }

@@ -17,8 +17,9 @@ struct Item {
 struct Plan {
   int64_t block = 0, num_blocks = 0; // channels of an item; the last block may be smaller
   int64_t tile = 0;                  // steps of a tile
-  bool sequences_inside = false;     // neighbouring items: the same block of the next sequence, not the next block
-  bool stream = false;               // store around the cache
+  bool sequences_inside =
+      false; // neighbouring items: the same block of the next sequence, not the next block
+  bool stream = false; // store around the cache
 
   Item item(int64_t i, const DiagonalProblem& p) const {
     const int64_t sequence = sequences_inside ? i % p.num_sequences : i / num_blocks;
@@ -33,12 +34,13 @@ using BackwardKernel = void (*)(const DiagonalBackward&, const Plan&, int64_t be
 struct KernelTable {
   const char* name;
   int vector_bytes;
-  ForwardKernel forward[kMaxCells][int(DType::count)]; // by the cell's place in the list; null: no such kernel
+  ForwardKernel forward[kMaxCells]
+                       [int(DType::count)]; // by the cell's place in the list; null: no such kernel
   BackwardKernel backward[kMaxCells][int(DType::count)];
   void (*copy)(float* to, const float* from, int64_t n, bool stream);
   void (*triad)(float* to, const float* x, const float* y, int64_t n, bool stream);
-  void (*exponentials)(float* x, int64_t n);          // for calibration: x <- e^x ...
-  void (*multiply_adds)(float* x, int64_t repeats);   // ... and repeats * kMultiplyAdds vector multiply-adds
+  void (*exponentials)(float* to, const float* x, int64_t n); // for calibration
+  void (*multiply_adds)(float* x, int64_t repeats); // repeats * kMultiplyAdds vector multiply-adds
 };
 inline constexpr int kMultiplyAdds = 16;
 

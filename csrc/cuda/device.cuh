@@ -28,8 +28,12 @@ struct Stored<BFloat16> {
 template <>
 struct Stored<Half> {
   using Lane = float;
-  static __device__ __forceinline__ Lane load(const Half* p) { return __half2float(*reinterpret_cast<const __half*>(p)); }
-  static __device__ __forceinline__ void store(Half* p, Lane x) { *reinterpret_cast<__half*>(p) = __float2half_rn(x); }
+  static __device__ __forceinline__ Lane load(const Half* p) {
+    return __half2float(*reinterpret_cast<const __half*>(p));
+  }
+  static __device__ __forceinline__ void store(Half* p, Lane x) {
+    *reinterpret_cast<__half*>(p) = __float2half_rn(x);
+  }
 };
 
 } // namespace torch_ext::cuda

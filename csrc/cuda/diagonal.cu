@@ -29,12 +29,17 @@ template <class S>
 struct Column {
   const S* data;
   int64_t step;
-  __device__ __forceinline__ typename Stored<S>::Lane at(int64_t n) const { return Stored<S>::load(data + n * step); }
+  __device__ __forceinline__ typename Stored<S>::Lane at(int64_t n) const {
+    return Stored<S>::load(data + n * step);
+  }
 };
 template <class S>
-__device__ __forceinline__ Column<S> column(const DiagonalProblem& p, const Strided& x, int64_t sequence, int64_t d, Tokens tokens) {
-  return {static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : sequence * x.sequence) + tokens.first * x.time + d * x.width,
-          tokens.direction * x.time};
+__device__ __forceinline__ Column<S> column(
+    const DiagonalProblem& p, const Strided& x, int64_t sequence, int64_t d, Tokens tokens) {
+  return {
+      static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : sequence * x.sequence) +
+          tokens.first * x.time + d * x.width,
+      tokens.direction * x.time};
 }
 template <class State>
 __device__ __forceinline__ State state_at(const Strided& x, int64_t row, int64_t d) {
@@ -50,7 +55,8 @@ __global__ void __launch_bounds__(kThreads) diagonal_forward_kernel(const Diagon
   const int64_t sequence = channel / p.width, d = channel % p.width;
   const Cell cell(p.flags);
   const Tokens tokens = tokens_of(p, sequence);
-  S* h = static_cast<S*>(p.h) + ((p.cu_seqlens ? 0 : sequence * p.num_steps) + tokens.first) * p.width + d;
+  S* h = static_cast<S*>(p.h) +
+         ((p.cu_seqlens ? 0 : sequence * p.num_steps) + tokens.first) * p.width + d;
   const int64_t h_step = tokens.direction * p.width;
   const int64_t row = p.state_rows ? p.state_rows[sequence] : sequence;
   if (row < 0) {
@@ -98,7 +104,8 @@ __global__ void __launch_bounds__(kThreads) diagonal_backward_kernel(const Diago
   Column<S> x[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = column<S>(p, p.inputs[i], sequence, d, tokens);
-  const Column<S> h = column<S>(p, p.h, sequence, d, tokens), grad_h = column<S>(p, p.grad_h, sequence, d, tokens);
+  const Column<S> h = column<S>(p, p.h, sequence, d, tokens),
+                  grad_h = column<S>(p, p.grad_h, sequence, d, tokens);
   const int64_t out = ((p.cu_seqlens ? 0 : sequence * p.num_steps) + tokens.first) * p.width + d;
   const int64_t out_step = tokens.direction * p.width;
   const Lane start = state_at<Lane>(p.initial_state, sequence, d);
@@ -110,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) diagonal_backward_kernel(const Diago
     Lane dx[N];
     unpack<Cell, Lane>(g.dx, dx);
 #pragma unroll
-    for (int i = 0; i < N; ++i) Stored<S>::store(static_cast<S*>(p.grad_inputs[i]) + out + n * out_step, dx[i]);
+    for (int i = 0; i < N; ++i)
+      Stored<S>::store(static_cast<S*>(p.grad_inputs[i]) + out + n * out_step, dx[i]);
   };
   int64_t n = tokens.count;
   for (; n >= kAhead; n -= kAhead) {

@@ -105,8 +105,8 @@ namespace detail {
 
 NormImpl::NormImpl(std::string kind, int64_t dim) : kind_(std::move(kind)), dim_(dim) {
   TORCH_CHECK_VALUE(
-      kind_ == "layer_norm" || kind_ == "rms_norm", "MinRNNBlock: norm is \"", kind_,
-      "\", expected \"layer_norm\" or \"rms_norm\"");
+      kind_ == "layer_norm" || kind_ == "rms_norm", "MinRNNBlock: norm is '", kind_,
+      "', expected 'layer_norm' or 'rms_norm'");
   NormImpl::reset();
 }
 void NormImpl::reset() {
@@ -128,8 +128,8 @@ MinRNNBlockImpl::MinRNNBlockImpl(const MinRNNBlockOptions& options)
   const int64_t dim = options.dim();
   TORCH_CHECK_VALUE(dim >= 1, "MinRNNBlock: dim is ", dim, ", expected at least 1");
   TORCH_CHECK_VALUE(
-      options.layer() == "min_gru" || options.layer() == "min_lstm", "MinRNNBlock: layer is \"",
-      options.layer(), "\", expected \"min_gru\" or \"min_lstm\"");
+      options.layer() == "min_gru" || options.layer() == "min_lstm", "MinRNNBlock: layer is '",
+      options.layer(), "', expected 'min_gru' or 'min_lstm'");
   TORCH_CHECK_VALUE(
       options.conv_width() >= 1, "MinRNNBlock: conv_width is ", options.conv_width(),
       ", expected at least 1");
@@ -234,26 +234,37 @@ Tensor MinRNNBlockImpl::finish(Tensor x, const Tensor& y) {
 
 MinRNNLMImpl::MinRNNLMImpl(const MinRNNLMOptions& options) : options(options) {
   for (const auto& [argument, value] :
-       {std::pair("vocab_size", options.vocab_size()), {"num_layers", options.num_layers()}}) {
+       {std::pair("vocab_size", options.vocab_size()),
+        {"dim", options.dim()},
+        {"num_layers", options.num_layers()}}) {
     TORCH_CHECK_VALUE(value >= 1, "MinRNNLM: ", argument, " is ", value, ", expected at least 1");
   }
   MinRNNLMImpl::reset();
 }
 
 void MinRNNLMImpl::reset() {
-  const MinRNNBlockOptions& block = options.block();
-  embedding = register_module("embedding", torch::nn::Embedding(options.vocab_size(), block.dim()));
+  const auto block = MinRNNBlockOptions(options.dim())
+                         .layer(options.layer())
+                         .expansion(options.expansion())
+                         .conv_width(options.conv_width())
+                         .mlp_ratio(options.mlp_ratio())
+                         .norm(options.norm())
+                         .dropout(options.dropout())
+                         .activation(options.activation())
+                         .gate_bias_init(options.gate_bias_init());
+  embedding =
+      register_module("embedding", torch::nn::Embedding(options.vocab_size(), options.dim()));
   torch::nn::init::normal_(embedding->weight, 0, 0.02);
-  dropout = register_module("dropout", torch::nn::Dropout(block.dropout()));
+  dropout = register_module("dropout", torch::nn::Dropout(options.dropout()));
   layers = register_module("layers", torch::nn::ModuleList());
   for (int64_t k = 0; k < options.num_layers(); ++k) layers->push_back(MinRNNBlock(block));
-  norm = register_module("norm", detail::Norm(block.norm(), block.dim()));
-  head = register_module("head", torch::nn::Linear(block.dim(), options.vocab_size()));
+  norm = register_module("norm", detail::Norm(options.norm(), options.dim()));
+  head = register_module("head", torch::nn::Linear(options.dim(), options.vocab_size()));
 }
 
 void MinRNNLMImpl::pretty_print(std::ostream& stream) const {
   stream << "torch_ext::nn::MinRNNLM(vocab_size=" << options.vocab_size()
-         << ", dim=" << options.block().dim() << ", num_layers=" << options.num_layers() << ")";
+         << ", dim=" << options.dim() << ", num_layers=" << options.num_layers() << ")";
 }
 
 Tensor MinRNNLMImpl::forward(const Tensor& ids) { return std::get<0>(prefill(ids)); }

@@ -59,8 +59,8 @@ SequenceLayerImpl<Derived, Options>::SequenceLayerImpl(const Options& options) :
     TORCH_WARN(name, ": dropout is ", dropout, " with num_layers=1, but it acts between layers");
   }
   TORCH_CHECK_VALUE(
-      options.activation() == "identity" || options.activation() == "g", name, ": activation is \"",
-      options.activation(), "\", expected \"identity\" or \"g\"");
+      options.activation() == "identity" || options.activation() == "g", name, ": activation is '",
+      options.activation(), "', expected 'identity' or 'g'");
   if (options.gate_bias_init()) {
     TORCH_CHECK_VALUE(
         options.bias(), name, ": gate_bias_init is given, expected nullopt with bias=false");

@@ -21,28 +21,36 @@ constexpr std::string_view kHowToSave =
     "save it in Python with torch.save(model.state_dict(), path) or torch.jit.save, or in C++ with "
     "torch::save(module, path)";
 
-// torch.save(module.state_dict()) pickles an OrderedDict and then the attribute `_metadata` that
-// state_dict() hangs on it, which torch's C++ unpickler cannot set. The attribute is the last thing
-// in the stream and nothing here reads it, so the stream is ended in front of it.
-//   ... the tensors ... }  BINPUT  BINUNICODE "_metadata" ... SETITEM BUILD STOP
-void drop_metadata(std::string& pickle) {
+// torch.save(model.state_dict()) pickles an OrderedDict and an attribute of it, `_metadata`:
+//   PROTO GLOBAL"collections OrderedDict" BINPUT EMPTY_TUPLE REDUCE  ... tensors ...
+//   EMPTY_DICT BINPUT-or-LONG_BINPUT BINUNICODE"_metadata" ... SETITEM BUILD STOP
+// torch's C++ unpickler makes None of an OrderedDict (elsewhere they are hooks, which it ignores).
+// So the stream is rewritten to an ordinary dict: EMPTY_DICT in place of EMPTY_TUPLE REDUCE, which
+// leaves the class on the stack below it, hence a pair of both at the end; and no _metadata, which
+// nothing here reads. False where the stream is something else, which then stays as it is.
+bool unwrap_ordered_dict(std::string& pickle) {
   using namespace std::string_view_literals;
-  constexpr char kEmptyDict = '}', kBinput = 'q', kLongBinput = 'r', kBuild = 'b', kStop = '.';
-  if (pickle.size() < 2 || pickle[pickle.size() - 2] != kBuild) {
-    return;
-  }
-  const size_t name = pickle.rfind("X\x09\0\0\0_metadata"sv);
-  if (name == std::string::npos) {
-    return;
-  }
-  for (const auto& [opcode, length] : {std::pair(kBinput, 2), std::pair(kLongBinput, 5)}) {
-    const size_t begin = name - length - 1;
-    if (begin < name && pickle[begin] == kEmptyDict && pickle[begin + 1] == opcode) {
-      pickle.resize(begin);
-      pickle.push_back(kStop);
-      return;
+  constexpr auto kBegin =
+      "\x80\x02"
+      "ccollections\nOrderedDict\nq\0"sv;
+  constexpr auto kMetadata = "X\x09\0\0\0_metadata"sv;
+  constexpr std::string_view kNewEmpty = ")R", kPair = "\x86.";
+  if (!pickle.starts_with(kBegin) || pickle.compare(kBegin.size(), 2, kNewEmpty) != 0) return false;
+  size_t end = pickle.size() - 1; // of STOP
+  if (pickle.ends_with("b.")) {
+    const size_t name = pickle.rfind(kMetadata);
+    if (name == std::string::npos || name < 6) return false;
+    if (pickle.compare(name - 3, 2, "}q") == 0) { // and a byte
+      end = name - 3;
+    } else if (pickle.compare(name - 6, 2, "}r") == 0) { // and four
+      end = name - 6;
+    } else {
+      return false;
     }
   }
+  pickle.replace(end, std::string::npos, kPair);
+  pickle.replace(kBegin.size(), kNewEmpty.size(), "}");
+  return true;
 }
 
 std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
@@ -52,7 +60,7 @@ std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
 
 StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   std::string pickle = record_text(archive, "data.pkl");
-  drop_metadata(pickle);
+  const bool unwrapped = unwrap_ordered_dict(pickle);
   size_t position = 0;
   const auto read = [&](char* buffer, size_t size) {
     size = std::min(size, pickle.size() - position);
@@ -67,6 +75,7 @@ StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   try {
     torch::jit::Unpickler unpickler(read, nullptr, nullptr, read_storage, torch::kCPU);
     value = unpickler.parse_ivalue();
+    if (unwrapped) value = value.toTuple()->elements()[1];
   } catch (const c10::Error& error) {
     TORCH_CHECK(
         false, "load_state_dict: ", path,

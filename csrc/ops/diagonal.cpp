@@ -2,66 +2,91 @@
 #include "diagonal.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace torch_ext {
 
-Tensor state_before(const Tensor& h, const Opt& initial_state, const Opt& cu_seqlens, bool reverse) {
+Tensor state_before(
+    const Tensor& h, const Opt& initial_state, const Opt& cu_seqlens, bool reverse) {
   const auto num_steps = h.sym_size(1), width = h.sym_size(2);
   const auto rows = cu_seqlens ? cu_seqlens->sym_size(0) - 1 : h.sym_size(0);
-  const Tensor start = defined(initial_state) ? *initial_state : at::zeros_symint({rows, width}, h.options());
+  const Tensor start =
+      defined(initial_state) ? *initial_state : at::zeros_symint({rows, width}, h.options());
   const auto shifted = [&](const Tensor& first) {
-    return reverse ? at::cat({h, first}, 1).narrow_symint(1, 1, num_steps) : at::cat({first, h}, 1).narrow_symint(1, 0, num_steps);
+    return reverse ? at::cat({h, first}, 1).narrow_symint(1, 1, num_steps)
+                   : at::cat({first, h}, 1).narrow_symint(1, 0, num_steps);
   };
   if (!cu_seqlens) return shifted(start.unsqueeze(1));
   // Packed: each token's sequence, whether it is that sequence's first in time, and then the sequence's own start.
-  const Tensor offsets = cu_seqlens->to(h.device(), at::kLong), begin = offsets.narrow_symint(0, 0, rows), end = offsets.narrow_symint(0, 1, rows);
+  const Tensor offsets = cu_seqlens->to(h.device(), at::kLong),
+               begin = offsets.narrow_symint(0, 0, rows), end = offsets.narrow_symint(0, 1, rows);
   const Tensor token = at::arange(at::Scalar(num_steps), offsets.options());
   const Tensor sequence = at::searchsorted(end, token, /*out_int32=*/false, /*right=*/true);
-  const Tensor first = reverse ? end.index_select(0, sequence) - 1 : begin.index_select(0, sequence);
-  return at::where((token == first).view_symint({1, num_steps, 1}), start.index_select(0, sequence).unsqueeze(0),
-                   shifted(at::zeros_symint({1, 1, width}, h.options())));
+  const Tensor first =
+      reverse ? end.index_select(0, sequence) - 1 : begin.index_select(0, sequence);
+  return at::where(
+      (token == first).view_symint({1, num_steps, 1}), start.index_select(0, sequence).unsqueeze(0),
+      shifted(at::zeros_symint({1, 1, width}, h.options())));
 }
 
-Tensor sequence_offsets(const char* op, const Tensor& cu_seqlens, int64_t num_steps, at::Device device) {
+Tensor sequence_offsets(
+    const char* op, const Tensor& cu_seqlens, int64_t num_steps, at::Device device) {
   const Tensor offsets = cu_seqlens.to(at::kLong).contiguous();
   if (offsets.is_cpu()) {
     const int64_t* o = offsets.const_data_ptr<int64_t>();
     const int64_t last = offsets.size(0) - 1;
     TORCH_CHECK_VALUE(o[0] == 0, op, ": cu_seqlens starts at ", o[0], ", expected 0");
     for (int64_t i = 0; i < last; ++i)
-      TORCH_CHECK_VALUE(o[i] <= o[i + 1], op, ": cu_seqlens descends from ", o[i], " to ", o[i + 1], " at position ", i + 1, ", expected ascending offsets");
-    TORCH_CHECK_VALUE(o[last] == num_steps, op, ": cu_seqlens ends at ", o[last], ", expected T=", num_steps, ", the number of tokens");
+      TORCH_CHECK_VALUE(
+          o[i] <= o[i + 1], op, ": cu_seqlens descends from ", o[i], " to ", o[i + 1],
+          " at position ", i + 1, ", expected ascending offsets");
+    TORCH_CHECK_VALUE(
+        o[last] == num_steps, op, ": cu_seqlens ends at ", o[last], ", expected T=", num_steps,
+        ", the number of tokens");
   }
   return offsets.to(device);
 }
 
-Tensor state_rows(const char* op, const Opt& state_indices, int64_t batch, int64_t num_rows, at::Device device) {
+Tensor state_rows(
+    const char* op_name, const Opt& state_indices, int64_t batch, int64_t num_rows,
+    at::Device device) {
   if (!defined(state_indices)) return {};
+  const std::string op = std::string(op_name) + "_step";
   const Tensor rows = state_indices->to(at::kLong).contiguous();
   if (rows.is_cpu()) {
     std::vector<int64_t> used;
     for (int64_t i = 0; i < batch; ++i) {
       const int64_t row = rows.const_data_ptr<int64_t>()[i];
-      TORCH_CHECK_VALUE(row < num_rows, op, ": state_indices[", i, "] is ", row, ", expected less than ", num_rows, ", the rows of state (negative: no state)");
+      TORCH_CHECK_VALUE(
+          row < num_rows, op, ": state_indices[", i, "] is ", row, ", expected less than ",
+          num_rows, ", the rows of state (negative: no state)");
       if (row >= 0) used.push_back(row);
     }
     std::sort(used.begin(), used.end());
     const auto twice = std::adjacent_find(used.begin(), used.end());
-    TORCH_CHECK_VALUE(twice == used.end(), op, ": state_indices has ", *twice, " twice, expected each row of state at most once");
+    TORCH_CHECK_VALUE(
+        twice == used.end(), op, ": state_indices has ", *twice,
+        " twice, expected each row of state at most once");
   }
   return rows.to(device);
 }
 
 namespace {
 
-void check_inputs(const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex, std::initializer_list<const char*> letters) {
+void check_inputs(
+    const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
+    std::initializer_list<const char*> letters) {
   const Tensor& first = x[0];
   const at::ScalarType dtype = first.scalar_type();
-  const bool real = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-  TORCH_CHECK_TYPE(real || (complex && (dtype == at::kComplexFloat || dtype == at::kComplexDouble)), op, ": ", names[0], " has dtype ",
-                   dtype_text(dtype), ", expected float32, float64, bfloat16", complex ? ", float16, complex64 or complex128" : " or float16");
-  TORCH_CHECK_VALUE(size_t(first.dim()) == letters.size(), op, ": ", names[0], " has shape ", shape_text(first.sym_sizes()), ", expected ",
-                    letters.size() == 3 ? "(B, T, D)" : "(B, D)");
+  const bool real =
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+  TORCH_CHECK_TYPE(
+      real || (complex && (dtype == at::kComplexFloat || dtype == at::kComplexDouble)), op, ": ",
+      names[0], " has dtype ", dtype_text(dtype), ", expected float32, float64, bfloat16",
+      complex ? ", float16, complex64 or complex128" : " or float16");
+  TORCH_CHECK_VALUE(
+      size_t(first.dim()) == letters.size(), op, ": ", names[0], " has shape ",
+      shape_text(first.sym_sizes()), ", expected ", letters.size() == 3 ? "(B, T, D)" : "(B, D)");
   const std::string of_first = std::string("of ") + names[0];
   for (size_t i = 1; i < x.size(); ++i) {
     check_dtype(op, names[i], x[i], dtype, "the dtype " + of_first);
@@ -70,69 +95,116 @@ void check_inputs(const char* op, at::ArrayRef<const char*> names, at::TensorLis
   }
 }
 void check_index_dtype(const char* op, const char* name, const Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kInt || x.scalar_type() == at::kLong, op, ": ", name, " has dtype ", dtype_text(x.scalar_type()),
-                   ", expected int32 or int64");
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == at::kInt || x.scalar_type() == at::kLong, op, ": ", name, " has dtype ",
+      dtype_text(x.scalar_type()), ", expected int32 or int64");
 }
 void check_index_device(const char* op, const char* name, const Tensor& x, at::Device device) {
-  TORCH_CHECK(x.device() == device || x.is_cpu(), op, ": ", name, " is on ", x.device(), ", expected ", device, ", the device of the inputs, or cpu");
+  TORCH_CHECK(
+      x.device() == device || x.is_cpu(), op, ": ", name, " is on ", x.device(), ", expected ",
+      device, ", the device of the inputs, or cpu");
 }
-std::string state_reason(const Tensor& first) { return "the state's dtype for " + dtype_text(first.scalar_type()) + " inputs"; }
+std::string state_reason(const Tensor& first) {
+  return "the state's dtype for " + dtype_text(first.scalar_type()) + " inputs";
+}
 
 } // namespace
 
-void check_sequences(const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex, const Opt& initial_state,
-                     const Opt& cu_seqlens) {
+void check_sequences(
+    const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
+    const Opt& initial_state, const Opt& cu_seqlens) {
   check_inputs(op, names, x, complex, {"B", "T", "D"});
   const Tensor& first = x[0];
   c10::SymInt rows = first.sym_size(0);
   if (defined(cu_seqlens)) {
     check_index_dtype(op, "cu_seqlens", *cu_seqlens);
     check_index_device(op, "cu_seqlens", *cu_seqlens, first.device());
-    TORCH_CHECK_VALUE(cu_seqlens->dim() == 1, op, ": cu_seqlens has shape ", shape_text(cu_seqlens->sym_sizes()), ", expected (num_sequences + 1,)");
-    TORCH_CHECK_VALUE(cu_seqlens->sym_size(0).sym_ge(1).expect_true(__FILE__, __LINE__), op, ": cu_seqlens is empty, expected (num_sequences + 1,) offsets");
-    TORCH_CHECK_VALUE(equal(rows, 1), op, ": ", names[0], " has shape ", shape_text(first.sym_sizes()), ", expected B=1 with cu_seqlens: sequences lie end to end in one row");
+    TORCH_CHECK_VALUE(
+        cu_seqlens->dim() == 1, op, ": cu_seqlens has shape ", shape_text(cu_seqlens->sym_sizes()),
+        ", expected (num_sequences + 1,)");
+    TORCH_CHECK_VALUE(
+        cu_seqlens->sym_size(0).sym_ge(1).expect_true(__FILE__, __LINE__), op,
+        ": cu_seqlens is empty, expected (num_sequences + 1,) offsets");
+    TORCH_CHECK_VALUE(
+        equal(rows, 1), op, ": ", names[0], " has shape ", shape_text(first.sym_sizes()),
+        ", expected B=1 with cu_seqlens: sequences lie end to end in one row");
     rows = cu_seqlens->sym_size(0) - 1;
   }
   if (defined(initial_state)) {
-    check_dtype(op, "initial_state", *initial_state, state_dtype(first.scalar_type()), state_reason(first));
-    check_device(op, "initial_state", *initial_state, first.device(), std::string("the device of ") + names[0]);
-    check_shape(op, "initial_state", *initial_state, {defined(cu_seqlens) ? "num_sequences" : "B", "D"}, {rows, first.sym_size(2)},
-                "one state per sequence");
+    check_dtype(
+        op, "initial_state", *initial_state, state_dtype(first.scalar_type()), state_reason(first));
+    check_device(
+        op, "initial_state", *initial_state, first.device(),
+        std::string("the device of ") + names[0]);
+    check_shape(
+        op, "initial_state", *initial_state, {defined(cu_seqlens) ? "num_sequences" : "B", "D"},
+        {rows, first.sym_size(2)}, "one state per sequence");
   }
 }
 
-void check_step(const char* op_name, at::ArrayRef<const char*> names, at::TensorList x, bool complex, const Tensor& state, const Opt& state_indices) {
+void check_step(
+    const char* op_name, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
+    const Tensor& state, const Opt& state_indices) {
   const std::string op = std::string(op_name) + "_step";
   check_inputs(op.c_str(), names, x, complex, {"B", "D"});
   const Tensor& first = x[0];
   check_dtype(op.c_str(), "state", state, state_dtype(first.scalar_type()), state_reason(first));
-  check_device(op.c_str(), "state", state, first.device(), std::string("the device of ") + names[0]);
+  check_device(
+      op.c_str(), "state", state, first.device(), std::string("the device of ") + names[0]);
   if (!defined(state_indices)) {
-    check_shape(op.c_str(), "state", state, {"B", "D"}, first.sym_sizes(), std::string("the shape of ") + names[0]);
+    check_shape(
+        op.c_str(), "state", state, {"B", "D"}, first.sym_sizes(),
+        std::string("the shape of ") + names[0]);
     return;
   }
   check_index_dtype(op.c_str(), "state_indices", *state_indices);
   check_index_device(op.c_str(), "state_indices", *state_indices, first.device());
-  check_shape(op.c_str(), "state_indices", *state_indices, {"B"}, {first.sym_size(0)}, std::string("one index per row of ") + names[0]);
-  TORCH_CHECK_VALUE(state.dim() == 2 && equal(state.sym_size(1), first.sym_size(1)), op, ": state has shape ", shape_text(state.sym_sizes()),
-                    ", expected (num_rows, D=", first.sym_size(1), "), a pool of states as wide as ", names[0]);
+  check_shape(
+      op.c_str(), "state_indices", *state_indices, {"B"}, {first.sym_size(0)},
+      std::string("one index per row of ") + names[0]);
+  TORCH_CHECK_VALUE(
+      state.dim() == 2 && equal(state.sym_size(1), first.sym_size(1)), op, ": state has shape ",
+      shape_text(state.sym_sizes()), ", expected (num_rows, D=", first.sym_size(1),
+      "), a pool of states as wide as ", names[0]);
+}
+
+void check_no_overlap(const char* op, const Tensor& state) {
+  int64_t size[] = {state.size(0), state.size(1)}, stride[] = {state.stride(0), state.stride(1)};
+  if (stride[0] < stride[1]) std::swap(size[0], size[1]), std::swap(stride[0], stride[1]);
+  // The larger stride steps over a whole run of the smaller one.
+  const bool apart =
+      state.numel() == 0 ||
+      ((size[1] == 1 || stride[1] > 0) && (size[0] == 1 || stride[0] > stride[1] * (size[1] - 1)));
+  TORCH_CHECK_VALUE(
+      apart, op, "_step_: state has shape ", shape_text(state.sym_sizes()), " and strides (",
+      state.stride(0), ", ", state.stride(1),
+      "), expected memory in which no two elements share a place, since it is written");
 }
 
 Strided strided(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return {x.const_data_ptr(), x.stride(0), x.dim() == 3 ? x.stride(1) : 0, x.size(last) > 1 ? x.stride(last) : 1};
+  return {
+      x.const_data_ptr(), x.stride(0), x.dim() == 3 ? x.stride(1) : 0,
+      x.size(last) > 1 ? x.stride(last) : 1};
 }
 Strided strided(const Opt& x) { return defined(x) ? strided(*x) : Strided{}; }
 
 DType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    case at::kComplexFloat: return DType::c64;
-    case at::kComplexDouble: return DType::c128;
-    default: TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kComplexFloat:
+      return DType::c64;
+    case at::kComplexDouble:
+      return DType::c128;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
   }
 }
 

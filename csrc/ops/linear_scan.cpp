@@ -17,13 +17,17 @@ const RegisterDiagonal<LinearScanOperator> registered;
 
 } // namespace
 
-TensorPair linear_scan(const Tensor& a, const Tensor& b, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool reverse) {
+TensorPair linear_scan(
+    const Tensor& a, const Tensor& b, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, bool reverse) {
   return Operator::call(a, b, initial_state, cu_seqlens, reverse);
 }
-TensorPair linear_scan_step(const Tensor& a, const Tensor& b, const Tensor& state, const OptionalTensor& state_indices) {
+TensorPair linear_scan_step(
+    const Tensor& a, const Tensor& b, const Tensor& state, const OptionalTensor& state_indices) {
   return Operator::call_step(a, b, state, state_indices);
 }
-Tensor linear_scan_step_(const Tensor& a, const Tensor& b, Tensor& state, const OptionalTensor& state_indices) {
+Tensor linear_scan_step_(
+    const Tensor& a, const Tensor& b, Tensor& state, const OptionalTensor& state_indices) {
   return Operator::call_step_(a, b, state, state_indices);
 }
 

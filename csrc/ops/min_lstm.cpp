@@ -20,17 +20,26 @@ const RegisterDiagonal<MinLstmOperator> registered;
 
 } // namespace
 
-TensorPair min_lstm(const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate, const OptionalTensor& initial_state,
-                    std::string_view activation, bool normalize, const OptionalTensor& cu_seqlens, bool reverse) {
-  return Operator::call(forget_gate, input_gate, candidate, initial_state, cu_seqlens, activation, normalize, reverse);
+TensorPair min_lstm(
+    const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate,
+    const OptionalTensor& initial_state, std::string_view activation, bool normalize,
+    const OptionalTensor& cu_seqlens, bool reverse) {
+  return Operator::call(
+      forget_gate, input_gate, candidate, initial_state, cu_seqlens, activation, normalize,
+      reverse);
 }
-TensorPair min_lstm_step(const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate, const Tensor& state,
-                         const OptionalTensor& state_indices, std::string_view activation, bool normalize) {
-  return Operator::call_step(forget_gate, input_gate, candidate, state, state_indices, activation, normalize);
+TensorPair min_lstm_step(
+    const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate,
+    const Tensor& state, const OptionalTensor& state_indices, std::string_view activation,
+    bool normalize) {
+  return Operator::call_step(
+      forget_gate, input_gate, candidate, state, state_indices, activation, normalize);
 }
-Tensor min_lstm_step_(const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate, Tensor& state,
-                      const OptionalTensor& state_indices, std::string_view activation, bool normalize) {
-  return Operator::call_step_(forget_gate, input_gate, candidate, state, state_indices, activation, normalize);
+Tensor min_lstm_step_(
+    const Tensor& forget_gate, const Tensor& input_gate, const Tensor& candidate, Tensor& state,
+    const OptionalTensor& state_indices, std::string_view activation, bool normalize) {
+  return Operator::call_step_(
+      forget_gate, input_gate, candidate, state, state_indices, activation, normalize);
 }
 
 } // namespace torch_ext

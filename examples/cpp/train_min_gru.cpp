@@ -6,6 +6,7 @@
 #include <torch_ext/nn.h>
 
 #include <cmath>
+#include <numbers>
 
 #include "example.h"
 
@@ -76,7 +77,7 @@ void train_min_gru(const std::vector<std::string>& arguments) {
   int64_t summed = 0;
   for (int64_t step = 1; step <= steps; ++step) {
     const double progress = double(step) / double(steps);
-    options.lr(1e-2 * 0.5 * (1 + std::cos(M_PI * progress)));
+    options.lr(1e-2 * 0.5 * (1 + std::cos(std::numbers::pi * progress)));
     const auto [x, target] = adding_problem();
     optimizer.zero_grad();
     const torch::Tensor loss = torch::mse_loss(model->forward(x), target);

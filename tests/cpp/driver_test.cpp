@@ -395,7 +395,8 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
         step.push_back(apply(p.cell, x));
         size.push_back(abs(h) + error + abs(x.back()) + 1);
         h = step.back().a * h + step.back().b;
-        error = abs(step.back().a) * error + epsilon * size.back() + tiny;
+        error = (abs(step.back().a) + epsilon) * error + epsilon * size.back() +
+                tiny; // a itself is rounded
         ASSERT_TRUE(close(r.h.get((row * p.T + t) * p.D + d), h, stored(error, h)))
             << "h, s=" << s << " t=" << t << " d=" << d;
       }
@@ -415,9 +416,10 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
                              epsilon * (abs(dh) + abs(carry)) * (size[n] + abs(before)) + tiny;
           ASSERT_TRUE(close(
               r.grad_inputs[i].get((row * p.T + t) * p.D + d), dh * slope, stored(all, dh * slope)))
-              << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d;
+              << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d
+              << ", slope=" << abs(slope) << " dh=" << abs(dh) << " error=" << error;
         }
-        error = abs(step[n].a) * error + epsilon * (abs(dh) + abs(carry)) + tiny;
+        error = (abs(step[n].a) + epsilon) * error + epsilon * (abs(dh) + abs(carry)) + tiny;
         carry = conj(step[n].a) * dh;
       }
       ASSERT_TRUE(close(r.grad_initial_state.get(s * p.D + d), carry, error))

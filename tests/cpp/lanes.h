@@ -21,9 +21,5 @@ struct Lanes {
   void (*copy_some)(const float* from, float* to, int n);
   int lanes;
 };
-template <class Stream>
-void PrintTo(const Lanes* lanes, Stream* out) {
-  *out << lanes->name;
-}
 
 } // namespace torch_ext::test

@@ -1,7 +1,9 @@
 // The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, streaming, padding, training, saving, loading. That they
 // compute what the Python modules compute is checked by parity.py.
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -280,7 +282,7 @@ TYPED_TEST(Layer, SaysWhatIsWrong) {
   EXPECT_MESSAGE(TypeParam(Options(0, 4)), name + ": input_size is 0");
   EXPECT_MESSAGE(TypeParam(Options(5, 4).num_layers(0)), name + ": num_layers is 0");
   EXPECT_MESSAGE(TypeParam(Options(5, 4).dropout(1.5)), name + ": dropout is 1.5");
-  EXPECT_MESSAGE(TypeParam(Options(5, 4).activation("relu")), name + ": activation is \"relu\"");
+  EXPECT_MESSAGE(TypeParam(Options(5, 4).activation("relu")), name + ": activation is 'relu'");
   EXPECT_MESSAGE(
       TypeParam(Options(5, 4).bias(false).gate_bias_init(1.0)), name + ": gate_bias_init is given");
   EXPECT_MESSAGE(
@@ -336,8 +338,8 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(BlockMessages, SayWhatIsWrong) {
   EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(0)), "MinRNNBlock: dim is 0");
-  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).layer("gru")), "MinRNNBlock: layer is \"gru\"");
-  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).norm("none")), "MinRNNBlock: norm is \"none\"");
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).layer("gru")), "MinRNNBlock: layer is 'gru'");
+  EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).norm("none")), "MinRNNBlock: norm is 'none'");
   EXPECT_MESSAGE(MinRNNBlock(MinRNNBlockOptions(4).conv_width(0)), "MinRNNBlock: conv_width is 0");
   EXPECT_MESSAGE(
       MinRNNBlock(MinRNNBlockOptions(4).expansion(0.1)), "MinRNNBlock: expansion is 0.1");

@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <limits>
+#include <ostream>
 #include <vector>
 
 #include "cells/numerics.h"
@@ -18,6 +19,8 @@ extern const Lanes lanes_generic;
 #if defined(__x86_64__)
 extern const Lanes lanes_avx2, lanes_avx512;
 #endif
+
+void PrintTo(const Lanes* lanes, std::ostream* out) { *out << lanes->name; }
 
 namespace {
 

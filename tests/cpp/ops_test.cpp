@@ -232,7 +232,9 @@ TEST_P(Ops, EmptyIsFine) {
     const Tensor state = torch::randn({shape[0], shape[2]}).requires_grad_();
     const auto [h, final_state] = op().run(x, state, {}, false);
     EXPECT_EQ(h.sizes(), torch::IntArrayRef(shape));
-    if (shape[1] == 0) EXPECT_TRUE(torch::equal(final_state, state));
+    if (shape[1] == 0) {
+      EXPECT_TRUE(torch::equal(final_state, state));
+    }
     (h.sum() + final_state.sum()).backward();
     EXPECT_EQ(x[0].grad().sizes(), torch::IntArrayRef(shape));
   }
@@ -255,7 +257,7 @@ TEST(Message, NamesTheArgument) {
   EXPECT_MESSAGE(min_gru(x, x.slice(2, 0, 3)), "min_gru: candidate has shape (4, 8, 3)");
   EXPECT_MESSAGE(min_gru(x, x.to(torch::kDouble)), "min_gru: candidate has dtype float64");
   EXPECT_MESSAGE(min_gru(x, x, torch::zeros({4, 5})), "min_gru: initial_state has shape (4, 5)");
-  EXPECT_MESSAGE(min_gru(x, x, {}, "relu"), "min_gru: activation is \"relu\"");
+  EXPECT_MESSAGE(min_gru(x, x, {}, "relu"), "min_gru: activation is 'relu'");
   EXPECT_MESSAGE(min_gru(x[0], x[0]), "min_gru: gate has shape (8, 6)");
   EXPECT_MESSAGE(min_lstm(x, x, x[0]), "min_lstm: candidate has shape (8, 6)");
   EXPECT_MESSAGE(

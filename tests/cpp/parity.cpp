@@ -112,10 +112,7 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
                   .mlp_ratio(2)
                   .activation("g"));
      }},
-    {"lm",
-     [](auto& f) {
-       run_lm(f, MinRNNLMOptions(11, 8, 2).block(MinRNNBlockOptions(8).layer("min_lstm")));
-     }},
+    {"lm", [](auto& f) { run_lm(f, MinRNNLMOptions(11, 8, 2).layer("min_lstm")); }},
 };
 
 } // namespace

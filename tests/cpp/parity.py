@@ -13,7 +13,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path[:] = [p for p in sys.path if p]  # not the source tree's torch_ext, unless PYTHONPATH says so
+sys.path[:] = [
+    p for p in sys.path if p
+]  # not the source tree's torch_ext, unless PYTHONPATH says so
 
 try:
     import torch

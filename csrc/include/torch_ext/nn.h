@@ -242,12 +242,20 @@ TORCH_MODULE(MinRNNBlock);
 
 struct TORCH_EXT_API MinRNNLMOptions {
   MinRNNLMOptions(int64_t vocab_size, int64_t dim, int64_t num_layers)
-      : vocab_size_(vocab_size), num_layers_(num_layers), block_(dim) {}
+      : vocab_size_(vocab_size), dim_(dim), num_layers_(num_layers) {}
 
   TORCH_ARG(int64_t, vocab_size);
+  TORCH_ARG(int64_t, dim);
   TORCH_ARG(int64_t, num_layers);
-  /// of each block; its dropout also acts on the embedding
-  TORCH_ARG(MinRNNBlockOptions, block);
+  // The others are those of each block; the dropout also acts on the embedding.
+  TORCH_ARG(std::string, layer) = "min_gru";
+  TORCH_ARG(double, expansion) = 2.0;
+  TORCH_ARG(int64_t, conv_width) = 4;
+  TORCH_ARG(double, mlp_ratio) = 4.0;
+  TORCH_ARG(std::string, norm) = "layer_norm";
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(std::string, activation) = "identity";
+  TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
 };
 
 /// A language model of MinRNNBlocks, see torch_ext.MinRNNLM in Python: embedding, blocks, norm, logits.

@@ -12,36 +12,45 @@
 namespace torch_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
-using TensorPair = std::tuple<at::Tensor, at::Tensor>; // h (B, T, D) or (B, D), and the state after the last step
+using TensorPair =
+    std::tuple<at::Tensor, at::Tensor>; // h (B, T, D) or (B, D), and the state after the last step
 
 // h[t] = a[t] h[t-1] + b[t], over (B, T, D).
-TORCH_EXT_API TensorPair linear_scan(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& initial_state = {},
-                                     const OptionalTensor& cu_seqlens = {}, bool reverse = false);
-TORCH_EXT_API TensorPair linear_scan_step(const at::Tensor& a, const at::Tensor& b, const at::Tensor& state,
-                                          const OptionalTensor& state_indices = {});
-TORCH_EXT_API at::Tensor linear_scan_step_(const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
-                                           const OptionalTensor& state_indices = {});
+TORCH_EXT_API TensorPair linear_scan(
+    const at::Tensor& a, const at::Tensor& b, const OptionalTensor& initial_state = {},
+    const OptionalTensor& cu_seqlens = {}, bool reverse = false);
+TORCH_EXT_API TensorPair linear_scan_step(
+    const at::Tensor& a, const at::Tensor& b, const at::Tensor& state,
+    const OptionalTensor& state_indices = {});
+TORCH_EXT_API at::Tensor linear_scan_step_(
+    const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+    const OptionalTensor& state_indices = {});
 
 // z = sigmoid(gate), h[t] = (1 - z) h[t-1] + z act(candidate).
-TORCH_EXT_API TensorPair min_gru(const at::Tensor& gate, const at::Tensor& candidate, const OptionalTensor& initial_state = {},
-                                 std::string_view activation = "identity", const OptionalTensor& cu_seqlens = {},
-                                 bool reverse = false);
-TORCH_EXT_API TensorPair min_gru_step(const at::Tensor& gate, const at::Tensor& candidate, const at::Tensor& state,
-                                      const OptionalTensor& state_indices = {}, std::string_view activation = "identity");
-TORCH_EXT_API at::Tensor min_gru_step_(const at::Tensor& gate, const at::Tensor& candidate, at::Tensor& state,
-                                       const OptionalTensor& state_indices = {}, std::string_view activation = "identity");
+TORCH_EXT_API TensorPair min_gru(
+    const at::Tensor& gate, const at::Tensor& candidate, const OptionalTensor& initial_state = {},
+    std::string_view activation = "identity", const OptionalTensor& cu_seqlens = {},
+    bool reverse = false);
+TORCH_EXT_API TensorPair min_gru_step(
+    const at::Tensor& gate, const at::Tensor& candidate, const at::Tensor& state,
+    const OptionalTensor& state_indices = {}, std::string_view activation = "identity");
+TORCH_EXT_API at::Tensor min_gru_step_(
+    const at::Tensor& gate, const at::Tensor& candidate, at::Tensor& state,
+    const OptionalTensor& state_indices = {}, std::string_view activation = "identity");
 
 // f = sigmoid(forget_gate), i = sigmoid(input_gate), both divided by f + i if `normalize`;
 // h[t] = f h[t-1] + i act(candidate).
-TORCH_EXT_API TensorPair min_lstm(const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
-                                  const OptionalTensor& initial_state = {}, std::string_view activation = "identity",
-                                  bool normalize = true, const OptionalTensor& cu_seqlens = {}, bool reverse = false);
-TORCH_EXT_API TensorPair min_lstm_step(const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
-                                       const at::Tensor& state, const OptionalTensor& state_indices = {},
-                                       std::string_view activation = "identity", bool normalize = true);
-TORCH_EXT_API at::Tensor min_lstm_step_(const at::Tensor& forget_gate, const at::Tensor& input_gate,
-                                        const at::Tensor& candidate, at::Tensor& state,
-                                        const OptionalTensor& state_indices = {}, std::string_view activation = "identity",
-                                        bool normalize = true);
+TORCH_EXT_API TensorPair min_lstm(
+    const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
+    const OptionalTensor& initial_state = {}, std::string_view activation = "identity",
+    bool normalize = true, const OptionalTensor& cu_seqlens = {}, bool reverse = false);
+TORCH_EXT_API TensorPair min_lstm_step(
+    const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
+    const at::Tensor& state, const OptionalTensor& state_indices = {},
+    std::string_view activation = "identity", bool normalize = true);
+TORCH_EXT_API at::Tensor min_lstm_step_(
+    const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
+    at::Tensor& state, const OptionalTensor& state_indices = {},
+    std::string_view activation = "identity", bool normalize = true);
 
 } // namespace torch_ext
