@@ -163,7 +163,7 @@ def merge_table(text, version, column, operators):
     for name in column:
         table.setdefault(name, {})
     for name, cells in table.items():
-        cells[version] = column.get(name, "not run")
+        cells[version] = column.get(name, cells.get(version, "not run"))
     versions = sorted(
         {v for cells in table.values() for v in cells},
         key=lambda v: [int(n) for n in re.findall(r"\d+", v)],

@@ -63,6 +63,28 @@ def test_step_and_threads(case, generator, device, threads):
     assert equal(case.step(*x, state_indices=indices), want)
 
 
+@over(variants=False)
+def test_slots_named_twice(case, generator, device, threads):
+    """Two rows on one slot of a pool: refused, or the same in every run and for every number of
+    threads. Never a race."""
+    rows = case.leaves(600, 1, 100, torch.float32, generator, device, state=5)
+    x = [y[:, 0] if y.dim() == 3 else y for y in rows]
+    indices = torch.randint(0, 5, (600,), generator=generator).to(device)
+    want = None
+    for n in (1, 2, 2, 2):
+        threads(n)
+        state = x[-1].clone()
+        try:
+            h = case.step_(*x[:-1], state, indices)
+        except ValueError as error:
+            assert f"{case.name}_step" in str(error) and "state_indices" in str(error)
+            return
+        got = [h, state, *case.step(*x, indices)]
+        want = want or got
+        assert equal(got, want), f"{n} threads"
+        assert equal(got[:2], got[2:])
+
+
 @pytest.mark.unpoisoned
 @over(variants=False)
 def test_more_than_one_thread_works(case, generator, device, threads):

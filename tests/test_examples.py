@@ -345,7 +345,7 @@ def test_char_lm_counts_bits(writing):
     ("arguments", "message"),
     [
         (["nowhere.txt"], "there is no file nowhere.txt"),
-        (["short.txt"], "short.txt has 11 characters and at least 5,140 are needed"),
+        (["short.txt"], "short.txt has 11 characters and at least 2,580 are needed"),
         (["binary.txt"], "binary.txt is not a text in UTF-8"),
         (["--prompt", "\u03c0"], "the prompt has characters that the text does not have"),
         (["--save", "nowhere/model.ts"], "--save: there is no folder"),
