@@ -6,7 +6,9 @@
 //   explicit Cell(unsigned flags);                 its options as bits
 //   template <class T> struct Input { T ...; };    the tensors that run over time, one field each, all of type T
 //   template <class T> Affine<T> affine(Input<T> x) const;
-//   template <class T> Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const;      optional: the fast backward
+// and, where they save instructions,
+//   template <class T> T step(Input<T> x, T h_before) const;                            h itself
+//   template <class T> Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const;      the backward of one step
 // It has no loop, no pointer and no tensor library. Without `vjp`, dual numbers differentiate `affine`.
 #pragma once
 #include "dual.h"
@@ -18,11 +20,11 @@ struct Affine {
   T a, b; // h = a h_before + b
 };
 
-// What the backward of one step yields: the inputs' gradients, and the a that carries dh to the step before.
+// What the backward of one step yields: the gradients of the inputs and of h_before, which is conj(a) dh.
 template <class T, template <class> class Input>
 struct Gradient {
   Input<T> dx;
-  T a;
+  T dh_before;
 };
 
 template <class Cell>
@@ -71,7 +73,18 @@ TORCH_EXT_HD Gradient<T, Cell::template Input> dual_vjp(
     seeded[i] = Dual<T, N>::make(v[i], [&](int j) { return i == j ? v[i] * 0 + 1 : v[i] * 0; });
   const Affine<Dual<T, N>> step = cell.affine(pack<Cell, Dual<T, N>>(seeded));
   for (int i = 0; i < N; ++i) dx[i] = dh * (h_before * step.a.d[i] + step.b.d[i]);
-  return {pack<Cell, T>(dx), step.a.v};
+  return {pack<Cell, T>(dx), dh * step.a.v};
+}
+
+// One step: the cell's own, or else as `affine` says.
+template <class Cell, class T>
+TORCH_EXT_HD T step(const Cell& cell, typename Cell::template Input<T> x, T h_before) {
+  if constexpr (requires { cell.step(x, h_before); }) {
+    return cell.step(x, h_before);
+  } else {
+    const Affine<T> f = cell.affine(x);
+    return f.a * h_before + f.b;
+  }
 }
 
 // The gradient of one step: the cell's own, or else by dual numbers.

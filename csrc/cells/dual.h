@@ -7,6 +7,7 @@ namespace torch_ext {
 
 template <class T, int N>
 struct Dual {
+  using Scalar = T;
   T v;
   T d[N];
 
@@ -45,8 +46,8 @@ struct Dual {
   TORCH_EXT_HD friend Dual operator*(double c, Dual x) { return x * c; }
 
   TORCH_EXT_HD friend Dual exp(Dual x) {
-    T e = exp(x.v);
-    return make(e, [&](int i) { return e * x.d[i]; });
+    T e = exp(x.v), slope = e * (1 - nonnegative(x.v - kExpLimit<T>));
+    return make(e, [&](int i) { return slope * x.d[i]; });
   }
   TORCH_EXT_HD friend Dual reciprocal(Dual x) {
     T r = reciprocal(x.v);

@@ -19,7 +19,7 @@ struct LinearScan {
   }
   template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {
-    return {{dh * conj(h_before), dh}, x.a};
+    return {{dh * conj(h_before), dh}, conj(x.a) * dh};
   }
 };
 

@@ -20,21 +20,18 @@ struct MinLstm {
   struct Input {
     T forget_gate, input_gate, candidate;
   };
-  // Numerators and common reciprocal of the normalised gates. Far in the tails p and q would overflow, so both are
-  // scaled by e^-shift; the 1s and the 2 would be too, but beside e^80 they no longer count. (1e30: for gates of -inf.)
+  // p, q and the common reciprocal. Far in the tails exp is constant, which would lose p / q: there the gate that is less
+  // negative is held at its distance from that constant. The 1s no longer count then.
   template <class T>
   struct Normalized {
     T p, q, r;
   };
   template <class T>
   TORCH_EXT_HD static Normalized<T> normalized(Input<T> x) {
-    const T shift = at_most(at_least(-80 - minimum(x.forget_gate, x.input_gate), 0), 1e30);
-    const T p = exp(-x.forget_gate - shift), q = exp(-x.input_gate - shift);
+    const T d = x.forget_gate - x.input_gate;
+    const T p = exp(-maximum(x.forget_gate, d - kExpLimit<T>));
+    const T q = exp(-maximum(x.input_gate, -kExpLimit<T> - d));
     return {p, q, reciprocal(2 + p + q)};
-  }
-  template <class T>
-  TORCH_EXT_HD static T minimum(T x, T y) {
-    return -maximum(-x, -y);
   }
 
   template <class T>
@@ -42,21 +39,29 @@ struct MinLstm {
     const T v = activate(x.candidate, g);
     if (!normalize) return {sigmoid(x.forget_gate), sigmoid(x.input_gate) * v};
     const Normalized<T> n = normalized(x);
-    const T i = (1 + n.p) * n.r;
+    const T i = n.r + n.p * n.r;
     return {
         1 - i,
         i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
   }
   template <class T>
+  TORCH_EXT_HD T step(Input<T> x, T h_before) const {
+    const T v = activate(x.candidate, g);
+    if (!normalize) return sigmoid(x.forget_gate) * h_before + sigmoid(x.input_gate) * v;
+    const Normalized<T> n = normalized(x);
+    return h_before + (n.r + n.p * n.r) * (v - h_before);
+  }
+  template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {
     const Activated<T> v = activate_with_derivative(x.candidate, g);
     if (!normalize) {
-      const T f = sigmoid(x.forget_gate), i = sigmoid(x.input_gate), idh = i * dh;
-      return {{f * (1 - f) * h_before * dh, (1 - i) * idh * v.value, idh * v.derivative}, f};
+      const T f = sigmoid(x.forget_gate), i = sigmoid(x.input_gate), fdh = f * dh, idh = i * dh;
+      return {{(fdh - f * fdh) * h_before, (idh - i * idh) * v.value, idh * v.derivative}, fdh};
     }
     const Normalized<T> n = normalized(x);
-    const T i = (1 + n.p) * n.r, f = (1 + n.q) * n.r, w = (h_before - v.value) * dh;
-    return {{f * (n.p * n.r) * w, -(i * (n.q * n.r) * w), i * dh * v.derivative}, 1 - i};
+    const T pr = n.p * n.r, qr = n.q * n.r, f = n.r + qr, i = n.r + pr;
+    const T idh = i * dh, w = (h_before - v.value) * dh;
+    return {{f * pr * w, i * qr * -w, idh * v.derivative}, dh - idh};
   }
 };
 

@@ -4,7 +4,7 @@
 // the CPU, Dual<T, N> (dual.h) for derivatives, and core/tensor_lane.h's TensorLane to run the same mathematics as
 // differentiable tensor code. Every lane type offers + - * (also with a number on either side), unary -, and
 //
-//   exp(x)           e^x, but never infinite: it saturates above (float at e^80, double at e^700); NaN stays NaN
+//   exp(x)           e^x, but never infinite: from x = kExpLimit<T> on it is constant; NaN stays NaN
 //   reciprocal(x)    1 / x
 //   at_least(x, c)   max(x, c); derivative 1 where x >= c, else 0; NaN stays NaN
 //   at_most(x, c)    min(x, c); derivative 1 where x < c, else 0; NaN stays NaN
@@ -23,6 +23,15 @@
 #endif
 
 namespace torch_ext {
+
+template <class T>
+inline constexpr float kExpLimit =
+    80; // products with e^80 stay far from float's largest number, e^88.7
+template <>
+inline constexpr double kExpLimit<double> = 700;
+template <class T>
+requires requires { typename T::Scalar; }
+inline constexpr auto kExpLimit<T> = kExpLimit<typename T::Scalar>;
 
 TORCH_EXT_HD float exp(float x) { return ::expf(x > 80.f ? 80.f : x); }
 TORCH_EXT_HD double exp(double x) { return ::exp(x > 700. ? 700. : x); }

@@ -1,9 +1,11 @@
 // The CPU driver of the diagonal family: how a cell is run over time, forward and backward.
 //
-// Work comes as items: one sequence times one block of channels. An item is walked in tiles of time; in a tile, groups
-// of kGroup vectors of channels keep their state in registers over all of the tile's steps. Data larger than the cache
-// takes short tiles, so that memory is walked nearly row by row as prefetchers like it, and stores around the cache;
-// data in the cache takes one long tile. Inputs whose channels are not contiguous are first copied, a tile at a time.
+// Work comes as items: one sequence times one block of channels. An item is walked in tiles of time, a tile in one of
+// two orders. Data that fits in the cache is walked by columns: groups of kGroup vectors of channels keep their state in
+// registers over all of the tile's steps. Larger data is walked by rows, step by step with the state in L1, and a row in
+// the direction in which rows follow each other: then every array is one stream up or down through memory, which the
+// machine fetches ahead by itself; results are stored around the cache. Inputs whose channels are not contiguous are
+// first copied, a tile at a time.
 // Every channel is computed by the same instructions whatever the blocks are: results do not depend on the threads.
 #pragma once
 #include "../cells/all.h"
@@ -98,12 +100,13 @@ TORCH_EXT_HD void put(S* p, typename Stored<S>::Lane x, int n) {
   }
 }
 
-// Data larger than the cache: fetch what the next tile will read, while this one computes. Once per cache line; k is
-// the vector's number in its group. Into L2, since rows of 4 KiB all fall into one set of L1. An address behind the
-// array's end is harmless.
-template <bool kStream, class S>
-TORCH_EXT_HD void fetch_ahead(const S* p, int k, int64_t ahead) {
-  if (kStream && k * Stored<S>::kLanes * sizeof(S) % 64 == 0) __builtin_prefetch(p + ahead, 0, 2);
+// By rows: fetches what vector k of a group will need `bytes` further on, once per cache line. The machine's own fetching
+// ahead is enough unless the arrays lie a power of two apart, as tensors of such shapes often do, and displace each other
+// in its tables: then this saves a half of the time. An address outside of the array is harmless.
+template <bool kStream, int kLevel, class S>
+TORCH_EXT_HD void fetch_ahead(const S* p, int k, int64_t bytes) {
+  if (kStream && k * Stored<S>::kLanes * sizeof(S) % 64 == 0)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, kLevel);
 }
 
 template <class Cell, class S>
@@ -115,29 +118,45 @@ struct Diagonal {
   static constexpr int kGroup =
       sizeof(Lane) > kVectorBytes ? 2 : 4; // complex lanes are two registers
 
+  // Calls f<K, kSome>(d, n) for every group of K vectors of channels, from channel d on; kSome: one vector, of which only
+  // n lanes exist.
+  template <class F>
+  TORCH_EXT_HD static void over_channels(int64_t width, bool downwards, F f) {
+    constexpr int64_t kStep = kGroup * kLanes;
+    const int64_t groups = width - width % kStep, vectors = width - width % kLanes;
+    if (downwards) {
+      if (vectors < width) f.template operator()<1, true>(vectors, int(width - vectors));
+      for (int64_t d = vectors; d > groups;) f.template operator()<1, false>(d -= kLanes, kLanes);
+      for (int64_t d = groups; d > 0;) f.template operator()<kGroup, false>(d -= kStep, kLanes);
+    } else {
+      for (int64_t d = 0; d < groups; d += kStep) f.template operator()<kGroup, false>(d, kLanes);
+      for (int64_t d = groups; d < vectors; d += kLanes) f.template operator()<1, false>(d, kLanes);
+      if (vectors < width) f.template operator()<1, true>(vectors, int(width - vectors));
+    }
+  }
+
   // ---- forward ----
 
-  // K vectors of channels from d on, over the tile's `count` steps. kSome: one vector, of which `some` lanes exist.
+  // K vectors of channels from d on, over the steps `begin` .. `end` of a tile.
   template <int K, bool kSome, bool kStream>
   TORCH_EXT_HD static void forward_group(
-      Cell cell, const Rows<S>* x, int64_t d, S* h, int64_t h_step, State* state, int64_t count,
-      int some) {
+      Cell cell, const Rows<S>* x, S* h, int64_t h_step, State* state, int64_t d, int some,
+      int64_t begin, int64_t end) {
     Lane s[K];
     const S* in[N];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) s[k] = get<kSome>(state + d + k * kLanes, some);
-    for (int i = 0; i < N; ++i) in[i] = x[i].data + d;
-    h += d;
-    for (int64_t t = 0; t < count; ++t) {
+    for (int i = 0; i < N; ++i) in[i] = x[i].data + begin * x[i].step + d;
+    h += begin * h_step + d;
+    for (int64_t t = begin; t < end; ++t) {
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
         Lane v[N];
         for (int i = 0; i < N; ++i) {
           v[i] = get<kSome>(in[i] + k * kLanes, some);
-          fetch_ahead<kStream>(in[i] + k * kLanes, k, count * x[i].step);
+          fetch_ahead<kStream, 3>(in[i] + k * kLanes, k, h_step < 0 ? -256 : 256);
         }
-        const Affine<Lane> f = cell.affine(pack<Cell, Lane>(v));
-        s[k] = f.a * s[k] + f.b;
+        s[k] = step(cell, pack<Cell, Lane>(v), s[k]);
         put<kSome, kStream>(h + k * kLanes, s[k], some);
       }
       for (int i = 0; i < N; ++i) in[i] += x[i].step;
@@ -146,10 +165,32 @@ struct Diagonal {
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) put<kSome>(state + d + k * kLanes, s[k], some);
   }
+  static void forward_columns(
+      Cell cell, const Rows<S>* x, S* h, int64_t h_step, State* state, int64_t width,
+      int64_t count) {
+    over_channels(
+        width, false, [&]<int K, bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
+          forward_group<K, kSome, false>(cell, x, h, h_step, state, d, some, 0, count);
+        });
+  }
+  template <bool kStream>
+  static void forward_rows(
+      Cell cell, const Rows<S>* x, S* h, int64_t h_step, State* state, int64_t width,
+      int64_t count) {
+    for (int64_t t = 0; t < count; ++t)
+      over_channels(
+          width,
+          h_step < 0, [&]<int K, bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
+            forward_group<K, kSome, kStream>(cell, x, h, h_step, state, d, some, t, t + 1);
+          });
+  }
 
   static void forward(const DiagonalForward& p, const Plan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
     const Cell cell(p.flags);
+    const auto run = !plan.rows    ? forward_columns
+                     : plan.stream ? forward_rows<true>
+                                   : forward_rows<false>;
     Scratch<S> scratch(N * plan.tile * plan.block);
     for (int64_t item = begin; item < end; ++item) {
       const Item i = plan.item(item, p);
@@ -164,6 +205,7 @@ struct Diagonal {
       }
       State* state = static_cast<State*>(p.final_state) + state_row * p.width + i.d0;
       copy_state<S>(state, p.initial_state, state_row, i.d0, i.width);
+      const int64_t h_step = tokens.direction * p.width;
       for (int64_t n = 0; n < tokens.count; n += plan.tile) {
         const int64_t count = tokens.count - n < plan.tile ? tokens.count - n : plan.tile;
         Rows<S> x[N];
@@ -171,22 +213,7 @@ struct Diagonal {
           x[k] = rows_of<S>(
               p, p.inputs[k], i.sequence, tokens, n, count, false, i.d0, i.width,
               scratch.data + k * plan.tile * plan.block);
-        const int64_t step = tokens.direction * p.width;
-        S* out = h + n * step;
-        int64_t d = 0;
-        const auto groups = [&]<bool kStream> {
-          for (; d + kGroup * kLanes <= i.width; d += kGroup * kLanes)
-            forward_group<kGroup, false, kStream>(cell, x, d, out, step, state, count, kLanes);
-        };
-        if (plan.stream) {
-          groups.template operator()<true>();
-        } else {
-          groups.template operator()<false>();
-        }
-        for (; d + kLanes <= i.width; d += kLanes)
-          forward_group<1, false, false>(cell, x, d, out, step, state, count, kLanes);
-        if (d < i.width)
-          forward_group<1, true, false>(cell, x, d, out, step, state, count, int(i.width - d));
+        run(cell, x, h + n * h_step, h_step, state, i.width, count);
       }
     }
     if (plan.stream) fence_streams();
@@ -202,49 +229,80 @@ struct Diagonal {
         start; // the state before the tile's last step, where that is the sequence's first; else null
   };
 
+  // K vectors of channels from d on, over the tile's steps `begin` .. `end`, of which the last may start from `start`.
   template <int K, bool kSome, bool kStream>
   TORCH_EXT_HD static void backward_group(
-      Cell cell, const Tile& tile, int64_t d, State* carry, int some) {
+      Cell cell, const Tile& tile, State* carry, int64_t d, int some, int64_t begin, int64_t end,
+      const State* start) {
     Lane c[K];
-    const S *in[N], *before = tile.h_before.data + d, *grad = tile.grad_h.data + d;
+    const S *in[N], *before = tile.h_before.data + begin * tile.h_before.step + d,
+                    *grad = tile.grad_h.data + begin * tile.grad_h.step + d;
     S* out[N];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) c[k] = get<kSome>(carry + d + k * kLanes, some);
-    for (int i = 0; i < N; ++i) in[i] = tile.x[i].data + d, out[i] = tile.dx[i] + d;
+    for (int i = 0; i < N; ++i)
+      in[i] = tile.x[i].data + begin * tile.x[i].step + d,
+      out[i] = tile.dx[i] + begin * tile.dx_step + d;
     const auto step = [&](int k, Lane h_before) __attribute__((always_inline)) {
       Lane v[N];
+      const int64_t ahead = tile.dx_step < 0 ? -512 : 512;
       for (int i = 0; i < N; ++i) {
         v[i] = get<kSome>(in[i] + k * kLanes, some);
-        fetch_ahead<kStream>(in[i] + k * kLanes, k, tile.count * tile.x[i].step);
+        fetch_ahead<kStream, 2>(in[i] + k * kLanes, k, ahead);
       }
-      fetch_ahead<kStream>(before + k * kLanes, k, tile.count * tile.h_before.step);
-      fetch_ahead<kStream>(grad + k * kLanes, k, tile.count * tile.grad_h.step);
+      fetch_ahead<kStream, 2>(before + k * kLanes, k, ahead);
+      fetch_ahead<kStream, 2>(grad + k * kLanes, k, ahead);
       const Lane dh = get<kSome>(grad + k * kLanes, some) + c[k];
       const Gradient<Lane, Cell::template Input> g =
           step_vjp(cell, pack<Cell, Lane>(v), h_before, dh);
-      c[k] = conj(g.a) * dh;
+      c[k] = g.dh_before;
       unpack<Cell, Lane>(g.dx, v);
       for (int i = 0; i < N; ++i) put<kSome, kStream>(out[i] + k * kLanes, v[i], some);
     };
-    const int64_t with_row = tile.start ? tile.count - 1 : tile.count;
-    for (int64_t t = 0; t < with_row; ++t) {
+    for (int64_t t = begin; t < (start ? end - 1 : end); ++t) {
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) step(k, get<kSome>(before + k * kLanes, some));
       for (int i = 0; i < N; ++i) in[i] += tile.x[i].step, out[i] += tile.dx_step;
       before += tile.h_before.step;
       grad += tile.grad_h.step;
     }
-    if (tile.start) {
+    if (start) {
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) step(k, get<kSome>(tile.start + d + k * kLanes, some));
+      for (int k = 0; k < K; ++k) step(k, get<kSome>(start + d + k * kLanes, some));
     }
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) put<kSome>(carry + d + k * kLanes, c[k], some);
+  }
+  static void backward_columns(Cell cell, const Tile& tile, State* carry, int64_t width) {
+    over_channels(
+        width, false, [&]<int K, bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
+          backward_group<K, kSome, false>(cell, tile, carry, d, some, 0, tile.count, tile.start);
+        });
+  }
+  template <bool kStream>
+  static void backward_rows(Cell cell, const Tile& tile, State* carry, int64_t width) {
+    const int64_t with_row = tile.start ? tile.count - 1 : tile.count;
+    for (int64_t t = 0; t < with_row; ++t)
+      over_channels(
+          width, tile.dx_step < 0,
+          [&]<int K, bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
+            backward_group<K, kSome, kStream>(cell, tile, carry, d, some, t, t + 1, nullptr);
+          });
+    if (tile.start)
+      over_channels(
+          width, tile.dx_step < 0,
+          [&]<int K, bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
+            backward_group<K, kSome, kStream>(
+                cell, tile, carry, d, some, with_row, tile.count, tile.start);
+          });
   }
 
   static void backward(const DiagonalBackward& p, const Plan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
     const Cell cell(p.flags);
+    const auto run = !plan.rows    ? backward_columns
+                     : plan.stream ? backward_rows<true>
+                                   : backward_rows<false>;
     const int64_t piece = plan.tile * plan.block;
     Scratch<S> scratch((N + 2) * piece + plan.block);
     Scratch<State> start(plan.block);
@@ -276,19 +334,7 @@ struct Diagonal {
                             (last - 1) * tokens.direction;
         for (int k = 0; k < N; ++k)
           tile.dx[k] = static_cast<S*>(p.grad_inputs[k]) + row * p.width + i.d0;
-        int64_t d = 0;
-        const auto groups = [&]<bool kStream> {
-          for (; d + kGroup * kLanes <= i.width; d += kGroup * kLanes)
-            backward_group<kGroup, false, kStream>(cell, tile, d, carry, kLanes);
-        };
-        if (plan.stream) {
-          groups.template operator()<true>();
-        } else {
-          groups.template operator()<false>();
-        }
-        for (; d + kLanes <= i.width; d += kLanes)
-          backward_group<1, false, false>(cell, tile, d, carry, kLanes);
-        if (d < i.width) backward_group<1, true, false>(cell, tile, d, carry, int(i.width - d));
+        run(cell, tile, carry, i.width);
       }
     }
     if (plan.stream) fence_streams();

@@ -118,11 +118,12 @@ Plan plan_of(
   if (plan.block < 1) plan.block = group;
   plan.num_blocks = (p.width + plan.block - 1) / plan.block;
   const int64_t per_thread = bytes * (num_in + num_out) / threads;
-  const bool in_cache = per_thread <= l2_bytes();
-  plan.tile = in_cache ? 64 : 4;
+  plan.rows = per_thread > l2_bytes();
+  plan.tile = plan.rows ? 16 : 64;
   const int64_t store =
       t.vector_bytes * size_of(dtype) / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
-  plan.stream = bytes * num_out / threads > l2_bytes() / 2 && p.width * size_of(dtype) % store == 0;
+  plan.stream = plan.rows && bytes * num_out / threads > l2_bytes() / 2 &&
+                p.width * size_of(dtype) % store == 0;
   for (int i = 0; i < num_out; ++i) plan.stream = plan.stream && aligned(out[i], store);
   return plan;
 }
@@ -142,10 +143,10 @@ void run(
     const Call& c = *static_cast<const Call*>(ctx);
     c.kernel(c.p, c.plan, begin, end);
   };
-  // A thread is worth waking for some ten microseconds of work: about 1e5 array elements.
+  // A thread is worth waking for some five microseconds of work: about 5e4 array elements.
   const int64_t steps = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
   const int64_t per_item = 1 + steps * p.width / items * num_arrays;
-  const int64_t grain = 1 + 100000 / per_item;
+  const int64_t grain = 1 + 50000 / per_item;
   if (parallel.run && parallel.threads > 1 && items > grain) {
     parallel.run(items, grain, body, &call);
   } else {

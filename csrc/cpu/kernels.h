@@ -18,8 +18,9 @@ struct Plan {
   int64_t block = 0, num_blocks = 0; // channels of an item; the last block may be smaller
   int64_t tile = 0;                  // steps of a tile
   bool sequences_inside =
-      false; // neighbouring items: the same block of the next sequence, not the next block
-  bool stream = false; // store around the cache
+      false;         // neighbouring items: the same block of the next sequence, not the next block
+  bool rows = false; // a tile step by step, not channels by channels
+  bool stream = false; // store around the cache; only by rows
 
   Item item(int64_t i, const DiagonalProblem& p) const {
     const int64_t sequence = sequences_inside ? i % p.num_sequences : i / num_blocks;

@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kThreads) diagonal_forward_kernel(const Diagon
       for (int i = 0; i < N; ++i) v[k][i] = x[i].at(n + k);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const Affine<Lane> f = cell.affine(pack<Cell, Lane>(v[k]));
-      state = f.a * state + f.b;
+      state = step(cell, pack<Cell, Lane>(v[k]), state);
       Stored<S>::store(h + (n + k) * h_step, state);
     }
   }
@@ -85,8 +84,7 @@ __global__ void __launch_bounds__(kThreads) diagonal_forward_kernel(const Diagon
     Lane v[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = x[i].at(n);
-    const Affine<Lane> f = cell.affine(pack<Cell, Lane>(v));
-    state = f.a * state + f.b;
+    state = step(cell, pack<Cell, Lane>(v), state);
     Stored<S>::store(h + n * h_step, state);
   }
   static_cast<Lane*>(p.final_state)[row * p.width + d] = state;
@@ -110,10 +108,10 @@ __global__ void __launch_bounds__(kThreads) diagonal_backward_kernel(const Diago
   const int64_t out_step = tokens.direction * p.width;
   const Lane start = state_at<Lane>(p.initial_state, sequence, d);
   Lane carry = state_at<Lane>(p.grad_final_state, sequence, d);
-  const auto step = [&](int64_t n, const Lane* v, Lane before, Lane grad) {
+  const auto backward_step = [&](int64_t n, const Lane* v, Lane before, Lane grad) {
     const Lane dh = grad + carry;
     const auto g = step_vjp(cell, pack<Cell, Lane>(v), before, dh);
-    carry = conj(g.a) * dh;
+    carry = g.dh_before;
     Lane dx[N];
     unpack<Cell, Lane>(g.dx, dx);
 #pragma unroll
@@ -132,13 +130,13 @@ __global__ void __launch_bounds__(kThreads) diagonal_backward_kernel(const Diago
       grad[k] = p.grad_h.data ? grad_h.at(t) : Lane{};
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) step(n - 1 - k, v[k], before[k], grad[k]);
+    for (int k = 0; k < kAhead; ++k) backward_step(n - 1 - k, v[k], before[k], grad[k]);
   }
   for (; n > 0; --n) {
     Lane v[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = x[i].at(n - 1);
-    step(n - 1, v, n > 1 ? h.at(n - 2) : start, p.grad_h.data ? grad_h.at(n - 1) : Lane{});
+    backward_step(n - 1, v, n > 1 ? h.at(n - 2) : start, p.grad_h.data ? grad_h.at(n - 1) : Lane{});
   }
   static_cast<Lane*>(p.grad_initial_state)[sequence * p.width + d] = carry;
 }

@@ -415,7 +415,8 @@ void check(const Problem& p, const Result& r, int64_t every = 1) {
         for (size_t i = 0; i < p.inputs.size(); ++i) {
           const Value slope = conj(before * step[n].da[i] + step[n].db[i]);
           const double all = error * abs(slope) +
-                             epsilon * (abs(dh) + abs(carry)) * (size[n] + abs(before)) + tiny;
+                             epsilon * (abs(dh) + abs(carry) + error) * (size[n] + abs(before)) +
+                             tiny;
           ASSERT_TRUE(close(
               r.grad_inputs[i].get((row * p.T + t) * p.D + d), dh * slope, stored(all, dh * slope)))
               << "gradient of input " << i << ", s=" << s << " t=" << t << " d=" << d
