@@ -191,7 +191,9 @@ struct Diagonal {
     const auto run = !plan.rows    ? forward_columns
                      : plan.stream ? forward_rows<true>
                                    : forward_rows<false>;
-    Scratch<S> scratch(N * plan.tile * plan.block);
+    bool copies = false;
+    for (const Strided& x : p.inputs) copies = copies || (x.data && x.width != 1);
+    Scratch<S> scratch(copies ? N * plan.tile * plan.block : 0);
     for (int64_t item = begin; item < end; ++item) {
       const Item i = plan.item(item, p);
       const Tokens tokens = tokens_of(p, i.sequence);
@@ -303,11 +305,12 @@ struct Diagonal {
     const auto run = !plan.rows    ? backward_columns
                      : plan.stream ? backward_rows<true>
                                    : backward_rows<false>;
+    bool copies = p.h.width != 1 || (p.grad_h.data && p.grad_h.width != 1);
+    for (const Strided& x : p.inputs) copies = copies || (x.data && x.width != 1);
     const int64_t piece = plan.tile * plan.block;
-    Scratch<S> scratch((N + 2) * piece + plan.block);
+    Scratch<S> scratch(copies ? (N + 2) * piece : 0), zeros(plan.block);
     Scratch<State> start(plan.block);
-    S* zeros = scratch.data + (N + 2) * piece;
-    memset(zeros, 0, size_t(plan.block) * sizeof(S));
+    memset(zeros.data, 0, size_t(plan.block) * sizeof(S));
     for (int64_t item = begin; item < end; ++item) {
       const Item i = plan.item(item, p);
       const Tokens tokens = tokens_of(p, i.sequence);
@@ -326,9 +329,9 @@ struct Diagonal {
         };
         for (int k = 0; k < N; ++k) tile.x[k] = rows(p.inputs[k], last - 1, tile.count, k);
         const int64_t with_row = tile.count - (first ? 0 : 1);
-        tile.h_before = with_row ? rows(p.h, last - 2, with_row, N) : Rows<S>{zeros, 0};
+        tile.h_before = with_row ? rows(p.h, last - 2, with_row, N) : Rows<S>{zeros.data, 0};
         tile.grad_h =
-            p.grad_h.data ? rows(p.grad_h, last - 1, tile.count, N + 1) : Rows<S>{zeros, 0};
+            p.grad_h.data ? rows(p.grad_h, last - 1, tile.count, N + 1) : Rows<S>{zeros.data, 0};
         tile.dx_step = -tokens.direction * p.width;
         const int64_t row = (p.cu_seqlens ? 0 : i.sequence * p.num_steps) + tokens.first +
                             (last - 1) * tokens.direction;
