@@ -198,15 +198,19 @@ struct Diagonal {
       const Item i = plan.item(item, p);
       const Tokens tokens = tokens_of(p, i.sequence);
       const int64_t state_row = p.state_rows ? p.state_rows[i.sequence] : i.sequence;
+      State* state = nullptr;
+      if (state_row >= 0) {
+        state = static_cast<State*>(p.final_state) + state_row * p.width + i.d0;
+        copy_state<S>(state, p.initial_state, state_row, i.d0, i.width);
+      }
+      if (tokens.count == 0) continue; // h may be nowhere
       S* h = static_cast<S*>(p.h) +
              ((p.cu_seqlens ? 0 : i.sequence * p.num_steps) + tokens.first) * p.width + i.d0;
-      if (state_row < 0) {
+      if (!state) {
         for (int64_t t = 0; t < tokens.count; ++t)
           memset(h + t * tokens.direction * p.width, 0, size_t(i.width) * sizeof(S));
         continue;
       }
-      State* state = static_cast<State*>(p.final_state) + state_row * p.width + i.d0;
-      copy_state<S>(state, p.initial_state, state_row, i.d0, i.width);
       const int64_t h_step = tokens.direction * p.width;
       for (int64_t n = 0; n < tokens.count; n += plan.tile) {
         const int64_t count = tokens.count - n < plan.tile ? tokens.count - n : plan.tile;

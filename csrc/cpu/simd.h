@@ -6,10 +6,14 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
+#if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // in GCC 12's own header (GCC bug 105593)
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
 #endif
 
 #include "../cells/numerics.h"
@@ -85,6 +89,17 @@ struct Vec {
   }
 };
 
+// x y + z. Rounded once where the instruction set can, even if the compiler does not contract products and sums.
+TORCH_EXT_HD Vec<float> fused(Vec<float> x, Vec<float> y, Vec<float> z) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Raw)_mm512_fmadd_ps(x.v, y.v, z.v);
+#elif defined(__FMA__)
+  return (Vec<float>::Raw)_mm256_fmadd_ps(x.v, y.v, z.v);
+#else
+  return x * y + z;
+#endif
+}
+
 // 1 / x. Range: |x| in [2^-126, 2^126]. Float with AVX-512: at most 1 ULP (14-bit estimate and one Newton step); else
 // the correctly rounded quotient.
 TORCH_EXT_HD Vec<float> reciprocal(Vec<float> x) {
@@ -113,7 +128,7 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
       0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
       0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
   const V shifted = x * V(sign * 46.16624130844683f) + V(kMagic);
-  const V r = x * V(sign) - (shifted - V(kMagic)) * V(0.021660849392498290f);
+  const V r = fused(shifted - V(kMagic), V(-0.021660849392498290f), x * V(sign));
   const __m512i n = (__m512i)shifted.v;
   const __m512i power =
       _mm512_permutex2var_epi32(_mm512_loadu_si512(kPowers), n, _mm512_loadu_si512(kPowers + 16));
@@ -124,7 +139,7 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
 #else
   const V shifted = x * V(sign * 1.4426950408889634f) + V(kMagic), n = shifted - V(kMagic);
 #if defined(__FMA__)
-  const V r = x * V(sign) - n * V(0.69314718055994531f);
+  const V r = fused(n, V(-0.69314718055994531f), x * V(sign));
 #else
   const V r = (x * V(sign) - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
 #endif
