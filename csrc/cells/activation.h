@@ -19,7 +19,7 @@ template <class T>
 TORCH_EXT_HD Activated<T> activate_with_derivative(T x, bool g) {
   if (!g) return {x, x * 0 + 1};
   const T s = sigmoid(at_most(x, 0)), positive = nonnegative(x);
-  return {at_least(x, 0) + s, positive + (1 - positive) * s * (1 - s)};
+  return {at_least(x, 0) + s, fused((1 - positive) * s, 1 - s, positive)};
 }
 
 } // namespace torch_ext

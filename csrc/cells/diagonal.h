@@ -6,9 +6,8 @@
 //   explicit Cell(unsigned flags);                 its options as bits
 //   template <class T> struct Input { T ...; };    the tensors that run over time, one field each, all of type T
 //   template <class T> Affine<T> affine(Input<T> x) const;
-// and, where they save instructions,
-//   template <class T> T step(Input<T> x, T h_before) const;                            h itself
-//   template <class T> Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const;      the backward of one step
+// and, where it saves instructions, the backward of one step:
+//   template <class T> Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const;
 // It has no loop, no pointer and no tensor library. Without `vjp`, dual numbers differentiate `affine`.
 #pragma once
 #include "dual.h"
@@ -72,19 +71,16 @@ TORCH_EXT_HD Gradient<T, Cell::template Input> dual_vjp(
   for (int i = 0; i < N; ++i)
     seeded[i] = Dual<T, N>::make(v[i], [&](int j) { return i == j ? v[i] * 0 + 1 : v[i] * 0; });
   const Affine<Dual<T, N>> step = cell.affine(pack<Cell, Dual<T, N>>(seeded));
-  for (int i = 0; i < N; ++i) dx[i] = dh * (h_before * step.a.d[i] + step.b.d[i]);
+  for (int i = 0; i < N; ++i) dx[i] = dh * fused(h_before, step.a.d[i], step.b.d[i]);
   return {pack<Cell, T>(dx), dh * step.a.v};
 }
 
-// One step: the cell's own, or else as `affine` says.
+// One step. The sum of two products neither overflows where h does not nor turns an infinity into NaN; with b = z v and
+// a = 1 - z, h_before + z (v - h_before) would be an instruction less and would do both.
 template <class Cell, class T>
 TORCH_EXT_HD T step(const Cell& cell, typename Cell::template Input<T> x, T h_before) {
-  if constexpr (requires { cell.step(x, h_before); }) {
-    return cell.step(x, h_before);
-  } else {
-    const Affine<T> f = cell.affine(x);
-    return f.a * h_before + f.b;
-  }
+  const Affine<T> f = cell.affine(x);
+  return fused(f.a, h_before, f.b);
 }
 
 // The gradient of one step: the cell's own, or else by dual numbers.

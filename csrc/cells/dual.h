@@ -25,8 +25,9 @@ struct Dual {
     return make(x.v - y.v, [&](int i) { return x.d[i] - y.d[i]; });
   }
   TORCH_EXT_HD friend Dual operator*(Dual x, Dual y) {
-    return make(x.v * y.v, [&](int i) { return x.d[i] * y.v + x.v * y.d[i]; });
+    return make(x.v * y.v, [&](int i) { return fused(x.d[i], y.v, x.v * y.d[i]); });
   }
+  TORCH_EXT_HD friend Dual fused(Dual x, Dual y, Dual z) { return x * y + z; }
   TORCH_EXT_HD friend Dual operator-(Dual x) {
     return make(-x.v, [&](int i) { return -x.d[i]; });
   }

@@ -24,10 +24,6 @@ struct MinGru {
     return {1 - z, z * activate(x.candidate, g)};
   }
   template <class T>
-  TORCH_EXT_HD T step(Input<T> x, T h_before) const {
-    return h_before + sigmoid(x.gate) * (activate(x.candidate, g) - h_before);
-  }
-  template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {
     const T z = sigmoid(x.gate), zdh = z * dh, carry = dh - zdh; // (1 - z) dh
     if (!g) return {{z * carry * (x.candidate - h_before), zdh}, carry};

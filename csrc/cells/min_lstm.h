@@ -39,24 +39,17 @@ struct MinLstm {
     const T v = activate(x.candidate, g);
     if (!normalize) return {sigmoid(x.forget_gate), sigmoid(x.input_gate) * v};
     const Normalized<T> n = normalized(x);
-    const T i = n.r + n.p * n.r;
-    return {
-        1 - i,
-        i * v}; // 1 - i, not (1 + q) r: the gates sum to one exactly, so nothing drifts over long times
-  }
-  template <class T>
-  TORCH_EXT_HD T step(Input<T> x, T h_before) const {
-    const T v = activate(x.candidate, g);
-    if (!normalize) return sigmoid(x.forget_gate) * h_before + sigmoid(x.input_gate) * v;
-    const Normalized<T> n = normalized(x);
-    return h_before + (n.r + n.p * n.r) * (v - h_before);
+    const T i = fused(n.p, n.r, n.r);
+    // 1 - i, not (1 + q) r: the gates sum to one, so nothing drifts over long times.
+    return {1 - i, i * v};
   }
   template <class T>
   TORCH_EXT_HD Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const {
     const Activated<T> v = activate_with_derivative(x.candidate, g);
     if (!normalize) {
       const T f = sigmoid(x.forget_gate), i = sigmoid(x.input_gate), fdh = f * dh, idh = i * dh;
-      return {{(fdh - f * fdh) * h_before, (idh - i * idh) * v.value, idh * v.derivative}, fdh};
+      return {
+          {fused(-f, fdh, fdh) * h_before, fused(-i, idh, idh) * v.value, idh * v.derivative}, fdh};
     }
     const Normalized<T> n = normalized(x);
     const T pr = n.p * n.r, qr = n.q * n.r, f = n.r + qr, i = n.r + pr;

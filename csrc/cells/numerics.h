@@ -6,11 +6,15 @@
 //
 //   exp(x)           e^x, but never infinite: from x = kExpLimit<T> on it is constant; NaN stays NaN
 //   reciprocal(x)    1 / x
+//   fused(x, y, z)   x y + z, rounded once where the machine can
 //   at_least(x, c)   max(x, c); derivative 1 where x >= c, else 0; NaN stays NaN
 //   at_most(x, c)    min(x, c); derivative 1 where x < c, else 0; NaN stays NaN
 //   maximum(x, y)    the larger; derivative to x where x >= y, else to y
 //   nonnegative(x)   1 where x >= 0, else 0
 //   conj(x)          complex conjugate; x itself where lanes are real
+//
+// The CPU kernels are compiled without contraction of products and sums to fused ones: the compiler would choose which,
+// differently from loop to loop, and results would depend on how the work is cut. A cell says `fused` where it wants it.
 //
 // This file has the scalar ones, and what follows from them for every lane.
 #pragma once
@@ -37,6 +41,20 @@ TORCH_EXT_HD float exp(float x) { return ::expf(x > 80.f ? 80.f : x); }
 TORCH_EXT_HD double exp(double x) { return ::exp(x > 700. ? 700. : x); }
 TORCH_EXT_HD float reciprocal(float x) { return 1.f / x; }
 TORCH_EXT_HD double reciprocal(double x) { return 1. / x; }
+TORCH_EXT_HD float fused(float x, float y, float z) {
+#if defined(__CUDA_ARCH__) || defined(__FP_FAST_FMAF)
+  return ::fmaf(x, y, z);
+#else
+  return x * y + z; // a correctly rounded one would be a slow call
+#endif
+}
+TORCH_EXT_HD double fused(double x, double y, double z) {
+#if defined(__CUDA_ARCH__) || defined(__FP_FAST_FMA)
+  return ::fma(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
 TORCH_EXT_HD float at_least(float x, double c) { return x < float(c) ? float(c) : x; }
 TORCH_EXT_HD double at_least(double x, double c) { return x < c ? c : x; }
 TORCH_EXT_HD float at_most(float x, double c) { return x > float(c) ? float(c) : x; }
@@ -60,7 +78,11 @@ struct Complex {
   T re, im;
   TORCH_EXT_HD friend Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
   TORCH_EXT_HD friend Complex operator*(Complex x, Complex y) {
-    return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
+    return {fused(x.re, y.re, -(x.im * y.im)), fused(x.re, y.im, x.im * y.re)};
+  }
+  TORCH_EXT_HD friend Complex fused(Complex x, Complex y, Complex z) {
+    return {
+        fused(-x.im, y.im, fused(x.re, y.re, z.re)), fused(x.im, y.re, fused(x.re, y.im, z.im))};
   }
   TORCH_EXT_HD friend Complex conj(Complex x) { return {x.re, -x.im}; }
 };

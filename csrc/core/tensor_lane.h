@@ -21,6 +21,9 @@ struct TensorLane {
 
   friend TensorLane exp(const TensorLane& x) { return {at::exp(at::clamp_max(x.v, 80))}; }
   friend TensorLane sigmoid(const TensorLane& x) { return {at::sigmoid(x.v)}; }
+  friend TensorLane fused(const TensorLane& x, const TensorLane& y, const TensorLane& z) {
+    return {x.v * y.v + z.v};
+  }
   friend TensorLane reciprocal(const TensorLane& x) { return {at::reciprocal(x.v)}; }
   friend TensorLane at_least(const TensorLane& x, double c) { return {at::where(x.v < c, c, x.v)}; }
   friend TensorLane at_most(const TensorLane& x, double c) { return {at::where(x.v >= c, c, x.v)}; }

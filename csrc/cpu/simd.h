@@ -89,12 +89,26 @@ struct Vec {
   }
 };
 
-// x y + z. Rounded once where the instruction set can, even if the compiler does not contract products and sums.
 TORCH_EXT_HD Vec<float> fused(Vec<float> x, Vec<float> y, Vec<float> z) {
 #if defined(__AVX512F__)
   return (Vec<float>::Raw)_mm512_fmadd_ps(x.v, y.v, z.v);
 #elif defined(__FMA__)
   return (Vec<float>::Raw)_mm256_fmadd_ps(x.v, y.v, z.v);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < Vec<float>::kLanes; ++i) z.v[i] = torch_ext::fused(x.v[i], y.v[i], z.v[i]);
+  return z;
+#else
+  return x * y + z;
+#endif
+}
+TORCH_EXT_HD Vec<double> fused(Vec<double> x, Vec<double> y, Vec<double> z) {
+#if defined(__AVX512F__)
+  return (Vec<double>::Raw)_mm512_fmadd_pd(x.v, y.v, z.v);
+#elif defined(__FMA__)
+  return (Vec<double>::Raw)_mm256_fmadd_pd(x.v, y.v, z.v);
+#elif defined(__FP_FAST_FMA)
+  for (int i = 0; i < Vec<double>::kLanes; ++i) z.v[i] = torch_ext::fused(x.v[i], y.v[i], z.v[i]);
+  return z;
 #else
   return x * y + z;
 #endif
@@ -127,29 +141,29 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
       0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
       0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
       0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
-  const V shifted = x * V(sign * 46.16624130844683f) + V(kMagic);
+  const V shifted = fused(x, V(sign * 46.16624130844683f), V(kMagic));
   const V r = fused(shifted - V(kMagic), V(-0.021660849392498290f), x * V(sign));
   const __m512i n = (__m512i)shifted.v;
   const __m512i power =
       _mm512_permutex2var_epi32(_mm512_loadu_si512(kPowers), n, _mm512_loadu_si512(kPowers + 16));
   const V t = V::Raw(_mm512_add_epi32(power, _mm512_slli_epi32(n, 18)));
-  const V p =
-      r * (r * V(0.5f) + V(1.0000146627426147f)); // e^r - 1; relative error of t p + t: 5.4e-8
-  return t * p + t;
+  // e^r - 1; the relative error of t p + t is 5.4e-8
+  const V p = r * fused(r, V(0.5f), V(1.0000146627426147f));
+  return fused(t, p, t);
 #else
-  const V shifted = x * V(sign * 1.4426950408889634f) + V(kMagic), n = shifted - V(kMagic);
-#if defined(__FMA__)
+  const V shifted = fused(x, V(sign * 1.4426950408889634f), V(kMagic)), n = shifted - V(kMagic);
+#if defined(__FP_FAST_FMAF)
   const V r = fused(n, V(-0.69314718055994531f), x * V(sign));
 #else
   const V r = (x * V(sign) - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
 #endif
   // Degree 5, minimax in the relative error (9.2e-8); the value at 0 is 1 exactly.
   V p = V(0.008290315046906471f);
-  p = p * r + V(0.04189793020486832f);
-  p = p * r + V(0.1666763573884964f);
-  p = p * r + V(0.4999915063381195f);
-  p = p * r + V(0.9999997615814209f);
-  p = p * r + V(1.f);
+  p = fused(p, r, V(0.04189793020486832f));
+  p = fused(p, r, V(0.1666763573884964f));
+  p = fused(p, r, V(0.4999915063381195f));
+  p = fused(p, r, V(0.9999997615814209f));
+  p = fused(p, r, V(1.f));
   return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 23));
 #endif
 }
@@ -168,8 +182,8 @@ TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
   x = at_least(at_most(x, 700), -708);
   constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
-  const V shifted = V(x.v * 1.4426950408889634 + kMagic), n = shifted - V(kMagic);
-  const V f = (x - n * V(0.693147180369123816490)) - n * V(1.90821492927058770002e-10);
+  const V shifted = fused(x, V(1.4426950408889634), V(kMagic)), n = shifted - V(kMagic);
+  const V f = fused(n, V(-1.90821492927058770002e-10), fused(n, V(-0.693147180369123816490), x));
   constexpr double kFactorial[] = {1. / 6227020800,
                                    1. / 479001600,
                                    1. / 39916800,
@@ -186,7 +200,7 @@ TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
                                    1.};
   V p = V(kFactorial[0]);
 #pragma GCC unroll 13
-  for (int i = 1; i < 14; ++i) p = p * f + V(kFactorial[i]);
+  for (int i = 1; i < 14; ++i) p = fused(p, f, V(kFactorial[i]));
   return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
 }
 
