@@ -215,11 +215,13 @@ void enter() {
 #endif
   try {
     machine->kernel();
-  } catch (...) { // from outside of the emulator; nothing may be switched in here
+    end_thread();
+  } catch (...) { // no switch in here: the exception would never be let go
     machine->error = std::current_exception();
   }
-  if (machine->error) machine->switch_to(nullptr);
-  end_thread();
+  const Block& block = *machine->current->block;
+  if (machine->error || block.ended == block.size()) machine->switch_to(nullptr);
+  machine->yield();
 }
 
 void Machine::switch_to(Thread* to) {
@@ -385,8 +387,7 @@ void end_thread() {
   }
   thread.state = Thread::ended;
   machine->idle = 0;
-  if (++block.ended == block.size()) return machine->switch_to(nullptr);
-  machine->yield();
+  ++block.ended;
 }
 
 // ---- happens-before ----
@@ -491,10 +492,7 @@ void fail(const std::string& kind, const std::string& what, Location at) {
       text += ", seed " + std::to_string(machine->options.seed);
     text += ")";
   }
-  if (!thread) throw Error(text);
-  machine->error = std::make_exception_ptr(Error(text));
-  machine->switch_to(nullptr); // and never back
-  abort();
+  throw Error(text);
 }
 
 void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {

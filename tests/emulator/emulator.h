@@ -74,7 +74,8 @@ struct Options {
 };
 Options& options();
 
-// "kind: what, file:line, who". Fibers that had not ended are abandoned, their stacks are not unwound.
+// "kind: what at file:line by thread and block". Thrown through the thread that met it and out of the launch; all other
+// threads are abandoned where they are, and their stacks are not unwound: kernels hold nothing that needs it.
 class Error : public std::runtime_error {
   using runtime_error::runtime_error;
 };

@@ -704,7 +704,8 @@ __global__ void beyond_global_plain(const int* in, int* out, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count) out[i] = in[i + 1];
 }
-__global__ void beyond_local(const int* in, int* out, int count) {
+__attribute__((no_sanitize("undefined"))) __global__ void beyond_local(
+    const int* in, int* out, int count) {
   int local[8];
   for (int i = 0; i < 8; ++i) local[i] = in[i];
   block_sync();
