@@ -292,6 +292,139 @@ TEST(Emulator, OrderOfMemoryIsTransitive) {
   });
 }
 
+// Random programs without branches, in phases: loads and stores, warp_sync of groups of lanes, block_sync. Whether two
+// accesses are ordered does not depend on how threads happen to run, so the emulator must find a race in every order where
+// two conflicting accesses are unordered, and in no order where there are none.
+struct Step {
+  int byte, size;
+  bool writes;
+};
+struct Phase {
+  enum Kind { accesses, warp_sync, block_sync } kind;
+  std::vector<std::vector<Step>> steps; // of each thread
+  std::vector<unsigned> masks;          // of each thread
+};
+using Program = std::vector<Phase>;
+constexpr int kBytes = 16;
+
+Program random_program(Random& random, int threads) {
+  Program program;
+  const int spread = int(random.integer(1, threads));
+  for (int64_t left = random.integer(1, 12); left > 0; --left) {
+    Phase phase;
+    phase.kind = Phase::Kind(random.integer(0, 2));
+    if (phase.kind == Phase::block_sync && random.integer(0, 1)) phase.kind = Phase::warp_sync;
+    if (phase.kind == Phase::accesses) {
+      phase.steps.resize(size_t(threads));
+      for (int64_t count = random.integer(1, 5); count > 0; --count) {
+        const int size = 1 << random.integer(0, 2), places = kBytes / size;
+        phase.steps[size_t(random.integer(0, spread - 1))].push_back(
+            {int(random.integer(0, places - 1)) * size, size, random.integer(0, 2) == 0});
+      }
+    } else if (phase.kind == Phase::warp_sync) { // lanes of a warp fall into up to three groups
+      phase.masks.resize(size_t(threads));
+      std::vector<int> group(static_cast<size_t>(threads));
+      const int64_t groups = random.integer(1, 3);
+      for (int& x : group) x = int(random.integer(0, groups - 1));
+      for (int i = 0; i < threads; ++i)
+        for (int k = i / 32 * 32; k < min(threads, i / 32 * 32 + 32); ++k)
+          if (group[size_t(i)] == group[size_t(k)]) phase.masks[size_t(i)] |= 1u << (k % 32);
+    }
+    program.push_back(phase);
+  }
+  return program;
+}
+
+// With a clock for every pair of threads, and every pair of accesses compared.
+bool has_race(const Program& program, int threads) {
+  struct Done {
+    Step step;
+    int thread, clock;
+  };
+  std::vector<Done> done;
+  const std::vector<int> none(static_cast<size_t>(threads));
+  std::vector<std::vector<int>> clock(none.size(), none);
+  const auto join = [&](const std::vector<int>& members) {
+    std::vector<int> latest = none;
+    for (int m : members)
+      for (int i = 0; i < threads; ++i)
+        latest[size_t(i)] = max(latest[size_t(i)], clock[size_t(m)][size_t(i)]);
+    for (int m : members) clock[size_t(m)] = latest, ++clock[size_t(m)][size_t(m)];
+  };
+  for (int i = 0; i < threads; ++i) clock[size_t(i)][size_t(i)] = 1;
+  for (const Phase& phase : program) {
+    for (int i = 0; i < threads && phase.kind == Phase::accesses; ++i)
+      for (const Step& step : phase.steps[size_t(i)]) {
+        for (const Done& before : done) {
+          const bool overlap = before.step.byte < step.byte + step.size &&
+                               step.byte < before.step.byte + before.step.size;
+          if (overlap && (before.step.writes || step.writes) && before.thread != i &&
+              before.clock > clock[size_t(i)][size_t(before.thread)])
+            return true;
+        }
+        done.push_back({step, i, clock[size_t(i)][size_t(i)]});
+      }
+    std::vector<int> all(static_cast<size_t>(threads));
+    std::iota(all.begin(), all.end(), 0);
+    if (phase.kind == Phase::block_sync) join(all);
+    for (int first = 0; first < threads && phase.kind == Phase::warp_sync; first += 32)
+      for (unsigned left = ~0u; left;) {
+        std::vector<int> members;
+        unsigned mask = 0;
+        for (int i = first; i < min(threads, first + 32); ++i)
+          if (left >> (i % 32) & 1 && (!mask || mask == phase.masks[size_t(i)])) {
+            mask = phase.masks[size_t(i)];
+            members.push_back(i);
+          }
+        if (members.empty()) break;
+        join(members);
+        left &= ~mask;
+      }
+  }
+  return false;
+}
+
+__global__ void run_program(const Program* program) {
+  const size_t i = threadIdx.x;
+  const Shared<char> bytes = shared_memory<char>();
+  const auto step = [&]<class T>(const Step& s, T) {
+    const Shared<T> view = bytes.view<T>();
+    s.writes ? view.store(s.byte / s.size, T(i)) : void(view.load(s.byte / s.size));
+  };
+  if (i < kBytes) bytes.store(int(i), 0);
+  block_sync();
+  for (const Phase& phase : *program) {
+    if (phase.kind == Phase::block_sync) block_sync();
+    if (phase.kind == Phase::warp_sync) warp_sync(phase.masks[i]);
+    if (phase.kind != Phase::accesses) continue;
+    for (const Step& s : phase.steps[i]) {
+      if (s.size == 1) step(s, char());
+      if (s.size == 2) step(s, int16_t());
+      if (s.size == 4) step(s, int32_t());
+    }
+  }
+}
+TEST(Emulator, RacesOfRandomPrograms) {
+  Random random;
+  int races = 0;
+  for (int trial = 0; trial < 2000; ++trial) {
+    const int threads = int(random.integer(kBytes, 72));
+    const Program program = random_program(random, threads);
+    const bool race = has_race(program, threads);
+    races += race;
+    for (Options::Order order : {Options::forward, Options::reversed, Options::random}) {
+      const With options(order, uint64_t(trial));
+      const std::string error = error_of([&] {
+        launch(run_program, 1, threads, kBytes, nullptr, static_cast<const Program*>(&program));
+      });
+      ASSERT_EQ(starts_with(error, "race"), race) << "trial " << trial << ": " << error;
+      ASSERT_EQ(error.empty(), !race) << error;
+    }
+  }
+  EXPECT_GT(races, 400); // both kinds of programs occur
+  EXPECT_LT(races, 1600);
+}
+
 // ---- asynchronous copies ----
 
 // Tiles of 16 bytes a thread, three in flight; the last one is partly outside.
