@@ -112,15 +112,18 @@ TEST(Emulator, LocationIsThatOfTheCall) {
   EXPECT_STREQ(here.file, __FILE__);
 }
 
-__global__ void copy_to_16(const void* in, int times) {
-  for (int i = 0; i < times; ++i) copy_async16(shared_memory<char>(16), 0, in, 0);
+__global__ void copy_to_16(const void* in, int times, int valid) {
+  for (int i = 0; i < times; ++i) copy_async16(shared_memory<char>(16), 0, in, valid);
 }
 TEST(Emulator, CopiesWithinSharedMemory) {
   alignas(16) const char in[16] = {};
-  const auto copies = [&](int bytes, const char* from, int times) {
-    return error_of([&] { launch(copy_to_16, 1, 1, bytes, nullptr, from, times); });
+  const auto copies = [&](int bytes, const char* from, int times, int valid = 0) {
+    return error_of([&] { launch(copy_to_16, 1, 1, bytes, nullptr, from, times, valid); });
   };
   EXPECT_EQ(copies(32, in, 1), "");
+  EXPECT_EQ(copies(32, in, 1, 16), "");
+  EXPECT_TRUE(starts_with(copies(32, in, 1, 17), "out of bounds: valid_bytes is 17"));
+  EXPECT_TRUE(starts_with(copies(32, in, 1, -1), "out of bounds: valid_bytes is -1"));
   EXPECT_TRUE(starts_with(copies(31, in, 1), "out of bounds: bytes 16 to 32 of 31"));
   EXPECT_TRUE(starts_with(copies(32, in + 8, 1), "misaligned access"));
   EXPECT_TRUE(contains(copies(32, in, 2), "asynchronous copy by thread 0"));
@@ -211,6 +214,23 @@ TEST(Emulator, GroupsOfLanesAndVotes) {
       ASSERT_EQ(votes[size_t(3 * i + 2)], !any_eighth);
     }
   });
+}
+
+__global__ void shuffle_by(int delta, int kind) {
+  if (kind == 0) shuffle_up(~0u, 1, delta);
+  if (kind == 1) shuffle_down(~0u, 1, delta);
+  if (kind == 2) shuffle_xor(~0u, 1, delta);
+}
+__global__ void warp_sync_of_all_lanes() { warp_sync(); }
+TEST(Emulator, WrongShuffles) {
+  for (int kind = 0; kind < 3; ++kind)
+    for (int delta : {-1, 32}) {
+      const std::string error =
+          error_of([&] { launch(shuffle_by, 1, 32, 0, nullptr, delta, kind); });
+      EXPECT_TRUE(starts_with(error, "wrong shuffle")) << error;
+    }
+  const std::string error = error_of([] { launch(warp_sync_of_all_lanes, 1, 48, 0, nullptr); });
+  EXPECT_TRUE(contains(error, "warp_sync names lane 16, which is none")) << error;
 }
 
 // ---- shared memory ----
@@ -557,6 +577,32 @@ TEST(Emulator, ResidentBlocks) {
   }
 }
 
+// One block works for long with barriers alone while another waits for it: no deadlock.
+__global__ void long_work(unsigned* flag, int* out) {
+  const Shared<int> tile = shared_memory<int>();
+  if (blockIdx.x == 0) {
+    int sum = 0;
+    for (int k = 0; k < 3000; ++k) {
+      tile.store(int(threadIdx.x), k);
+      block_sync();
+      sum += tile.load(63 - int(threadIdx.x));
+      block_sync();
+    }
+    out[threadIdx.x] = sum;
+    block_sync();
+    if (threadIdx.x == 0) store_release(flag, 1);
+  }
+  while (!load_acquire(flag)) pause();
+}
+TEST(Emulator, LongWorkIsNoDeadlock) {
+  const With options(Options::forward, 0, 2);
+  emulator::options().patience = 20'000;
+  unsigned flag = 0;
+  std::vector<int> out(64);
+  launch(long_work, dim3(2), 64, 256, nullptr, &flag, out.data());
+  EXPECT_EQ(out, std::vector<int>(64, 3000 * 2999 / 2));
+}
+
 __global__ void atomics(unsigned* count, float* sum, unsigned* tickets) {
   tickets[atomic_add(count, 1u)] += 1;
   atomic_add(sum, 0.5f);
@@ -744,6 +790,7 @@ const Planted kPlanted[] = {
     {PLANTED(missing_barrier), planted::mirrored, "race: byte", 2},
     {PLANTED(missing_barrier_before_reuse), planted::mirrored, "race: byte", 2},
     {PLANTED(missing_barrier_after_broadcast), planted::itself, "race: byte 0", 2},
+    {PLANTED(warp_sync_after_broadcast), planted::itself, "race: byte 0", 2},
     {PLANTED(race_of_bytes), planted::itself, "race: byte 6 ", 2},
     {PLANTED(missing_warp_sync), planted::neighbour, "race: byte", 2},
     {PLANTED(shuffle_as_barrier), planted::neighbour, "race: byte", 2},
@@ -877,9 +924,12 @@ __global__ void many_barriers(int* out) {
     out[threadIdx.x] += shuffle_xor(~0u, k, 1);
   }
 }
-TEST(Emulator, Speed) { // ctest shows how long it takes; nothing is asserted
+TEST(Emulator, SpeedOfAccesses) { // the tests' report has the time, nothing is asserted
   std::vector<int> out(256);
   launch(many_accesses, 1, 256, 1024, nullptr, out.data());
+}
+TEST(Emulator, SpeedOfBarriersAndShuffles) {
+  std::vector<int> out(256);
   launch(many_barriers, 1, 256, 0, nullptr, out.data());
 }
 

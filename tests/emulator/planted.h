@@ -79,6 +79,22 @@ __global__ void missing_barrier_after_broadcast(Arguments p) {
   here<1>(), i == 37 ? tile.store(0, 1) : void();
 }
 
+// The same with a barrier that the writer's own warp alone waits for.
+template <bool kBug>
+__global__ void warp_sync_after_broadcast(Arguments p) {
+  const int i = int(threadIdx.x);
+  const Shared<int> tile = shared_memory<int>();
+  if (i == 0) tile.store(0, p.in[0]);
+  block_sync();
+  here<0>(), p.out[i] = p.in[i] + 0 * tile.load(0);
+  if (kBug) {
+    warp_sync();
+  } else {
+    block_sync();
+  }
+  here<1>(), i == 37 ? tile.store(0, 1) : void();
+}
+
 // Bytes of one word belong to different threads; the bug is one byte further.
 template <bool kBug>
 __global__ void race_of_bytes(Arguments p) {
