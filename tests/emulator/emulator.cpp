@@ -63,21 +63,20 @@ struct Access {
   uint32_t clock = 0; // of the thread, see Thread::clock
   uint32_t site = 0;
   uint16_t thread = 0;
-  uint16_t flag =
-      0; // of a write: an asynchronous copy is pending; of a read: clock is a place in Block::read_sets
+  // Of a write: an asynchronous copy is pending. Of a read: clock is a place in Block::read_sets.
+  uint16_t flag = 0;
 };
-// The last write, and the reads since then: only those of the present epoch matter, and of those ordered one after another
-// only the last.
+// The last write, and the reads since then: only those of the present epoch matter, and of those ordered one after
+// another only the last.
 struct Cell {
   Access write, read;
 };
-// Reads of one byte in one epoch by several threads: the last of each lane of one warp, and one of any other warp. More are
-// not needed: whoever writes in this epoch is in another warp than one of them.
+// Reads of one byte in one epoch by several threads: the last of each lane of one warp, and one of any other warp. More
+// are not needed: whoever writes in this epoch is in another warp than one of them.
 struct ReadSet {
   struct Read {
     uint32_t clock = 0, site = 0;
   };
-  uint32_t epoch = 0;
   int warp = 0;
   std::array<Read, 32> lanes;
   Access other;
@@ -114,8 +113,8 @@ struct Thread {
   unsigned mask = 0;
   const void* in = nullptr;
   void* out = nullptr;
-  // A vector clock over the lanes of its warp: accesses of lane i up to clock[i] come before what this thread does next.
-  // Its own entry counts its warp_syncs. Threads of different warps are ordered by the block's epoch alone.
+  // A vector clock over the lanes of its warp: accesses of lane i up to clock[i] come before what this thread does
+  // next. Its own entry counts its warp_syncs. Threads of different warps are ordered by the block's epoch alone.
   std::array<uint32_t, 32> clock;
   std::deque<Copy> copies; // pending
   int groups = 0;          // committed
@@ -128,11 +127,14 @@ struct Block {
   uint3 index = {};
   std::vector<Thread> threads;
   int waiting = 0, ended = 0; // threads at the barrier, and those that are through
+  Location barrier;           // where the first one waits
   int calm = 0;               // barriers and collectives since anyone called pause()
   uint32_t epoch = 1;
   std::vector<char> shared;
   std::vector<Cell> cells;
-  std::vector<ReadSet> read_sets; // of the present epoch
+  // Of the present epoch, and which of them are free again.
+  std::vector<ReadSet> read_sets;
+  std::vector<uint32_t> spare_sets;
 
   explicit Block(int count) : threads(size_t(count)), ended(count) {}
   int size() const { return int(threads.size()); }
@@ -174,6 +176,7 @@ struct Machine {
   void switch_to(Thread* to);
   void yield();
   void release(Block& block, int first, unsigned mask);
+  void release_all(Block& block);
   void completed(Block& block);
   void maybe_switch();
   std::string summary();
@@ -265,6 +268,14 @@ void Machine::release(Block& block, int first, unsigned mask) { // bits of threa
   }
 }
 
+void Machine::release_all(Block& block) {
+  const int warps = (block.size() + 31) / 32;
+  for (int i = 0; i < warps; ++i) {
+    const int first = 32 * (options.order == Options::reversed ? warps - 1 - i : i);
+    release(block, first, ~0u >> (32 - std::min(32, block.size() - first)));
+  }
+}
+
 // A barrier or collective is progress, but not where a block spins with barriers in the loop.
 void Machine::completed(Block& block) {
   if (++block.calm > 2 * block.size()) idle = 0;
@@ -283,6 +294,7 @@ void Machine::start(Block& block, uint64_t index) {
   block.waiting = block.ended = block.calm = 0;
   block.epoch = 1;
   block.read_sets.clear();
+  block.spare_sets.clear();
   block.cells.assign(size_t(shared_bytes), Cell());
   block.shared.resize(size_t(shared_bytes));
   if (options.poison) std::fill(block.shared.begin(), block.shared.end(), 0x7f);
@@ -312,12 +324,7 @@ void Machine::start(Block& block, uint64_t index) {
     fiber.context.uc_stack.ss_sp = nullptr;
     fiber.context.uc_stack.ss_size = 0;
   }
-  const int warps = (block.size() + 31) / 32;
-  for (int i = 0; i < warps; ++i) {
-    const int first = 32 * (options.order == Options::reversed ? warps - 1 - i : i);
-    const int lanes = std::min(32, block.size() - first);
-    release(block, first, ~0u >> (32 - lanes));
-  }
+  release_all(block);
   idle = 0;
 }
 
@@ -371,19 +378,18 @@ std::string Machine::summary() {
 void end_thread() {
   Thread& thread = *machine->current;
   Block& block = *thread.block;
-  for (Thread& other : block.threads) {
-    if (other.state == Thread::at_barrier)
-      fail(
-          "divergent barrier",
-          name_of(thread.index) + " has ended, " + name_of(other.index) + " waits in block_sync",
-          other.at);
-    if (other.state == Thread::in_warp && other.index / 32 == thread.index / 32 &&
-        (other.mask >> thread.lane() & 1))
+  if (block.waiting)
+    fail(
+        "divergent barrier", name_of(thread.index) + " has ended, others wait in the block_sync",
+        block.barrier);
+  for (int i = 0; i < 32; ++i) {
+    const Thread* other = block.lane_of(thread.index / 32, i);
+    if (other && other->state == Thread::in_warp && (other->mask >> thread.lane() & 1))
       fail(
           "wrong mask",
-          std::string(other.call) + " of " + name_of(other.index) + " names lane " +
+          std::string(other->call) + " of " + name_of(other->index) + " names lane " +
               std::to_string(thread.lane()) + ", which has ended",
-          other.at);
+          other->at);
   }
   thread.state = Thread::ended;
   machine->idle = 0;
@@ -431,13 +437,19 @@ void check_read(Thread& thread, int64_t byte, const Access& me, Location at) {
   } else if (cell.read.epoch != block.epoch || ordered(cell.read, thread)) {
     cell.read = me;
   } else {
-    ReadSet set;
+    if (block.spare_sets.empty()) {
+      block.spare_sets.push_back(uint32_t(block.read_sets.size()));
+      block.read_sets.emplace_back();
+    }
+    const uint32_t place = block.spare_sets.back();
+    block.spare_sets.pop_back();
+    ReadSet& set = block.read_sets[place];
+    set = {};
     set.warp = cell.read.thread / 32;
     set.add(cell.read);
     set.add(me);
-    cell.read.clock = uint32_t(block.read_sets.size());
+    cell.read.clock = place;
     cell.read.flag = 1;
-    block.read_sets.push_back(set);
   }
 }
 
@@ -459,6 +471,7 @@ void check_write(Thread& thread, int64_t byte, Location at) {
   }
   if (set.other.epoch && !ordered(set.other, thread))
     fail_race(byte, "load", set.other, "store", at);
+  block.spare_sets.push_back(cell.read.clock); // nobody looks at these reads any more
 }
 
 Access access_by(const Thread& thread, Location at) {
@@ -517,18 +530,18 @@ void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& 
 void block_sync(Location at) {
   Thread& thread = thread_calling("block_sync", at);
   Block& block = *thread.block;
-  for (const Thread& other : block.threads) {
-    if (block.ended && other.state == Thread::ended)
-      fail("divergent barrier", name_of(other.index) + " has ended before the block_sync", at);
-    if (block.waiting && other.state == Thread::at_barrier) {
-      if (other.at == at) break; // and so are all that wait
-      fail(
-          "divergent barrier",
-          name_of(other.index) + " waits in the block_sync at " + to_string(other.at) +
-              ", not in the one",
-          at);
+  if (block.ended || (block.waiting && !(block.barrier == at)))
+    for (const Thread& other : block.threads) {
+      if (other.state == Thread::ended)
+        fail("divergent barrier", name_of(other.index) + " has ended before the block_sync", at);
+      if (other.state == Thread::at_barrier)
+        fail(
+            "divergent barrier",
+            name_of(other.index) + " waits in the block_sync at " + to_string(other.at) +
+                ", not in the one",
+            at);
     }
-  }
+  block.barrier = at;
   thread.state = Thread::at_barrier;
   thread.acquires = 0;
   thread.call = "block_sync";
@@ -537,12 +550,9 @@ void block_sync(Location at) {
     block.waiting = 0;
     ++block.epoch;
     block.read_sets.clear();
+    block.spare_sets.clear();
     machine->completed(block);
-    const int warps = (block.size() + 31) / 32;
-    for (int i = 0; i < warps; ++i) {
-      const int first = 32 * (machine->options.order == Options::reversed ? warps - 1 - i : i);
-      machine->release(block, first, ~0u >> (32 - std::min(32, block.size() - first)));
-    }
+    machine->release_all(block);
   }
   machine->yield();
 }
@@ -656,8 +666,8 @@ void shared_store(int64_t byte, const void* from, int size, Location at) {
   memcpy(thread.block->shared.data() + byte, from, size_t(size));
 }
 
-// The copy may happen at any time from now to its wait: what is wrong at either end or in between is an error. It is done
-// at the wait.
+// The copy may happen at any time from now to its wait: what is wrong at either end or in between is an error. It is
+// done at the wait.
 void copy_async(int64_t byte, const void* from, int valid_bytes, Location at) {
   Thread& thread = thread_calling("copy_async16", at);
   machine->maybe_switch();

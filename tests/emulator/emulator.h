@@ -1,8 +1,14 @@
-// CUDA on the host, for tests: what kernels use of CUDA and of csrc/cuda/device.cuh, in plain C++. A launch runs every CUDA
-// thread as a fiber of this one thread of the host, and ends with an Error that names file and line where the kernel does
-// what a GPU would let pass or answer with garbage: races, wrong masks, divergent barriers, and so on
+// CUDA on the host, for tests: what kernels use of CUDA and of csrc/cuda/device.cuh, in plain C++. A launch runs every
+// CUDA thread as a fiber of the calling thread, and ends with an Error that names file and line where the kernel does
+// what a GPU would let pass or answer with garbage: races on shared memory and reads of what nobody wrote there,
+// accesses that are out of bounds or misaligned, wrong masks, divergent barriers, deadlocks. It is stricter than GPUs
+// are: what their documentation leaves undefined is an error.
 //
-// Kernels see the global names below and namespace torch_ext::cuda; torch_ext::emulator is for tests.
+// Not seen: races on global memory, and there the lack of a fence, an acquire or a release (all of it happens at once,
+// in one order); shared memory counts as ordered by block_sync and warp_sync alone. Limits of registers are not known.
+//
+// Kernels see the global names below and namespace torch_ext::cuda; torch_ext::emulator is for tests. Only one thread
+// of the host may launch.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -85,8 +91,8 @@ class Error : public std::runtime_error {
 void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 [[noreturn]] void fail(const std::string& kind, const std::string& what, Location at);
 void block_sync(Location at);
-// Waits for all lanes of the mask; the last one calls finish with the pointers of every lane in the mask, for all of them.
-// Without finish it is a warp_sync, which orders memory.
+// Waits for all lanes of the mask; the last one calls finish with the pointers of every lane in the mask, for all of
+// them. Without finish it is a warp_sync, which orders memory.
 using Finish = void (*)(unsigned mask, const void* const* in, void* const* out);
 void collective(
     const char* name, unsigned mask, const void* in, void* out, Finish finish, Location at);
@@ -348,8 +354,8 @@ void mma_m16n8k16(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half,
     Location at = Location::current());
 
-// A row counts as read both by the lane that gives its address and by the lanes that get its elements: neither barrier nor
-// order of memory comes with it.
+// A row counts as read both by the lane that gives its address and by the lanes that get its elements: neither barrier
+// nor order of memory comes with it.
 void load_matrix_bytes(uint32_t (&r)[4], int64_t row_byte, bool transposed, Location at);
 template <class T>
 void load_matrix_x4(

@@ -1,5 +1,5 @@
-// The emulator: what each function does against independent computations, and that it finds bugs planted in small kernels,
-// names their lines, and finds none in the same kernels without them, in every order of threads.
+// The emulator: what each function does against independent computations, and that it finds bugs planted in small
+// kernels, names their lines, and finds none in the same kernels without them, in every order of threads.
 #include "emulator.h"
 
 #include <gtest/gtest.h>
@@ -313,8 +313,8 @@ TEST(Emulator, OrderOfMemoryIsTransitive) {
 }
 
 // Random programs without branches, in phases: loads and stores, warp_sync of groups of lanes, block_sync. Whether two
-// accesses are ordered does not depend on how threads happen to run, so the emulator must find a race in every order where
-// two conflicting accesses are unordered, and in no order where there are none.
+// accesses are ordered does not depend on how threads happen to run, so the emulator must find a race in every order
+// where two conflicting accesses are unordered, and in no order where there are none.
 struct Step {
   int byte, size;
   bool writes;
@@ -513,8 +513,8 @@ TEST(Emulator, AsynchronousCopiesAreLate) {
 
 // ---- blocks that wait for each other ----
 
-// A running sum of everything: each block adds its own part to what the block before it hands on. Blocks take their number
-// from a counter, so that they may start in any order.
+// A running sum of everything: each block adds its own part to what the block before it hands on. Blocks take their
+// number from a counter, so that they may start in any order.
 __global__ void chained_sum(
     const int* in, int64_t* out, unsigned* ticket, int64_t* prefix, unsigned* ready) {
   const Shared<int64_t> shared = shared_memory<int64_t>();

@@ -1,5 +1,6 @@
-// Small kernels of 64 threads, each with one bug to plant. Without it a kernel gives out[i] = in[source(i)] in every order;
-// with it the emulator must say so, and where: at the lines that the kernel marks with here(), which the report names.
+// Small kernels of 64 threads, each with one bug to plant. Without it a kernel gives out[i] = in[source(i)] in every
+// order; with it the emulator must say so, and where: at the lines that the kernel marks with here(), which the report
+// names.
 #pragma once
 #include "emulator.h"
 
