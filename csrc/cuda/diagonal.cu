@@ -58,7 +58,8 @@ struct Driver {
     if (p.cu_seqlens || p.num_steps == 0)
       launch(diagonal_empty_kernel<Walk>, blocks, kShortThreads, 0, stream, p);
     if (p.num_steps == 0) return;
-    if (is_short(p)) return launch(diagonal_short_kernel<Walk>, blocks, kShortThreads, 0, stream, p);
+    if (is_short(p))
+      return launch(diagonal_short_kernel<Walk>, blocks, kShortThreads, 0, stream, p);
     Schedule q = schedule(p);
     const bool chained = is_chained(q);
     if (chained) {

@@ -14,17 +14,20 @@
 // Time is counted in positions, 0, 1, ... in the order of processing: forward in the order of the recurrence, backward
 // against it. Packed sequences are one row; a position may start a sequence, which replaces the state, and end one.
 #pragma once
-#include "../core/diagonal_problem.h"
 #include "../cells/diagonal.h"
+#include "../core/diagonal_problem.h"
 #include "device.cuh"
 
 namespace torch_ext::cuda {
 
-inline constexpr int kStages = 3;  // tiles in shared memory at once: one being computed, the others arriving
-inline constexpr int kChain = 32;  // tiles that are folded before their result is published; one per lane
-inline constexpr int kShortSteps = 16;      // up to here a thread simply walks through its channel's time
+inline constexpr int kStages =
+    3; // tiles in shared memory at once: one being computed, the others arriving
+inline constexpr int kChain =
+    32; // tiles that are folded before their result is published; one per lane
+inline constexpr int kShortSteps =
+    16; // up to here a thread simply walks through its channel's time
 inline constexpr int kShortThreads = 128;
-inline constexpr int kEnoughBlocks = 256;   // to fill a GPU
+inline constexpr int kEnoughBlocks = 256; // to fill a GPU
 
 // How S's channels are laid out over a warp's lanes and in shared memory, for a tile of kArrays arrays.
 template <class S, int kArrays>
@@ -32,8 +35,10 @@ struct Tile {
   static constexpr int kPerLane = sizeof(S) == 2 ? 2 : 1;
   static constexpr int kChannels = 32 * kPerLane;
   static constexpr int kRowBytes = kChannels * int(sizeof(S));
-  static constexpr int kSteps = sizeof(S) > 4 ? 32 / int(sizeof(S)) : 8; // of a warp; all in registers
-  static constexpr int kPitch = kRowBytes + 16; // so that a column's accesses meet fewer bank conflicts
+  static constexpr int kSteps = sizeof(S) > 4 ? 32 / int(sizeof(S))
+                                              : 8; // of a warp; all in registers
+  static constexpr int kPitch =
+      kRowBytes + 16; // so that a column's accesses meet fewer bank conflicts
   static constexpr int fit(int bytes) { return bytes < 1 ? 1 : bytes > 8 ? 8 : bytes; }
   static constexpr int kWarps = fit(16384 / (kArrays * kRowBytes * kSteps));
   static constexpr int kThreads = 32 * kWarps;
@@ -51,7 +56,8 @@ struct Chain {
   int* tile_flags = nullptr;  // [tile][column]: 1, or 2 where a sequence starts in the tile
   int* link_flags = nullptr;  // [tile / kChain][column]: 1
   void* effects = nullptr;    // [tile][column][2][channel]: the tile's A and H
-  void* links = nullptr;      // [tile / kChain][column][channel]: the state before tile (tile / kChain) * kChain
+  void* links =
+      nullptr; // [tile / kChain][column][channel]: the state before tile (tile / kChain) * kChain
 };
 
 struct Schedule {
@@ -154,9 +160,9 @@ TORCH_EXT_DEVICE Source<S> source(
   s.count = x.data ? time.count - positions_ahead : 0;
   const bool aligned = reinterpret_cast<uintptr_t>(s.data) % 16 == 0 &&
                        s.time * int64_t(sizeof(S)) % 16 == 0 && x.width == 1;
-  s.path = aligned                                            ? Source<S>::vectors
+  s.path = aligned                                         ? Source<S>::vectors
            : x.width != 1 && (x.time == 1 || p.width == 1) ? Source<S>::along_time
-                                                              : Source<S>::elements;
+                                                           : Source<S>::elements;
   return s;
 }
 
@@ -324,7 +330,9 @@ TORCH_EXT_DEVICE void exchange_with_blocks(
   constexpr int64_t kChannels = 32 * V;
   Lane* const effects = static_cast<Lane*>(chain.effects);
   Lane* const links = static_cast<Lane*>(chain.links);
-  const auto effect_of = [&](int64_t t) { return effects + (t * columns + column) * 2 * kChannels; };
+  const auto effect_of = [&](int64_t t) {
+    return effects + (t * columns + column) * 2 * kChannels;
+  };
   write(effect_of(tile), a);
   write(effect_of(tile) + kChannels, b);
   publish(chain.tile_flags + tile * columns + column, restarts ? 2 : 1);
@@ -393,7 +401,9 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   const Walk walk(p);
   const int64_t batch = column / q.groups, d0 = column % q.groups * L::kChannels;
   const int64_t d = d0 + lane() * V;
-  const int mine = p.width - d >= V ? V : p.width - d > 0 ? int(p.width - d) : 0; // this lane's channels
+  const int mine = p.width - d >= V  ? V
+                   : p.width - d > 0 ? int(p.width - d)
+                                     : 0; // this lane's channels
   const Time time(p, batch, Walk::kBackward);
   if (threadIdx.x < kArrays)
     walk.find_source(int(threadIdx.x), batch, time).put(sources + int(threadIdx.x) * kSourceWords);
@@ -569,7 +579,8 @@ __global__ void __launch_bounds__(kShortThreads)
 #pragma unroll
     for (int i = 0; i < kArrays; ++i)
       x[i] = t < sources[i].count
-                 ? Stored<S>::widen(load_global(sources[i].data + t * sources[i].time + d * sources[i].width))
+                 ? Stored<S>::widen(
+                       load_global(sources[i].data + t * sources[i].time + d * sources[i].width))
                  : Lane{};
     state = walk.step(x, walk.effect(x), state, t == p.num_steps - 1, sequence, d, y);
 #pragma unroll

@@ -9,8 +9,7 @@ int64_t diagonal_workspace(int cell, DType dtype, const DiagonalForward& problem
 int64_t diagonal_workspace(int cell, DType dtype, const DiagonalBackward& problem);
 
 // cell: its place in cells/all.h's DiagonalCells. stream: a cudaStream_t. Pointers are device pointers.
-void diagonal(
-    int cell, DType dtype, const DiagonalForward& problem, void* workspace, void* stream);
+void diagonal(int cell, DType dtype, const DiagonalForward& problem, void* workspace, void* stream);
 void diagonal(
     int cell, DType dtype, const DiagonalBackward& problem, void* workspace, void* stream);
 
