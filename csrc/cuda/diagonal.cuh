@@ -20,14 +20,15 @@
 
 namespace torch_ext::cuda {
 
-inline constexpr int kStages =
-    3; // tiles in shared memory at once: one being computed, the others arriving
-inline constexpr int kChain =
-    32; // tiles that are folded before their result is published; one per lane
-inline constexpr int kShortSteps =
-    16; // up to here a thread simply walks through its channel's time
+// Tiles in shared memory at once: one being computed, the others arriving.
+inline constexpr int kStages = 3;
+// Tiles that are folded before their result is published: one per lane.
+inline constexpr int kChain = 32;
+// Up to so many steps a thread simply walks through its channel's time.
+inline constexpr int kShortSteps = 16;
 inline constexpr int kShortThreads = 128;
-inline constexpr int kEnoughBlocks = 256; // to fill a GPU
+// So many blocks fill a GPU. Not asked of the device: results would depend on it.
+inline constexpr int kEnoughBlocks = 256;
 
 // How S's channels are laid out over a warp's lanes and in shared memory, for a tile of kArrays arrays.
 template <class S, int kArrays>
@@ -35,10 +36,10 @@ struct Tile {
   static constexpr int kPerLane = sizeof(S) == 2 ? 2 : 1;
   static constexpr int kChannels = 32 * kPerLane;
   static constexpr int kRowBytes = kChannels * int(sizeof(S));
-  static constexpr int kSteps = sizeof(S) > 4 ? 32 / int(sizeof(S))
-                                              : 8; // of a warp; all in registers
-  static constexpr int kPitch =
-      kRowBytes + 16; // so that a column's accesses meet fewer bank conflicts
+  // Of a warp: all in registers at once.
+  static constexpr int kSteps = sizeof(S) > 4 ? 32 / int(sizeof(S)) : 8;
+  // 16 bytes more than a row: accesses along a column then meet in fewer banks.
+  static constexpr int kPitch = kRowBytes + 16;
   static constexpr int fit(int bytes) { return bytes < 1 ? 1 : bytes > 8 ? 8 : bytes; }
   static constexpr int kWarps = fit(16384 / (kArrays * kRowBytes * kSteps));
   static constexpr int kThreads = 32 * kWarps;
@@ -57,7 +58,7 @@ struct Chain {
   int* link_flags = nullptr;  // [tile / kChain][column]: 1
   void* effects = nullptr;    // [tile][column][2][channel]: the tile's A and H
   void* links =
-      nullptr; // [tile / kChain][column][channel]: the state before tile (tile / kChain) * kChain
+      nullptr; // [tile / kChain][column][channel]: the state before the first of these tiles
 };
 
 struct Schedule {
@@ -293,8 +294,8 @@ struct BackwardWalk {
 template <class Walk>
 using LayoutOf = Tile<typename Walk::S, Walk::kArrays>;
 
-// Shared memory: the stages; A and H of each warp's steps; the state between tiles, two of them taken in turn; where inputs are; whether a
-// sequence starts among a warp's steps; the block's tile.
+// Shared memory: the stages; A and H of each warp's steps; the state between tiles, two of them taken in turn; where the
+// inputs lie; whether a sequence starts among a warp's steps; the block's tile.
 template <class Walk>
 TORCH_EXT_HOST_DEVICE constexpr int shared_bytes(bool chained) {
   using L = LayoutOf<Walk>;
