@@ -1,39 +1,194 @@
-// Every CUDA intrinsic behind a name, and how stored types meet the lane types that cells compute in.
+// Every CUDA intrinsic behind a name. Kernels use these names alone, so that the same source compiles for the host, where
+// tests/emulator runs it thread by thread and checks what it does.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <stdint.h>
 
 #include "../cells/numerics.h"
 #include "../core/types.h"
 
+#ifdef TORCH_EXT_EMULATE
+#include "emulator/emulator.h"
+
+#define TORCH_EXT_DEVICE inline
+#define TORCH_EXT_HOST_DEVICE inline
+
 namespace torch_ext::cuda {
+template <class T>
+T load_written_by_blocks(const T* p) {
+  return load_global(p);
+}
+inline void zero(void* p, int64_t bytes, cudaStream_t) { memset(p, 0, size_t(bytes)); }
+} // namespace torch_ext::cuda
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <string.h>
+
+#define TORCH_EXT_DEVICE __device__ __forceinline__
+#define TORCH_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace torch_ext::cuda {
+
+// ---- threads ----
+
+TORCH_EXT_DEVICE int lane() { return int(threadIdx.x % 32); }
+TORCH_EXT_DEVICE int warp() { return int(threadIdx.x / 32); }
+TORCH_EXT_DEVICE void block_sync() { __syncthreads(); }
+TORCH_EXT_DEVICE void warp_sync(unsigned mask = ~0u) { __syncwarp(mask); }
+TORCH_EXT_DEVICE unsigned ballot(unsigned mask, bool x) { return __ballot_sync(mask, x); }
+template <class T>
+TORCH_EXT_DEVICE T shuffle(unsigned mask, T x, int from) {
+  return __shfl_sync(mask, x, from);
+}
+
+// ---- shared memory: dynamic, through views ----
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+template <class T>
+struct Shared {
+  T* data;
+  TORCH_EXT_DEVICE T load(int i) const { return data[i]; }
+  TORCH_EXT_DEVICE void store(int i, T x) const { data[i] = x; }
+  TORCH_EXT_DEVICE Shared operator+(int offset) const { return {data + offset}; }
+  template <class U>
+  TORCH_EXT_DEVICE Shared<U> view() const {
+    return {reinterpret_cast<U*>(data)};
+  }
+};
+template <class T>
+TORCH_EXT_DEVICE Shared<T> shared_memory(int byte_offset = 0) {
+  return {reinterpret_cast<T*>(dynamic_shared + byte_offset)};
+}
+
+// 16 bytes from global memory to element `index`, of which those after valid_bytes are zeros and not read. They arrive at
+// the latest when copy_async_wait<N> returns with the group among all but the thread's N latest.
+template <class T>
+TORCH_EXT_DEVICE void copy_async16(Shared<T> to, int index, const void* from, int valid_bytes) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned address = unsigned(__cvta_generic_to_shared(to.data + index));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(valid_bytes)
+               : "memory");
+#else
+  int4 x{0, 0, 0, 0};
+  if (valid_bytes == 16) {
+    x = *static_cast<const int4*>(from);
+  } else {
+    for (int i = 0; i < valid_bytes; ++i)
+      reinterpret_cast<char*>(&x)[i] = static_cast<const char*>(from)[i];
+  }
+  *reinterpret_cast<int4*>(to.data + index) = x;
+#endif
+}
+TORCH_EXT_DEVICE void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+TORCH_EXT_DEVICE void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// ---- global memory ----
+
+template <class T>
+TORCH_EXT_DEVICE T load_global(const T* p) {
+  return *p;
+}
+template <class T>
+TORCH_EXT_DEVICE void store_global(T* p, T x) {
+  *p = x;
+}
+
+// Between blocks: what a block wrote before store_release is seen by a block whose load_acquire reads the flag.
+// load_written_by_blocks reads such data: past the first cache, which other blocks' writes do not reach.
+TORCH_EXT_DEVICE int load_acquire(const int* p) {
+#if __CUDA_ARCH__ >= 700
+  int x;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+#else
+  return 0;
+#endif
+}
+TORCH_EXT_DEVICE void store_release(int* p, int x) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("st.release.gpu.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+#endif
+}
+template <class T>
+TORCH_EXT_DEVICE T load_written_by_blocks(const T* p) {
+  static_assert(sizeof(T) % 4 == 0);
+  T x;
+  unsigned words[sizeof(T) / 4];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i)
+    words[i] = __ldcg(reinterpret_cast<const unsigned*>(p) + i);
+  memcpy(&x, words, sizeof x);
+  return x;
+}
+TORCH_EXT_DEVICE unsigned atomic_add(unsigned* p, unsigned x) { return atomicAdd(p, x); }
+TORCH_EXT_DEVICE void fence_device() { __threadfence(); }
+TORCH_EXT_DEVICE void pause() { __nanosleep(20); }
+
+// ---- 16-bit numbers ----
+
+TORCH_EXT_DEVICE float to_float(BFloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+TORCH_EXT_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+TORCH_EXT_DEVICE BFloat16 to_bfloat16(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+TORCH_EXT_DEVICE Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+
+// ---- launches ----
+
+template <class Kernel, class... Args>
+void launch(
+    Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Args... args) {
+  if (shared_bytes > 48 * 1024) // an error of this call shows at the launch
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+}
+inline void zero(void* p, int64_t bytes, cudaStream_t stream) {
+  cudaMemsetAsync(p, 0, size_t(bytes), stream);
+}
+
+} // namespace torch_ext::cuda
+#endif
+
+namespace torch_ext::cuda {
+
+template <class Lane>
+TORCH_EXT_DEVICE Lane one() {
+  if constexpr (requires { Lane{}.re; })
+    return {1, 0};
+  else
+    return 1;
+}
 
 // S as it lies in memory; Lane as a cell computes with it, which is also the type of the state.
 template <class S>
 struct Stored {
   using Lane = S;
-  static __device__ __forceinline__ Lane load(const S* p) { return *p; }
-  static __device__ __forceinline__ void store(S* p, Lane x) { *p = x; }
+  TORCH_EXT_DEVICE static Lane widen(S x) { return x; }
+  TORCH_EXT_DEVICE static S narrow(Lane x) { return x; }
 };
 template <>
 struct Stored<BFloat16> {
   using Lane = float;
-  static __device__ __forceinline__ Lane load(const BFloat16* p) {
-    return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(p));
-  }
-  static __device__ __forceinline__ void store(BFloat16* p, Lane x) {
-    *reinterpret_cast<__nv_bfloat16*>(p) = __float2bfloat16_rn(x);
-  }
+  TORCH_EXT_DEVICE static Lane widen(BFloat16 x) { return to_float(x); }
+  TORCH_EXT_DEVICE static BFloat16 narrow(Lane x) { return to_bfloat16(x); }
 };
 template <>
 struct Stored<Half> {
   using Lane = float;
-  static __device__ __forceinline__ Lane load(const Half* p) {
-    return __half2float(*reinterpret_cast<const __half*>(p));
-  }
-  static __device__ __forceinline__ void store(Half* p, Lane x) {
-    *reinterpret_cast<__half*>(p) = __float2half_rn(x);
-  }
+  TORCH_EXT_DEVICE static Lane widen(Half x) { return to_float(x); }
+  TORCH_EXT_DEVICE static Half narrow(Lane x) { return to_half(x); }
 };
 
 } // namespace torch_ext::cuda

@@ -1,181 +1,123 @@
-// A diagonal cell over time on a GPU: one thread per channel of a sequence, serial in time, neighbouring threads on
-// neighbouring channels. kAhead steps are loaded before they are used, so that their latencies overlap.
+// Which kernel of diagonal.cuh runs how, decided from shapes alone: the same call always adds in the same order.
 #include "diagonal.h"
 
 #include "../cells/all.h"
-#include "device.cuh"
+#include "diagonal.cuh"
 
 namespace torch_ext::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kAhead = 8;
+int64_t enough_blocks = kEnoughBlocks; // a variable for tests alone
 
-// The tokens of a sequence in the order in which time runs: token n is row first + n * direction.
-struct Tokens {
-  int64_t first, direction, count;
-};
-__device__ __forceinline__ Tokens tokens_of(const DiagonalProblem& p, int64_t sequence) {
-  int64_t begin = 0, end = p.num_steps;
-  if (p.cu_seqlens) { // offsets outside of the row are not checked on the host: that would wait for the device
-    begin = max(int64_t(0), min(p.num_steps, p.cu_seqlens[sequence]));
-    end = max(begin, min(p.num_steps, p.cu_seqlens[sequence + 1]));
-  }
-  return p.reverse ? Tokens{end - 1, -1, end - begin} : Tokens{begin, 1, end - begin};
-}
+int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t aligned(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
-// One channel of an array over the tokens of its sequence.
-template <class S>
-struct Column {
-  const S* data;
-  int64_t step;
-  __device__ __forceinline__ typename Stored<S>::Lane at(int64_t n) const {
-    return Stored<S>::load(data + n * step);
-  }
-};
-template <class S>
-__device__ __forceinline__ Column<S> column(
-    const DiagonalProblem& p, const Strided& x, int64_t sequence, int64_t d, Tokens tokens) {
-  return {
-      static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : sequence * x.sequence) +
-          tokens.first * x.time + d * x.width,
-      tokens.direction * x.time};
-}
-template <class State>
-__device__ __forceinline__ State state_at(const Strided& x, int64_t row, int64_t d) {
-  return x.data ? static_cast<const State*>(x.data)[row * x.sequence + d * x.width] : State{};
-}
+template <class Walk>
+struct Driver {
+  using Problem = typename Walk::Problem;
+  using Lane = typename Walk::Lane;
+  using L = LayoutOf<Walk>;
 
-template <class Cell, class S>
-__global__ void __launch_bounds__(kThreads) diagonal_forward_kernel(const DiagonalForward p) {
-  using Lane = typename Stored<S>::Lane;
-  constexpr int N = num_inputs<Cell>;
-  const int64_t channel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (channel >= p.num_sequences * p.width) return;
-  const int64_t sequence = channel / p.width, d = channel % p.width;
-  const Cell cell(p.flags);
-  const Tokens tokens = tokens_of(p, sequence);
-  S* h = static_cast<S*>(p.h) +
-         ((p.cu_seqlens ? 0 : sequence * p.num_steps) + tokens.first) * p.width + d;
-  const int64_t h_step = tokens.direction * p.width;
-  const int64_t row = p.state_rows ? p.state_rows[sequence] : sequence;
-  if (row < 0) {
-    for (int64_t n = 0; n < tokens.count; ++n) Stored<S>::store(h + n * h_step, Lane{});
-    return;
+  static bool is_short(const Problem& p) {
+    return p.state_rows || (!p.cu_seqlens && p.num_steps <= kShortSteps);
   }
-  Column<S> x[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = column<S>(p, p.inputs[i], sequence, d, tokens);
-  Lane state = state_at<Lane>(p.initial_state, row, d);
-  int64_t n = 0;
-  for (; n + kAhead <= tokens.count; n += kAhead) {
-    Lane v[kAhead][N];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[k][i] = x[i].at(n + k);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      state = step(cell, pack<Cell, Lane>(v[k]), state);
-      Stored<S>::store(h + (n + k) * h_step, state);
-    }
+  static Schedule schedule(const Problem& p) {
+    Schedule q;
+    q.groups = divide_up(p.width, L::kChannels);
+    q.columns = (p.cu_seqlens ? 1 : p.num_sequences) * q.groups;
+    q.tiles = divide_up(p.num_steps, L::kTime);
+    return q;
   }
-  for (; n < tokens.count; ++n) {
-    Lane v[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = x[i].at(n);
-    state = step(cell, pack<Cell, Lane>(v), state);
-    Stored<S>::store(h + n * h_step, state);
-  }
-  static_cast<Lane*>(p.final_state)[row * p.width + d] = state;
-}
+  static bool is_chained(const Schedule& q) { return q.columns < enough_blocks && q.tiles > 1; }
 
-template <class Cell, class S>
-__global__ void __launch_bounds__(kThreads) diagonal_backward_kernel(const DiagonalBackward p) {
-  using Lane = typename Stored<S>::Lane;
-  constexpr int N = num_inputs<Cell>;
-  const int64_t channel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (channel >= p.num_sequences * p.width) return;
-  const int64_t sequence = channel / p.width, d = channel % p.width;
-  const Cell cell(p.flags);
-  const Tokens tokens = tokens_of(p, sequence);
-  Column<S> x[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = column<S>(p, p.inputs[i], sequence, d, tokens);
-  const Column<S> h = column<S>(p, p.h, sequence, d, tokens),
-                  grad_h = column<S>(p, p.grad_h, sequence, d, tokens);
-  const int64_t out = ((p.cu_seqlens ? 0 : sequence * p.num_steps) + tokens.first) * p.width + d;
-  const int64_t out_step = tokens.direction * p.width;
-  const Lane start = state_at<Lane>(p.initial_state, sequence, d);
-  Lane carry = state_at<Lane>(p.grad_final_state, sequence, d);
-  const auto backward_step = [&](int64_t n, const Lane* v, Lane before, Lane grad) {
-    const Lane dh = grad + carry;
-    const auto g = step_vjp(cell, pack<Cell, Lane>(v), before, dh);
-    carry = g.dh_before;
-    Lane dx[N];
-    unpack<Cell, Lane>(g.dx, dx);
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      Stored<S>::store(static_cast<S*>(p.grad_inputs[i]) + out + n * out_step, dx[i]);
+  // The parts of the workspace, each aligned; what has to be zero comes first.
+  struct Parts {
+    int64_t tile_flags, link_flags, zeros, effects, links, bytes;
   };
-  int64_t n = tokens.count;
-  for (; n >= kAhead; n -= kAhead) {
-    Lane v[kAhead][N], before[kAhead], grad[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t t = n - 1 - k;
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[k][i] = x[i].at(t);
-      before[k] = t ? h.at(t - 1) : start;
-      grad[k] = p.grad_h.data ? grad_h.at(t) : Lane{};
+  static Parts parts(const Schedule& q) {
+    const int64_t links = divide_up(q.tiles, kChain), flag = sizeof(int);
+    const int64_t row = L::kChannels * int64_t(sizeof(Lane));
+    Parts x;
+    x.tile_flags = 256; // behind the ticket
+    x.link_flags = x.tile_flags + aligned(q.tiles * q.columns * flag);
+    x.zeros = x.effects = x.link_flags + aligned(links * q.columns * flag);
+    x.links = x.effects + aligned(q.tiles * q.columns * 2 * row);
+    x.bytes = x.links + aligned(links * q.columns * row);
+    return x;
+  }
+
+  static int64_t workspace(const Problem& p) {
+    const Schedule q = schedule(p);
+    return p.num_sequences * p.width == 0 || is_short(p) || !is_chained(q) ? 0 : parts(q).bytes;
+  }
+
+  static void run(const Problem& p, void* workspace, cudaStream_t stream) {
+    const int64_t channels = p.num_sequences * p.width;
+    if (channels == 0) return;
+    const dim3 blocks(unsigned(divide_up(channels, kShortThreads)));
+    if (p.cu_seqlens || p.num_steps == 0)
+      launch(diagonal_empty_kernel<Walk>, blocks, kShortThreads, 0, stream, p);
+    if (p.num_steps == 0) return;
+    if (is_short(p))
+      return launch(diagonal_short_kernel<Walk>, blocks, kShortThreads, 0, stream, p);
+    Schedule q = schedule(p);
+    const bool chained = is_chained(q);
+    if (chained) {
+      const Parts at = parts(q);
+      char* const base = static_cast<char*>(workspace);
+      zero(base, at.zeros, stream);
+      q.chain = {
+          reinterpret_cast<unsigned*>(base), reinterpret_cast<int*>(base + at.tile_flags),
+          reinterpret_cast<int*>(base + at.link_flags), base + at.effects, base + at.links};
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) backward_step(n - 1 - k, v[k], before[k], grad[k]);
+    launch(
+        diagonal_tiles_kernel<Walk>, dim3(unsigned(chained ? q.tiles * q.columns : q.columns)),
+        L::kThreads, shared_bytes<Walk>(chained), stream, p, q);
   }
-  for (; n > 0; --n) {
-    Lane v[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = x[i].at(n - 1);
-    backward_step(n - 1, v, n > 1 ? h.at(n - 2) : start, p.grad_h.data ? grad_h.at(n - 1) : Lane{});
-  }
-  static_cast<Lane*>(p.grad_initial_state)[sequence * p.width + d] = carry;
-}
+};
 
-template <class Cell, class S>
-void launch(const DiagonalForward& p, unsigned blocks, cudaStream_t stream) {
-  diagonal_forward_kernel<Cell, S><<<blocks, kThreads, 0, stream>>>(p);
-}
-template <class Cell, class S>
-void launch(const DiagonalBackward& p, unsigned blocks, cudaStream_t stream) {
-  diagonal_backward_kernel<Cell, S><<<blocks, kThreads, 0, stream>>>(p);
-}
-
-template <class Cell, class Problem>
-void launch_dtype(DType dtype, const Problem& p, unsigned blocks, cudaStream_t stream) {
-  if (dtype == DType::f32) launch<Cell, float>(p, blocks, stream);
-  if (dtype == DType::f64) launch<Cell, double>(p, blocks, stream);
-  if (dtype == DType::bf16) launch<Cell, BFloat16>(p, blocks, stream);
-  if (dtype == DType::f16) launch<Cell, Half>(p, blocks, stream);
-  if constexpr (Cell::complex) {
-    if (dtype == DType::c64) launch<Cell, Complex<float>>(p, blocks, stream);
-    if (dtype == DType::c128) launch<Cell, Complex<double>>(p, blocks, stream);
-  }
-}
-template <class Problem, class... Cell>
-void launch_cell(Cells<Cell...>, int cell, DType dtype, const Problem& p, cudaStream_t stream) {
-  const int64_t blocks = (p.num_sequences * p.width + kThreads - 1) / kThreads;
-  if (blocks == 0) return;
+// f(Driver) of the cell and dtype.
+template <template <class, class> class Walk, class F, class... Cell>
+void dispatch(Cells<Cell...>, int cell, DType dtype, F f) {
+  const auto by_dtype = [&]<class C>(Cells<C>) {
+    if (dtype == DType::f32) f(Driver<Walk<C, float>>{});
+    if (dtype == DType::f64) f(Driver<Walk<C, double>>{});
+    if (dtype == DType::bf16) f(Driver<Walk<C, BFloat16>>{});
+    if (dtype == DType::f16) f(Driver<Walk<C, Half>>{});
+    if constexpr (C::complex) {
+      if (dtype == DType::c64) f(Driver<Walk<C, Complex<float>>>{});
+      if (dtype == DType::c128) f(Driver<Walk<C, Complex<double>>>{});
+    }
+  };
   int i = 0;
-  ((i++ == cell ? launch_dtype<Cell>(dtype, p, unsigned(blocks), stream) : void()), ...);
+  ((i++ == cell ? by_dtype(Cells<Cell>{}) : void()), ...);
+}
+template <template <class, class> class Walk, class Problem>
+int64_t workspace_of(int cell, DType dtype, const Problem& p) {
+  int64_t bytes = 0;
+  dispatch<Walk>(DiagonalCells{}, cell, dtype, [&](auto driver) { bytes = driver.workspace(p); });
+  return bytes;
+}
+template <template <class, class> class Walk, class Problem>
+void run(int cell, DType dtype, const Problem& p, void* workspace, void* stream) {
+  dispatch<Walk>(DiagonalCells{}, cell, dtype, [&](auto driver) {
+    driver.run(p, workspace, static_cast<cudaStream_t>(stream));
+  });
 }
 
 } // namespace
 
-void diagonal(int cell, DType dtype, const DiagonalForward& problem, void* stream) {
-  launch_cell(DiagonalCells{}, cell, dtype, problem, static_cast<cudaStream_t>(stream));
+int64_t diagonal_workspace(int cell, DType dtype, const DiagonalForward& p) {
+  return workspace_of<ForwardWalk>(cell, dtype, p);
 }
-void diagonal(int cell, DType dtype, const DiagonalBackward& problem, void* stream) {
-  launch_cell(DiagonalCells{}, cell, dtype, problem, static_cast<cudaStream_t>(stream));
+int64_t diagonal_workspace(int cell, DType dtype, const DiagonalBackward& p) {
+  return workspace_of<BackwardWalk>(cell, dtype, p);
+}
+void diagonal(int cell, DType dtype, const DiagonalForward& p, void* workspace, void* stream) {
+  run<ForwardWalk>(cell, dtype, p, workspace, stream);
+}
+void diagonal(int cell, DType dtype, const DiagonalBackward& p, void* workspace, void* stream) {
+  run<BackwardWalk>(cell, dtype, p, workspace, stream);
 }
 
 } // namespace torch_ext::cuda

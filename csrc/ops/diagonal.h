@@ -265,7 +265,12 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
 #ifdef TORCH_EXT_CUDA
   template <class Problem>
   static void launch_cuda(DType dtype, const Problem& p) {
-    cuda::diagonal(kCell, dtype, p, c10::cuda::getCurrentCUDAStream().stream());
+    // Given back when this returns: the caching allocator hands it out again in the order of the stream.
+    const Tensor workspace = at::empty(
+        {cuda::diagonal_workspace(kCell, dtype, p)}, at::device(at::kCUDA).dtype(at::kByte));
+    cuda::diagonal(
+        kCell, dtype, p, workspace.mutable_data_ptr(),
+        c10::cuda::getCurrentCUDAStream().stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   static Pair cuda(
