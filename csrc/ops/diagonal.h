@@ -269,8 +269,7 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
     const Tensor workspace = at::empty(
         {cuda::diagonal_workspace(kCell, dtype, p)}, at::device(at::kCUDA).dtype(at::kByte));
     cuda::diagonal(
-        kCell, dtype, p, workspace.mutable_data_ptr(),
-        c10::cuda::getCurrentCUDAStream().stream());
+        kCell, dtype, p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   static Pair cuda(
