@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,9 @@ def programs(name):
 
 def find_torch():
     try:
-        import torch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch without NumPy, which the build does not need
+            import torch
     except ImportError as e:
         stop(
             "it is compiled against the torch it will run with, and no torch can be imported "
@@ -181,28 +184,33 @@ def find_cuda(torch_cuda):
         reason = "this torch is built without CUDA"
     else:
         major = numbers(torch_cuda, 1)[0]
+        pip, pip_flags = pip_nvcc(major)
         others = []
         for nvcc in system_nvccs():
             version = cuda_version(nvcc)
             if numbers(version, 1) == (major,):
-                return found | {"nvcc": nvcc, "cuda": version}
+                same = pip and os.path.realpath(nvcc) == os.path.realpath(pip)  # CUDA_HOME names it
+                return found | {
+                    "nvcc": nvcc,
+                    "cuda": version,
+                    "cuda_flags": pip_flags if same else [],
+                }
             others.append(f"{nvcc} ({f'CUDA {version}' if version else 'it does not run'})")
         if others:
             are = "is" if len(others) == 1 else "are"
             found["notes"].append(
                 f"{', '.join(others)} {are} not used: torch is built for CUDA {torch_cuda}"
             )
-        nvcc, flags = pip_nvcc(major)
-        said = does_not_compile(nvcc, flags) if nvcc else ""
-        if nvcc and not said:
-            return found | {"nvcc": nvcc, "cuda": cuda_version(nvcc), "cuda_flags": flags}
+        said = does_not_compile(pip, pip_flags) if pip else ""
+        if pip and not said:
+            return found | {"nvcc": pip, "cuda": cuda_version(pip), "cuda_flags": pip_flags}
         if said:
-            found["notes"].append(f"{nvcc} is not used, it does not compile: {said}")
-        reason = f"no nvcc of CUDA {major} was found, and "
+            found["notes"].append(f"{pip} is not used, it does not compile: {said}")
+        reason = f"no nvcc of CUDA {major} that works was found, and "
         if major >= OLDEST_CUDA_OF_PIP:
             here = sysconfig.get_path("scripts")
-            pip = "pip" if shutil.which("pip") == f"{here}/pip" else f"{sys.executable} -m pip"
-            reason += f'this installs one: {pip} install "{cuda_packages(torch_cuda)}"'
+            command = "pip" if shutil.which("pip") == f"{here}/pip" else f"{sys.executable} -m pip"
+            reason += f'this installs one: {command} install "{cuda_packages(torch_cuda)}"'
         else:
             reason += f"pip has none: install CUDA {torch_cuda} or set CUDA_HOME"
     if wanted == "1":

@@ -189,15 +189,20 @@ def test_headers_of_system_packages_reach_an_nvcc_of_the_venv(no_cuda, monkeypat
     system.mkdir(parents=True)
     site = no_cuda / "site" / "nvidia" / "cu13"
     toolkit(site, "13.0")
-    flags = toolchain.find_cuda("13.0")["cuda_flags"]
-    assert flags == [f"-isystem={system}/include", f"-L{site}/lib", f"-L{system}/lib"]
+    expected = [f"-isystem={system}/include", f"-L{site}/lib", f"-L{system}/lib"]
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
+    monkeypatch.setenv("CUDA_HOME", str(site))
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
+    toolkit(no_cuda / "home", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(no_cuda / "home"))
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == []
 
 
 @pytest.mark.parametrize(
     "torch_cuda, installed, reason",
     [
         (None, "", "this torch is built without CUDA"),
-        ("12.8", "", "no nvcc of CUDA 12 was found, and pip has none: install CUDA 12.8 or set"),
+        ("12.8", "", "no nvcc of CUDA 12 that works was found, and pip has none: install"),
         ("13.0", "13.0.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.0.2"'),
         ("13.2", "13.2.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.2"'),
         ("13.2", "13.0.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.*"'),
