@@ -140,7 +140,12 @@ def pip_nvcc(major):
 
 
 def does_not_compile(nvcc, flags):
-    """What nvcc says of a small kernel: "" when it compiles and links. pip may mix parts of two CUDAs."""
+    """What nvcc says of a small kernel: "" when it compiles and links.
+
+    pip may mix parts of two CUDAs, and no nvcc takes a g++ much newer than itself.
+    """
+    if host := os.environ.get("CUDAHOSTCXX"):  # which CMake passes on
+        flags = [*flags, f"-ccbin={host}"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.cu")
         source.write_text(KERNEL)
@@ -149,9 +154,8 @@ def does_not_compile(nvcc, flags):
     if tried.returncode == 0:
         return ""
     lines = (tried.stderr + tried.stdout).strip().splitlines() or ["nothing"]
-    return next(
-        (line for line in lines if re.search("error|fatal|cannot", line)), lines[-1]
-    ).strip()
+    worst = next((line for line in lines if re.search("error|fatal|cannot", line)), lines[-1])
+    return worst.strip().partition(" The nvcc flag")[0]  # advice to ignore it
 
 
 def cuda_packages(torch_cuda):
@@ -207,7 +211,11 @@ def find_cuda(torch_cuda):
         if said:
             found["notes"].append(f"{pip} is not used, it does not compile: {said}")
         reason = f"no nvcc of CUDA {major} that works was found, and "
-        if major >= OLDEST_CUDA_OF_PIP:
+        if re.search("unsupported (GNU|clang) version", said):
+            reason = (
+                "pip's nvcc takes no C++ compiler as new as this: set CUDAHOSTCXX to an older one"
+            )
+        elif major >= OLDEST_CUDA_OF_PIP:
             here = sysconfig.get_path("scripts")
             command = "pip" if shutil.which("pip") == f"{here}/pip" else f"{sys.executable} -m pip"
             reason += f'this installs one: {command} install "{cuda_packages(torch_cuda)}"'

@@ -122,7 +122,7 @@ def toolkit(folder, version, compiles="exit 0"):
 @pytest.fixture
 def no_cuda(tmp_path, monkeypatch):
     """A machine without CUDA; bin/ is on its PATH, site/ among its Python packages."""
-    for name in ("TORCH_EXT_CUDA", "CUDA_HOME", "CUDA_PATH", "CUDACXX"):
+    for name in ("TORCH_EXT_CUDA", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
@@ -181,6 +181,21 @@ def test_pips_nvcc_of_mixed_versions_is_not_used(no_cuda):
     fatal = "ptxas fatal   : Unsupported .version 9.5; current version is '9.0'"
     pip = toolkit(no_cuda / "site" / "nvidia" / "cu13", "13.0", f'echo "{fatal}" >&2; exit 255')
     assert found("13.0") == (None, [f"{pip} is not used, it does not compile: {fatal}"])
+
+
+def test_pips_nvcc_needs_a_cxx_compiler_that_it_knows(no_cuda, monkeypatch):
+    monkeypatch.setenv("CUDAHOSTCXX", "g++-14")
+    said = "host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than"
+    toolkit(
+        no_cuda / "site" / "nvidia" / "cu13",
+        "13.0",
+        f'case "$*" in *-ccbin=g++-14*) ;; *) echo "{said}" >&2; exit 1 ;; esac',
+    )
+    assert found("13.0")[0]
+    monkeypatch.delenv("CUDAHOSTCXX")
+    assert found("13.0")[0] is None
+    reason = toolchain.find_cuda("13.0")["no_cuda_reason"]
+    assert "set CUDAHOSTCXX to an older one" in reason and "pip install" not in reason
 
 
 def test_headers_of_system_packages_reach_an_nvcc_of_the_venv(no_cuda, monkeypatch):
