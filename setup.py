@@ -3,11 +3,12 @@
 CMakeLists.txt has the list of sources and every flag, cmake/toolchain.py finds what is needed; this
 file runs CMake and puts its results into the Python package. Environment variables:
 
-    TORCH_EXT_CUDA=0|1       without or with CUDA kernels (default: with, if torch and toolkit can)
+    TORCH_EXT_CUDA=0|1       without or with CUDA kernels (default: with, if torch has CUDA and an
+                             nvcc of its major version is found: a toolkit's, or pip's)
     TORCH_CUDA_ARCH_LIST     "8.0;9.0a;12.0+PTX" (default: what torch itself was built for)
     TORCH_EXT_WERROR=1       warnings of our own code are errors
     MAX_JOBS                 compilations at a time (default: one per core)
-    CXX, CUDA_HOME           as usual
+    CXX, CUDACXX, CUDA_HOME  as usual
 
 For developers:
 
@@ -17,6 +18,7 @@ For developers:
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,14 @@ def run(*command):
         toolchain.stop(f"this failed, its own message is above: {' '.join(command)}")
 
 
+def forget_other_nvcc(cache, nvcc):
+    """CMake cannot change the compiler of a folder: it starts over and drops the other options."""
+    if nvcc and cache.exists():
+        known = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.M)
+        if known and known[1] != nvcc:
+            shutil.rmtree(cache.parent)
+
+
 class Build(build_ext):
     def run(self):
         tools = self.compile(tests=False)
@@ -64,6 +74,8 @@ class Build(build_ext):
 
     def compile(self, tests):
         t = toolchain.find_all()
+        for note in t["notes"]:
+            say(note)
         if t["cuda"]:
             cuda = f"CUDA {t['cuda']} for {' '.join(t['cuda_architectures'])}"
         else:
@@ -83,6 +95,7 @@ class Build(build_ext):
         if os.environ.get("CXX"):
             parts.append(Path(t["cxx"]).name)
         self.folder = ROOT / "build" / "-".join(parts)
+        forget_other_nvcc(self.folder / "CMakeCache.txt", t["nvcc"])
         options = {
             "CMAKE_PREFIX_PATH": t["torch_cmake"],
             "CMAKE_CXX_COMPILER": t["cxx"],
@@ -95,6 +108,9 @@ class Build(build_ext):
         if t["cuda"]:
             options["CMAKE_CUDA_COMPILER"] = t["nvcc"]
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(t["cuda_architectures"])
+            if t["cuda_flags"]:
+                flags = f"{shlex.join(t['cuda_flags'])} {os.environ.get('CUDAFLAGS', '')}"
+                options["CMAKE_CUDA_FLAGS"] = flags.strip()
         if t["ninja"]:
             options["CMAKE_MAKE_PROGRAM"] = t["ninja"]
         generator = "Ninja" if t["ninja"] else "Unix Makefiles"

@@ -46,7 +46,18 @@ describe_environment() {
   else
     echo "  - make the Python environment $venv and install torch there (6 GB of disk, 5 minutes on a fast network)"
   fi
+  [ -z "${install_nvcc:-}" ] || [ "${TORCH_EXT_CUDA:-}" = 0 ] ||
+    echo "  - with a GPU and no CUDA toolkit that fits torch: install the CUDA compiler there (0.3 GB of disk)"
   echo "  - compile torch_ext and install it there (5 minutes on two cores the first time, then seconds)"
+}
+
+# With install_nvcc set, pip also installs CUDA's compiler where that gives a GPU its kernels.
+install_cuda_compiler() {
+  local packages
+  packages=$("$python" "$root/cmake/toolchain.py" cuda-packages) || exit 1
+  [ -n "$packages" ] || return 0
+  say "installing the CUDA compiler"
+  "$python" -m pip install "$packages" || say "pip could not install it: going on without CUDA kernels"
 }
 
 # prepare_environment EXTRA: torch, torch_ext and what the extra in pyproject.toml names.
@@ -64,6 +75,7 @@ prepare_environment() {
     "$python" -m pip install ${TORCH_EXT_TORCH:-torch} || fail "torch could not be installed, the reason is above"
   fi
   "$python" -m pip install -q "setuptools>=77" "cmake>=3.26" ninja || fail "pip could not install the build tools"
+  [ -z "${install_nvcc:-}" ] || install_cuda_compiler
   "$python" "$root/cmake/toolchain.py" > /dev/null || exit 1
   say "compiling and installing torch_ext"
   rm -f "$log.failed"

@@ -4,6 +4,8 @@
 #   bash examples/quickstart.sh [options of forecast_temperature.py, e.g. --epochs 1 --out FOLDER]
 #
 # Variables that choose the environment: see cmake/environment.sh. Nothing outside of it and of the repository changes.
+# With a GPU and without a CUDA toolkit, pip brings the CUDA compiler; TORCH_EXT_CUDA=0 leaves the CUDA kernels out,
+# TORCH_EXT_CUDA=1 builds them on a machine without a GPU, too.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/../cmake/environment.sh"
 
@@ -15,6 +17,7 @@ for word in "$@"; do
   previous=$word
 done
 
+install_nvcc=yes # see cmake/environment.sh
 choose_environment
 echo "This will"
 describe_environment

@@ -107,25 +107,180 @@ def test_build_without_a_new_cmake(tmp_path, version, monkeypatch):
     assert ("is 3.25" in str(e.value)) == bool(version)
 
 
+def toolkit(folder, version, compiles="exit 0"):
+    """A folder as CUDA's, with an nvcc that knows its version."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    says = (
+        f'echo "Cuda compilation tools, release {version}, V{version}.88"' if version else "exit 1"
+    )
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then {says}; else {compiles}; fi\n')
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@pytest.fixture
+def no_cuda(tmp_path, monkeypatch):
+    """A machine without CUDA; bin/ is on its PATH, site/ among its Python packages."""
+    for name in ("TORCH_EXT_CUDA", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setattr(toolchain, "CUDA_FOLDERS", [f"{tmp_path}/cuda", f"{tmp_path}/cuda-*"])
+    return tmp_path
+
+
+def found(torch_cuda):
+    cuda = toolchain.find_cuda(torch_cuda)
+    assert bool(cuda["nvcc"]) == bool(cuda["cuda"]) == (not cuda["no_cuda_reason"])
+    return cuda["nvcc"], cuda["notes"]
+
+
+def test_nvcc_is_looked_for_where_the_user_says_then_on_path_then_in_pips_packages(
+    no_cuda, monkeypatch
+):
+    pip = toolkit(no_cuda / "site" / "nvidia" / "cu13", "13.2")
+    assert found("13.2") == (pip, [])
+    usual = toolkit(no_cuda / "cuda-13.0", "13.0")  # another minor version is fine
+    assert found("13.2") == (usual, [])
+    on_path = toolkit(no_cuda, "13.1")
+    assert found("13.2") == (on_path, [])
+    home = toolkit(no_cuda / "home", "13.3")
+    monkeypatch.setenv("CUDA_HOME", str(no_cuda / "home"))
+    assert found("13.2") == (home, [])
+    named = toolkit(no_cuda / "named", "13.4")
+    monkeypatch.setenv("CUDACXX", named)
+    assert found("13.2") == (named, [])
+
+    monkeypatch.setenv("TORCH_EXT_CUDA", "1")
+    assert found("13.2") == (named, [])
+    monkeypatch.setenv("TORCH_EXT_CUDA", "0")
+    assert toolchain.find_cuda("13.2")["no_cuda_reason"] == "TORCH_EXT_CUDA=0"
+
+
+def test_a_toolkit_of_another_major_version_is_not_used(no_cuda, monkeypatch):
+    old = toolkit(no_cuda / "cuda-12.4", "12.4")
+    (no_cuda / "cuda").symlink_to("cuda-12.4")
+    same = str(no_cuda / "cuda" / "bin" / "nvcc")  # as old: named once
+    note = f"{same} (CUDA 12.4) is not used: torch is built for CUDA 13.2"
+    assert found("13.2") == (None, [note])
+    pip = toolkit(no_cuda / "site" / "nvidia" / "cu13", "13.2")
+    assert found("13.2") == (pip, [note])
+    monkeypatch.setenv("CUDA_HOME", str(no_cuda / "cuda-12.4"))  # as images set it
+    assert found("13.2") == (pip, [note.replace(same, old)])
+
+    older = toolkit(no_cuda / "cuda-11.8", "11.8")
+    broken = toolkit(no_cuda, "")
+    note = f"{old} (CUDA 12.4), {broken} (it does not run), {older} (CUDA 11.8) are not used: torch"
+    assert [n.partition(" is built")[0] for n in found("13.2")[1]] == [note]
+    new = toolkit(no_cuda / "cuda-13.0", "13.0")
+    assert found("13.2") == (new, [])
+
+
+def test_pips_nvcc_of_mixed_versions_is_not_used(no_cuda):
+    fatal = "ptxas fatal   : Unsupported .version 9.5; current version is '9.0'"
+    pip = toolkit(no_cuda / "site" / "nvidia" / "cu13", "13.0", f'echo "{fatal}" >&2; exit 255')
+    assert found("13.0") == (None, [f"{pip} is not used, it does not compile: {fatal}"])
+
+
+def test_pips_nvcc_needs_a_cxx_compiler_that_it_knows(no_cuda, monkeypatch):
+    monkeypatch.setenv("CUDAHOSTCXX", "g++-14")
+    said = "host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than"
+    toolkit(
+        no_cuda / "site" / "nvidia" / "cu13",
+        "13.0",
+        f'case "$*" in *-ccbin=g++-14*) ;; *) echo "{said}" >&2; exit 1 ;; esac',
+    )
+    assert found("13.0")[0]
+    monkeypatch.delenv("CUDAHOSTCXX")
+    assert found("13.0")[0] is None
+    reason = toolchain.find_cuda("13.0")["no_cuda_reason"]
+    assert "set CUDAHOSTCXX to an older one" in reason and "pip install" not in reason
+
+
+def test_headers_of_system_packages_reach_an_nvcc_of_the_venv(no_cuda, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(no_cuda / "site"), str(no_cuda / "system")])
+    system = no_cuda / "system" / "nvidia" / "cu13"
+    system.mkdir(parents=True)
+    site = no_cuda / "site" / "nvidia" / "cu13"
+    toolkit(site, "13.0")
+    expected = [f"-isystem={system}/include", f"-L{site}/lib", f"-L{system}/lib"]
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
+    monkeypatch.setenv("CUDA_HOME", str(site))
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
+    toolkit(no_cuda / "home", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(no_cuda / "home"))
+    assert toolchain.find_cuda("13.0")["cuda_flags"] == []
+
+
 @pytest.mark.parametrize(
-    "torch_cuda, nvcc, wanted, reason",
+    "torch_cuda, installed, reason",
     [
-        ("13.2", "13.0", "", ""),
-        ("13.2", "13.0", "1", ""),
-        ("13.2", "13.0", "0", "TORCH_EXT_CUDA=0"),
-        (None, "13.0", "", "this torch is built without CUDA"),
-        ("13.2", "", "", "no nvcc was found: install CUDA 13.2 or set CUDA_HOME"),
-        ("13.2", "12.8", "", "/nvcc is CUDA 12.8, torch is built for 13.2: set CUDA_HOME"),
+        (None, "", "this torch is built without CUDA"),
+        ("12.8", "", "no nvcc of CUDA 12 that works was found, and pip has none: install"),
+        ("13.0", "13.0.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.0.2"'),
+        ("13.2", "13.2.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.2"'),
+        ("13.2", "13.0.2", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.*"'),
+        ("13.2", "", 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.*"'),
     ],
 )
-def test_cuda_is_built_when_it_can_be(torch_cuda, nvcc, wanted, reason, monkeypatch):
+def test_without_nvcc_one_sentence_says_how_to_get_it(
+    torch_cuda, installed, reason, no_cuda, monkeypatch
+):
+    if installed:
+        about = no_cuda / "site" / f"cuda_toolkit-{installed}.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Name: cuda-toolkit\nVersion: {installed}\n")
+    assert found(torch_cuda) == (None, [])
+    assert reason in toolchain.find_cuda(torch_cuda)["no_cuda_reason"]
+    toolkit(no_cuda, "11.8")
+    monkeypatch.setenv("TORCH_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"TORCH_EXT_CUDA=1, but .*{re.escape(reason)}") as e:
+        toolchain.find_cuda(torch_cuda)
+    assert ("(CUDA 11.8) is not used" in str(e.value)) == bool(torch_cuda)
+
+
+@pytest.mark.parametrize(
+    "torch_cuda, gpu, wanted, nvcc, expected",
+    [
+        ("13.2", True, "", "", True),
+        ("13.2", True, "", "12.8", True),
+        ("13.2", True, "", "13.0", False),
+        ("13.2", True, "0", "", False),
+        ("13.2", False, "", "", False),
+        ("13.2", False, "1", "", True),
+        ("12.8", True, "", "", False),
+        (None, False, "1", "", False),
+    ],
+)
+def test_packages_are_asked_for_when_a_gpu_needs_them(
+    torch_cuda, gpu, wanted, nvcc, expected, no_cuda, monkeypatch
+):
+    class FakeTorch:
+        class version:
+            cuda = torch_cuda
+
+        class cuda:
+            is_available = staticmethod(lambda: gpu)
+
+    if nvcc:
+        toolkit(no_cuda, nvcc)
     monkeypatch.setenv("TORCH_EXT_CUDA", wanted)
-    path = "/nvcc" if nvcc else None
-    assert toolchain.decide_cuda(torch_cuda, path, nvcc) == (not reason, reason)
-    if reason and not wanted:
-        monkeypatch.setenv("TORCH_EXT_CUDA", "1")
-        with pytest.raises(SystemExit, match=f"TORCH_EXT_CUDA=1, but {re.escape(reason)}"):
-            toolchain.decide_cuda(torch_cuda, path, nvcc)
+    packages = "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2.*"
+    assert toolchain.missing_cuda_packages(FakeTorch) == (packages if expected else "")
+
+
+def test_another_nvcc_gets_a_fresh_build_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from setup import forget_other_nvcc
+
+    cache = tmp_path / "build" / "CMakeCache.txt"
+    for nvcc, kept in (("/a/nvcc", True), (None, True), ("/b/nvcc", False), ("/b/nvcc", False)):
+        if kept:
+            cache.parent.mkdir(exist_ok=True)
+            cache.write_text("CMAKE_CUDA_COMPILER:STRING=/a/nvcc\n")
+        forget_other_nvcc(cache, nvcc)
+        assert cache.exists() == kept
 
 
 @pytest.mark.parametrize(
