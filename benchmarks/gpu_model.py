@@ -8,7 +8,8 @@ Everything this prints is a prediction, not a measurement. The time of a call is
 out better, plus its launches:
 
     memory    bytes that the kernel moves / bandwidth of a copy
-    issue     instructions (kernel_budget.json, the usual way) / instructions per second
+    issue     instructions (kernel_budget.json, the usual way) / instructions per second, which few
+              warps do not reach
     special   exponentials and reciprocals / their rate
     latency   bytes read / (bytes on their way at once / time of one access)
     chain     few channels: blocks hand the state on, one hop per 32 tiles
@@ -38,6 +39,7 @@ LATENCY = (
     0.75e-6  # seconds of a read from memory under load; commonly reported for H100, not measured
 )
 HOP = 1.5e-6  # seconds to publish a state and have it read: two accesses; a guess
+WARP_ISSUE = 0.4  # instructions per clock of a warp whose steps wait for each other; a guess
 LAUNCH = 3e-6  # seconds; commonly reported are 2 to 4 outside of graphs
 COPY_SHARE = 4.3 / 4.8  # of the datasheet's bandwidth that a copy reaches: measured on an H200
 PEER_SHARE = 0.8  # of a copy's bandwidth: what accelerated-scan is expected to reach
@@ -175,6 +177,9 @@ def predict(
 
     # What a multiprocessor does counts for the one with the most blocks: idle others do not help.
     share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
+    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
+    warps_per_scheduler = at_once * launch["threads"] / 32 / 4
+    issue = device.issue * min(1.0, warps_per_scheduler * WARP_ISSUE)
     tile_bytes = (
         launch["arrays"] * launch["steps_per_tile"] * launch["channels"] * launch["itemsize"]
     )
@@ -186,7 +191,7 @@ def predict(
         * launch["itemsize"]
         * (launch["arrays"] + launch["outputs"])
         / device.copy,
-        "issue": elements * counts["way"] * share / device.issue,
+        "issue": elements * counts["way"] * share / issue,
         "special": elements * counts["mufu"] * share / device.special,
         "latency": read * LATENCY / on_the_way,
         "chain": tiles // launch["tiles_per_link"] * HOP if chained else 0.0,
@@ -292,6 +297,7 @@ def constants() -> list[str]:
         f"a launch {LAUNCH * 1e6:g} us (reported: 2 to 4)",
         f"a copy reaches {COPY_SHARE:.1%} of the datasheet's bandwidth (measured on an H200)",
         "four warps of 32 threads issue an instruction per clock and multiprocessor",
+        f"one warp alone issues {WARP_ISSUE:g} per clock (a guess)",
         "16 exponentials or reciprocals per clock and multiprocessor",
     ]
 

@@ -8,7 +8,7 @@
 
 Needs nvcc and a C++ compiler, no GPU. Registers, spilled bytes and shared memory are the compiler's own figures;
 threads and dynamic shared memory come from the kernels' sources (tests/emulator/kernel_shapes.cpp);
-instructions are counted in the machine code, as `per_element` says. kernel_budget.json is the file.
+instructions are counted in the machine code, as the function `per_element` says. kernel_budget.json is the file.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ BUDGET = Path(__file__).resolve().with_suffix(".json")
 ARCHITECTURES = ("80", "90a", "100", "120")
 GROWTH = 0.05  # what may be added without a new file
 ABOUT = (
-    "Written by benchmarks/kernel_budget.py --write. Bytes, registers per thread, occupancy as a share of the "
-    "multiprocessor's warps; per_element: instructions, see per_element there."
+    "Written by benchmarks/kernel_budget.py --write. Registers of a thread, bytes of a block, occupancy as a share "
+    "of the warps that a multiprocessor can hold; loop, way, mufu: instructions per element, as `per_element` says."
 )
 
 # ---- what an architecture has --------------------------------------------------------------------
@@ -178,7 +178,7 @@ def _loads(one: sass.Instruction) -> bool:
 
 
 def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
-    """The way around the main loop of a thread that has nothing special to do.
+    """The way around the main loop of a thread that has nothing special to do, as far as jumps tell.
 
     All steps are there, with the cheapest of the cell's options; inputs come by 16 bytes; no other
     block is waited for, no sequence starts, no division has an operand out of the usual range.
@@ -226,9 +226,10 @@ def per_element(
 ) -> dict[str, float] | None:
     """Instructions of a thread per element (one channel of one step) in the kernel's main loop.
 
-    "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs;
-    "way": those on the usual way through it, inputs fetched; "mufu": of these, exponentials and
-    reciprocals. None: the kernel has no loop.
+    "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs:
+    what the compiler made of the source, rare cases included. "way": those that are executed on the
+    usual way through it, inputs fetched, and the effects of the other warps folded as often as the
+    last warp does. "mufu": of these, exponentials and reciprocals. None: the kernel has no loop.
     """
     flow = sass.Flow(code, int(architecture.rstrip("af")))
     if not flow.loops or not any(code[at].opcode == sass.STORE_GLOBAL for at in flow.loops[0].body):

@@ -62,6 +62,13 @@ def test_bound_by_instructions():
     assert row.seconds == pytest.approx(seconds + 3e-6)
 
 
+def test_few_warps_issue_less():
+    # One block of eight warps, two per scheduler, which issue 0.8 instructions per clock.
+    assert predict(way=200.0, dynamic_shared=200000).issue == pytest.approx(
+        predict(way=200.0).issue / 0.8
+    )
+
+
 def test_bound_by_exponentials():
     row = predict(mufu=16.0)
     assert row.bound == "special"

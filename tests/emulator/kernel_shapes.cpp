@@ -36,8 +36,7 @@ void print(const char* kernel, int threads, int shared, int chained_shared) {
 template <class Walk>
 void print_kernels() {
   using L = LayoutOf<Walk>;
-  print<Walk>(
-      "diagonal_tiles", L::kThreads, shared_bytes<Walk>(false), shared_bytes<Walk>(true));
+  print<Walk>("diagonal_tiles", L::kThreads, shared_bytes<Walk>(false), shared_bytes<Walk>(true));
   printf(
       ", \"elements_per_thread\": %d, \"steps_per_tile\": %d, \"channels\": %d, \"stages\": %d, "
       "\"tiles_per_link\": %d, \"enough_blocks\": %d}\n",
