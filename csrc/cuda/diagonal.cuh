@@ -113,6 +113,12 @@ struct Places {
   int64_t sequence;      // of this lane's position
 
   TORCH_EXT_DEVICE Places(const Time& time, int64_t position, int steps) {
+    if (!time.cu_seqlens) {
+      starts = position == 0 && steps > 0;
+      ends = steps > 0 && position + steps == time.count ? 1u << (steps - 1) : 0;
+      sequence = time.sequence;
+      return;
+    }
     Time::Place p{0, false, false};
     if (lane() < steps) p = time.place(position + lane());
     starts = ballot(~0u, p.starts);
@@ -233,6 +239,7 @@ struct ForwardWalk {
   TORCH_EXT_DEVICE Source<S> find_source(int i, int64_t sequence, const Time& time) const {
     return source<S>(p, p.inputs[i], sequence, time);
   }
+  TORCH_EXT_DEVICE bool present(int) const { return true; }
   // How many of the last positions an array lacks.
   TORCH_EXT_DEVICE int64_t missing(int) const { return 0; }
   TORCH_EXT_DEVICE S* output(int) const { return static_cast<S*>(p.h); }
@@ -273,9 +280,8 @@ struct BackwardWalk {
     if (i < kInputs) return source<S>(p, p.inputs[i], sequence, time);
     return source<S>(p, p.h, sequence, time, 1); // h before a step stands at the next position
   }
-  TORCH_EXT_DEVICE int64_t missing(int i) const {
-    return i == kBefore ? 1 : i == kGrad && !p.grad_h.data ? p.num_steps : 0;
-  }
+  TORCH_EXT_DEVICE bool present(int i) const { return i != kGrad || p.grad_h.data; }
+  TORCH_EXT_DEVICE int64_t missing(int i) const { return i == kBefore ? 1 : 0; }
   TORCH_EXT_DEVICE S* output(int i) const { return static_cast<S*>(p.grad_inputs[i]); }
   TORCH_EXT_DEVICE Lane start(int64_t sequence, int64_t d) const {
     return state_at<Lane>(p.grad_final_state, sequence, d);
@@ -432,12 +438,11 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   for (int i = 0; i < kOutputs; ++i)
     out[i] = walk.output(i) + ((p.cu_seqlens ? 0 : batch * p.num_steps) + time.first) * p.width + d;
   const int64_t out_step = time.direction * p.width;
-  // Both channels of a pair in one access, where all rows allow it.
-  bool whole = mine == V && p.width % V == 0;
+  // Both channels of a pair go out in one access, where all rows allow it.
+  bool whole_rows = p.width % V == 0;
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i)
-    whole = whole && reinterpret_cast<uintptr_t>(walk.output(i)) % sizeof(Row) == 0;
-
+    whole_rows = whole_rows && reinterpret_cast<uintptr_t>(walk.output(i)) % sizeof(Row) == 0;
   // The lanes beyond the last channel compute along with the first one's inputs.
   const int lane_row = mine > 0 ? lane() : 0;
   int stage = 0, next_stage = 0;
@@ -458,42 +463,51 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
     const Shared<Row> rows =
         (inputs + (stage * L::kStageBytes + warp() * L::kSteps * L::kPitch)).template view<Row>() +
         lane_row;
+    // Almost all of a warp's steps are plain: all there, and no sequence starts or ends among them.
+    bool plain = steps == L::kSteps && !(places.starts | places.ends) && whole_rows;
     int steps_there[kArrays];
 #pragma unroll
-    for (int i = 0; i < kArrays; ++i)
-      steps_there[i] =
-          left < walk.missing(i) ? 0 : int(min(left - walk.missing(i), int64_t(steps)));
+    for (int i = 0; i < kArrays; ++i) {
+      const int64_t there = left - walk.missing(i);
+      steps_there[i] = there < 0 ? 0 : there < steps ? int(there) : steps;
+      plain = plain && (steps_there[i] == L::kSteps || !walk.present(i));
+    }
     Row x[L::kSteps][kArrays];
     Affine<Lane> f[L::kSteps][V];
     Lane a[V], b[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) a[v] = one<Lane>(), b[v] = Lane{};
+    const auto find_effect = [&]<bool kPlain>() __attribute__((always_inline)) {
 #pragma unroll
-    for (int k = 0; k < L::kSteps; ++k) {
-      if (k >= steps) break;
-      const bool starts = places.starts >> k & 1;
+      for (int k = 0; k < L::kSteps; ++k) {
+        if (!kPlain && k >= steps) break;
 #pragma unroll
-      for (int i = 0; i < kArrays; ++i) {
-        constexpr int kRowsApart = L::kPitch / int(sizeof(Row));
-        const bool there = i < Walk::kInputs || k < steps_there[i];
-        x[k][i] =
-            there ? rows.load(i * (L::kArrayBytes / int(sizeof(Row))) + k * kRowsApart) : Row{};
+        for (int i = 0; i < kArrays; ++i) {
+          constexpr int kRowsApart = L::kPitch / int(sizeof(Row));
+          const bool there = walk.present(i) && (kPlain || k < steps_there[i]);
+          x[k][i] =
+              there ? rows.load(i * (L::kArrayBytes / int(sizeof(Row))) + k * kRowsApart) : Row{};
+        }
+        if (!kPlain && (places.starts >> k & 1)) {
+          const int64_t sequence = places.sequence_of(k);
+#pragma unroll
+          for (int v = 0; v < V; ++v) b[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          Lane y[kArrays];
+#pragma unroll
+          for (int i = 0; i < kArrays; ++i) y[i] = Stored<S>::widen(x[k][i].x[v]);
+          f[k][v] = walk.effect(y);
+          a[v] = f[k][v].a * a[v];
+          b[v] = fused(f[k][v].a, b[v], f[k][v].b);
+        }
       }
-      if (__builtin_expect(starts, 0)) {
-        const int64_t sequence = places.sequence_of(k);
-#pragma unroll
-        for (int v = 0; v < V; ++v) b[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        Lane y[kArrays];
-#pragma unroll
-        for (int i = 0; i < kArrays; ++i) y[i] = Stored<S>::widen(x[k][i].x[v]);
-        f[k][v] = walk.effect(y);
-        a[v] = f[k][v].a * a[v];
-        b[v] = fused(f[k][v].a, b[v], f[k][v].b);
-      }
-    }
+    };
+    if (plain)
+      find_effect.template operator()<true>();
+    else
+      find_effect.template operator()<false>();
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       effects.store((warp() * 2 + 0) * L::kChannels + lane() * V + v, a[v]);
@@ -541,43 +555,49 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
     S* to[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) to[i] = out[i] + position * out_step;
+    const auto walk_steps = [&]<bool kPlain>() __attribute__((always_inline)) {
 #pragma unroll
-    for (int k = 0; k < L::kSteps; ++k) {
-      if (k >= steps) break;
-      const bool starts = places.starts >> k & 1, ends = places.ends >> k & 1;
-      int64_t sequence = 0;
-      if (__builtin_expect(starts || ends, 0)) sequence = places.sequence_of(k);
-      if (__builtin_expect(starts, 0)) {
+      for (int k = 0; k < L::kSteps; ++k) {
+        if (!kPlain && k >= steps) break;
+        const bool starts = !kPlain && (places.starts >> k & 1),
+                   ends = !kPlain && (places.ends >> k & 1);
+        const int64_t sequence = starts || ends ? places.sequence_of(k) : 0;
+        if (starts) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) state[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
-      }
-      Row y[kOutputs];
+          for (int v = 0; v < V; ++v) state[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
+        }
+        Row y[kOutputs];
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        Lane in[kArrays], results[kOutputs];
+        for (int v = 0; v < V; ++v) {
+          Lane in[kArrays], results[kOutputs];
 #pragma unroll
-        for (int i = 0; i < kArrays; ++i) in[i] = Stored<S>::widen(x[k][i].x[v]);
-        state[v] = walk.step(in, f[k][v], state[v], ends && v < mine, sequence, d + v, results);
+          for (int i = 0; i < kArrays; ++i) in[i] = Stored<S>::widen(x[k][i].x[v]);
+          state[v] = walk.step(in, f[k][v], state[v], ends && v < mine, sequence, d + v, results);
 #pragma unroll
-        for (int i = 0; i < kOutputs; ++i) y[i].x[v] = Stored<S>::narrow(results[i]);
-      }
-      if (__builtin_expect(ends, 0)) {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (v < mine) walk.finish(sequence, d + v, state[v]);
-      }
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) {
-        if (whole) {
-          store_global(reinterpret_cast<Row*>(to[i]), y[i]);
-        } else {
+          for (int i = 0; i < kOutputs; ++i) y[i].x[v] = Stored<S>::narrow(results[i]);
+        }
+        if (ends) {
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (v < mine) store_global(to[i] + v, y[i].x[v]);
+            if (v < mine) walk.finish(sequence, d + v, state[v]);
         }
-        to[i] += out_step;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          if (kPlain || whole_rows) {
+            if (mine > 0) store_global(reinterpret_cast<Row*>(to[i]), y[i]);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+              if (v < mine) store_global(to[i] + v, y[i].x[v]);
+          }
+          to[i] += out_step;
+        }
       }
-    }
+    };
+    if (plain)
+      walk_steps.template operator()<true>();
+    else
+      walk_steps.template operator()<false>();
     if (!chained && warp() == L::kWarps - 1) {
 #pragma unroll
       for (int v = 0; v < V; ++v) after.store(lane() * V + v, state[v]);
@@ -605,7 +625,7 @@ __global__ void __launch_bounds__(kShortThreads)
   // A negative row: no state, outputs are 0. Only forward has rows.
   const int64_t row = p.state_rows ? p.state_rows[sequence] : sequence;
   Lane state = row < 0 ? Lane{} : walk.start(row, d);
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t t = 0; t < p.num_steps; ++t) {
     Lane x[kArrays], y[kOutputs];
 #pragma unroll
