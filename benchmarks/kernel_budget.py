@@ -200,23 +200,13 @@ def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
             weight[at] = -1000
         elif one.opcode == sass.LOAD_GLOBAL and copies:
             weight[at] = 500
-    # Once all is loaded, a jump leaves out the arithmetic of channels that lie outside of the
-    # tensor. What such a part leaves out in turn are options of the cell. Other jumps leave out the
-    # end of a sequence: a state is stored, at an address that takes a product.
+    # Some jumps leave out the end of a sequence: a state is stored, at an address that takes a product.
     loading = flow.before(loop, {at for at, one in enumerate(flow.code) if _loads(one)})
-    parts = {}
     for first, part in flow.skippable(loop).items():
         codes = [flow.code[at] for at in part]
         stores = sum(one.opcode == sass.STORE_GLOBAL for one in codes)
-        if first in loading or stores > 1:
-            continue
-        if any(one.is_arithmetic for one in codes):
-            parts[first] = part
-        elif stores and any(one.is_wide_product for one in codes):
+        if first not in loading and stores == 1 and any(one.is_wide_product for one in codes):
             weight[first] = weight.get(first, 0) + 10**5
-    for first, part in parts.items():
-        if not any(part < other for other in parts.values()):
-            weight[first] = weight.get(first, 0) - 5000
     counted = frozenset(at for at in loop.body if flow.code[at].opcode == sass.COPY_ASYNC)
     return flow.way(loop, weight, counted, copies)
 
