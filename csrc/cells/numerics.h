@@ -5,7 +5,7 @@
 // differentiable tensor code. Every lane type offers + - * (also with a number on either side), unary -, and
 //
 //   exp(x)           e^x, but never infinite: from x = kExpLimit<T> on it is constant; NaN stays NaN
-//   reciprocal(x)    1 / x
+//   reciprocal(x)    1 / x, for |x| in [2^-126, 2^126]
 //   fused(x, y, z)   x y + z, rounded once where the machine can
 //   at_least(x, c)   max(x, c); derivative 1 where x >= c, else 0; NaN stays NaN
 //   at_most(x, c)    min(x, c); derivative 1 where x < c, else 0; NaN stays NaN
@@ -39,7 +39,13 @@ inline constexpr auto kExpLimit<T> = kExpLimit<typename T::Scalar>;
 
 TORCH_EXT_HD float exp(float x) { return ::expf(x > 80.f ? 80.f : x); }
 TORCH_EXT_HD double exp(double x) { return ::exp(x > 700. ? 700. : x); }
-TORCH_EXT_HD float reciprocal(float x) { return 1.f / x; }
+TORCH_EXT_HD float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.f, x); // 1 ULP for |x| <= 2^126, in one instruction instead of ten
+#else
+  return 1.f / x;
+#endif
+}
 TORCH_EXT_HD double reciprocal(double x) { return 1. / x; }
 TORCH_EXT_HD float fused(float x, float y, float z) {
 #if defined(__CUDA_ARCH__) || defined(__FP_FAST_FMAF)

@@ -113,6 +113,12 @@ struct Places {
   int64_t sequence;      // of this lane's position
 
   TORCH_EXT_DEVICE Places(const Time& time, int64_t position, int steps) {
+    if (!time.cu_seqlens) {
+      starts = position == 0 && steps > 0;
+      ends = steps > 0 && position + steps == time.count ? 1u << (steps - 1) : 0;
+      sequence = time.sequence;
+      return;
+    }
     Time::Place p{0, false, false};
     if (lane() < steps) p = time.place(position + lane());
     starts = ballot(~0u, p.starts);
@@ -178,14 +184,19 @@ TORCH_EXT_DEVICE void fetch(
   const int channels = int(width - d0 < Layout::kChannels ? width - d0 : Layout::kChannels);
   const S* data = from.data + position * from.time + d0 * from.width;
   if (from.path == Source<S>::vectors) {
-    constexpr int kInVector = 16 / int(sizeof(S)), kVectors = Layout::kRowBytes / 16;
-    for (int i = thread; i < steps * kVectors; i += Layout::kThreads) {
-      const int t = i / kVectors, d = i % kVectors * kInVector;
-      const int valid = channels - d < kInVector ? channels - d : kInVector;
-      if (valid > 0)
-        copy_async16(
-            to, t * Layout::kPitch + d * int(sizeof(S)), data + t * from.time + d,
-            valid * int(sizeof(S)));
+    // A thread's pieces lie in one column.
+    constexpr int kInVector = 16 / int(sizeof(S)), kVectors = Layout::kRowBytes / 16,
+                  kRows = Layout::kThreads / kVectors;
+    const int d = thread % kVectors * kInVector, first = thread / kVectors;
+    const int valid = channels - d < kInVector ? channels - d : kInVector;
+    if (valid <= 0) return;
+    const S* piece = data + first * from.time + d;
+    const int64_t next = kRows * from.time;
+    int place = first * Layout::kPitch + d * int(sizeof(S));
+#pragma unroll
+    for (int t = 0; t < Layout::kTime; t += kRows) {
+      if (first + t < steps) copy_async16(to, place, piece, valid * int(sizeof(S)));
+      piece += next, place += kRows * Layout::kPitch;
     }
     return;
   }
@@ -194,6 +205,7 @@ TORCH_EXT_DEVICE void fetch(
   const int padded = (channels + Layout::kPerLane - 1) / Layout::kPerLane * Layout::kPerLane;
   const int fast = along_time ? steps : padded, slow = along_time ? padded : steps;
   const Shared<S> rows = to.template view<S>();
+#pragma unroll 1
   for (int j = warp(); j < slow; j += Layout::kWarps) {
     for (int i = lane(); i < fast; i += 32) {
       const int t = along_time ? i : j, d = along_time ? j : i;
@@ -227,7 +239,9 @@ struct ForwardWalk {
   TORCH_EXT_DEVICE Source<S> find_source(int i, int64_t sequence, const Time& time) const {
     return source<S>(p, p.inputs[i], sequence, time);
   }
-  TORCH_EXT_DEVICE int64_t count(int, const Time& time) const { return time.count; }
+  TORCH_EXT_DEVICE bool present(int) const { return true; }
+  // How many of the last positions an array lacks.
+  TORCH_EXT_DEVICE int64_t missing(int) const { return 0; }
   TORCH_EXT_DEVICE S* output(int) const { return static_cast<S*>(p.h); }
   TORCH_EXT_DEVICE Lane start(int64_t sequence, int64_t d) const {
     return state_at<Lane>(p.initial_state, sequence, d);
@@ -266,9 +280,8 @@ struct BackwardWalk {
     if (i < kInputs) return source<S>(p, p.inputs[i], sequence, time);
     return source<S>(p, p.h, sequence, time, 1); // h before a step stands at the next position
   }
-  TORCH_EXT_DEVICE int64_t count(int i, const Time& time) const { // as find_source says
-    return i == kBefore ? time.count - 1 : i == kGrad && !p.grad_h.data ? 0 : time.count;
-  }
+  TORCH_EXT_DEVICE bool present(int i) const { return i != kGrad || p.grad_h.data; }
+  TORCH_EXT_DEVICE int64_t missing(int i) const { return i == kBefore ? 1 : 0; }
   TORCH_EXT_DEVICE S* output(int i) const { return static_cast<S*>(p.grad_inputs[i]); }
   TORCH_EXT_DEVICE Lane start(int64_t sequence, int64_t d) const {
     return state_at<Lane>(p.grad_final_state, sequence, d);
@@ -301,7 +314,7 @@ TORCH_EXT_HOST_DEVICE constexpr int shared_bytes(bool chained) {
   using L = LayoutOf<Walk>;
   return (chained ? 1 : kStages) * L::kStageBytes +
          (L::kWarps + 1) * 2 * L::kChannels * int(sizeof(typename Walk::Lane)) +
-         Walk::kArrays * kSourceWords * int(sizeof(int64_t)) + (L::kWarps + 1) * int(sizeof(int));
+         Walk::kArrays * kSourceWords * int(sizeof(int64_t)) + 2 * int(sizeof(int64_t));
 }
 
 // ---- between blocks ----
@@ -388,8 +401,8 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   const Shared<Lane> effects = shared_memory<Lane>(stages * L::kStageBytes),
                      states = effects + L::kWarps * 2 * L::kChannels;
   const Shared<int64_t> sources = (states + 2 * L::kChannels).template view<int64_t>();
-  const Shared<int> restarts = (sources + kArrays * kSourceWords).template view<int>(),
-                    ticket = restarts + L::kWarps;
+  const Shared<int64_t> restarts = sources + kArrays * kSourceWords; // a byte per warp
+  const Shared<int> ticket = (restarts + 1).template view<int>();
 
   int64_t column = blockIdx.x, first_tile = 0, last_tile = q.tiles - 1;
   if (chained) {
@@ -408,9 +421,11 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   const Time time(p, batch, Walk::kBackward);
   if (threadIdx.x < kArrays)
     walk.find_source(int(threadIdx.x), batch, time).put(sources + int(threadIdx.x) * kSourceWords);
+  if (threadIdx.x == 0) restarts.store(0, 0);
   block_sync();
   const auto fetch_tile = [&](int64_t tile, int stage) {
     if (tile <= last_tile) {
+#pragma unroll 1
       for (int i = 0; i < kArrays; ++i)
         fetch<L>(
             inputs + (stage * L::kStageBytes + i * L::kArrayBytes),
@@ -423,79 +438,98 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   for (int i = 0; i < kOutputs; ++i)
     out[i] = walk.output(i) + ((p.cu_seqlens ? 0 : batch * p.num_steps) + time.first) * p.width + d;
   const int64_t out_step = time.direction * p.width;
-  // Both channels of a pair in one access, where all rows allow it.
-  bool whole = mine == V && p.width % V == 0;
+  // Both channels of a pair go out in one access, where all rows allow it.
+  bool whole_rows = p.width % V == 0;
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i)
-    whole = whole && reinterpret_cast<uintptr_t>(walk.output(i)) % sizeof(Row) == 0;
-
-  for (int i = 0; i < stages - 1; ++i) fetch_tile(first_tile + i, i);
-  int stage = 0;
-  for (int64_t tile = first_tile; tile <= last_tile; ++tile) {
-    if (chained) {
-      fetch_tile(tile, 0);
+    whole_rows = whole_rows && reinterpret_cast<uintptr_t>(walk.output(i)) % sizeof(Row) == 0;
+  // The lanes beyond the last channel compute along with the first one's inputs.
+  const int lane_row = mine > 0 ? lane() : 0;
+  int stage = 0, next_stage = 0;
+  for (int64_t tile = first_tile - (stages - 1); tile <= last_tile; ++tile) {
+    // The stage that is overwritten was read before the barrier at which the tile before exchanged its effects.
+    fetch_tile(tile + stages - 1, next_stage);
+    next_stage = next_stage + 1 >= stages ? 0 : next_stage + 1;
+    if (tile < first_tile) continue;
+    if (chained)
       copy_async_wait<0>();
-    } else {
-      copy_async_wait<kStages - 2>();
-    }
-    block_sync(); // the tile is there, and nobody reads the one before it any more
-    if (!chained) fetch_tile(tile + kStages - 1, (stage + kStages - 1) % kStages);
+    else
+      copy_async_wait<kStages - 1>();
+    block_sync(); // the tile is there, and so is the state before it
 
     const int64_t position = tile * L::kTime + warp() * L::kSteps, left = time.count - position;
     const int steps = left < 0 ? 0 : left < L::kSteps ? int(left) : L::kSteps;
     const Places places(time, position, steps);
+    const Shared<Row> rows =
+        (inputs + (stage * L::kStageBytes + warp() * L::kSteps * L::kPitch)).template view<Row>() +
+        lane_row;
+    // Almost all of a warp's steps are plain: all there, and no sequence starts or ends among them.
+    bool plain = steps == L::kSteps && !(places.starts | places.ends) && whole_rows;
+    int steps_there[kArrays];
+#pragma unroll
+    for (int i = 0; i < kArrays; ++i) {
+      const int64_t there = left - walk.missing(i);
+      steps_there[i] = there < 0 ? 0 : there < steps ? int(there) : steps;
+      plain = plain && (steps_there[i] == L::kSteps || !walk.present(i));
+    }
     Row x[L::kSteps][kArrays];
     Affine<Lane> f[L::kSteps][V];
     Lane a[V], b[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) a[v] = one<Lane>(), b[v] = Lane{};
+    const auto find_effect = [&]<bool kPlain>() __attribute__((always_inline)) {
 #pragma unroll
-    for (int k = 0; k < L::kSteps; ++k) {
-      if (k >= steps) break;
-      const bool starts = places.starts >> k & 1;
-      const int64_t sequence = starts ? places.sequence_of(k) : 0;
+      for (int k = 0; k < L::kSteps; ++k) {
+        if (!kPlain && k >= steps) break;
 #pragma unroll
-      for (int i = 0; i < kArrays; ++i) {
-        const bool there = mine > 0 && position + k < walk.count(i, time);
-        const int row = (warp() * L::kSteps + k) * (L::kPitch / int(sizeof(Row)));
-        const Shared<Row> rows =
-            (inputs + (stage * L::kStageBytes + i * L::kArrayBytes)).template view<Row>();
-        x[k][i] = there ? rows.load(row + lane()) : Row{};
+        for (int i = 0; i < kArrays; ++i) {
+          constexpr int kRowsApart = L::kPitch / int(sizeof(Row));
+          const bool there = walk.present(i) && (kPlain || k < steps_there[i]);
+          x[k][i] =
+              there ? rows.load(i * (L::kArrayBytes / int(sizeof(Row))) + k * kRowsApart) : Row{};
+        }
+        if (!kPlain && (places.starts >> k & 1)) {
+          const int64_t sequence = places.sequence_of(k);
+#pragma unroll
+          for (int v = 0; v < V; ++v) b[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          Lane y[kArrays];
+#pragma unroll
+          for (int i = 0; i < kArrays; ++i) y[i] = Stored<S>::widen(x[k][i].x[v]);
+          f[k][v] = walk.effect(y);
+          a[v] = f[k][v].a * a[v];
+          b[v] = fused(f[k][v].a, b[v], f[k][v].b);
+        }
       }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        Lane y[kArrays];
-#pragma unroll
-        for (int i = 0; i < kArrays; ++i) y[i] = Stored<S>::widen(x[k][i].x[v]);
-        f[k][v] = walk.effect(y);
-        if (starts) b[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
-        a[v] = f[k][v].a * a[v];
-        b[v] = fused(f[k][v].a, b[v], f[k][v].b);
-      }
-    }
+    };
+    if (plain)
+      find_effect.template operator()<true>();
+    else
+      find_effect.template operator()<false>();
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       effects.store((warp() * 2 + 0) * L::kChannels + lane() * V + v, a[v]);
       effects.store((warp() * 2 + 1) * L::kChannels + lane() * V + v, b[v]);
     }
-    if (lane() == 0) restarts.store(warp(), places.starts != 0);
+    if (lane() == 0) restarts.template view<unsigned char>().store(warp(), places.starts != 0);
     block_sync();
 
     // The state after the first `count` warps, from the one before the tile.
+    const uint64_t all_restarts = uint64_t(restarts.load(0));
     const auto fold_warps = [&](int count, Lane* to_a, Lane* to_b) {
-      bool any = false;
-      for (int w = 0; w < count; ++w) {
-        const bool starts = restarts.load(w);
-        any = any || starts;
+#pragma unroll
+      for (int w = 0; w < L::kWarps; ++w) {
+        if (w >= count) break;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const Lane wa = effects.load((w * 2 + 0) * L::kChannels + lane() * V + v),
                      wb = effects.load((w * 2 + 1) * L::kChannels + lane() * V + v);
           if (to_a) to_a[v] = wa * to_a[v];
-          to_b[v] = starts ? wb : fused(wa, to_b[v], wb);
+          to_b[v] = all_restarts >> (8 * w) & 1 ? wb : fused(wa, to_b[v], wb);
         }
       }
-      return any;
     };
     const Shared<Lane> before = states + int(tile % 2) * L::kChannels,
                        after = states + int((tile + 1) % 2) * L::kChannels;
@@ -504,9 +538,10 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
         Lane whole_a[V], whole_b[V], state[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) whole_a[v] = one<Lane>(), whole_b[v] = Lane{};
-        const bool any = fold_warps(L::kWarps, whole_a, whole_b);
+        fold_warps(L::kWarps, whole_a, whole_b);
         exchange_with_blocks<Lane, V>(
-            q.chain, q.columns, column, tile, tile == q.tiles - 1, whole_a, whole_b, any, state);
+            q.chain, q.columns, column, tile, tile == q.tiles - 1, whole_a, whole_b,
+            all_restarts != 0, state);
 #pragma unroll
         for (int v = 0; v < V; ++v) before.store(lane() * V + v, state[v]);
       }
@@ -517,36 +552,52 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
     for (int v = 0; v < V; ++v) state[v] = tile > 0 ? before.load(lane() * V + v) : Lane{};
     fold_warps(warp(), nullptr, state);
 
+    S* to[kOutputs];
 #pragma unroll
-    for (int k = 0; k < L::kSteps; ++k) {
-      if (k >= steps) break;
-      const bool starts = places.starts >> k & 1, ends = places.ends >> k & 1;
-      const int64_t sequence = starts || ends ? places.sequence_of(k) : 0;
-      Row y[kOutputs];
+    for (int i = 0; i < kOutputs; ++i) to[i] = out[i] + position * out_step;
+    const auto walk_steps = [&]<bool kPlain>() __attribute__((always_inline)) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        Lane in[kArrays], results[kOutputs] = {};
+      for (int k = 0; k < L::kSteps; ++k) {
+        if (!kPlain && k >= steps) break;
+        const bool starts = !kPlain && (places.starts >> k & 1),
+                   ends = !kPlain && (places.ends >> k & 1);
+        const int64_t sequence = starts || ends ? places.sequence_of(k) : 0;
+        if (starts) {
 #pragma unroll
-        for (int i = 0; i < kArrays; ++i) in[i] = Stored<S>::widen(x[k][i].x[v]);
-        if (starts) state[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
-        if (v < mine) state[v] = walk.step(in, f[k][v], state[v], ends, sequence, d + v, results);
-        if (ends && v < mine) walk.finish(sequence, d + v, state[v]);
+          for (int v = 0; v < V; ++v) state[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
+        }
+        Row y[kOutputs];
 #pragma unroll
-        for (int i = 0; i < kOutputs; ++i)
-          y[i].x[v] = v < mine ? Stored<S>::narrow(results[i]) : S{};
-      }
-      const int64_t at = (position + k) * out_step;
+        for (int v = 0; v < V; ++v) {
+          Lane in[kArrays], results[kOutputs];
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i) {
-        if (whole) {
-          store_global(reinterpret_cast<Row*>(out[i] + at), y[i]);
-        } else {
+          for (int i = 0; i < kArrays; ++i) in[i] = Stored<S>::widen(x[k][i].x[v]);
+          state[v] = walk.step(in, f[k][v], state[v], ends && v < mine, sequence, d + v, results);
+#pragma unroll
+          for (int i = 0; i < kOutputs; ++i) y[i].x[v] = Stored<S>::narrow(results[i]);
+        }
+        if (ends) {
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (v < mine) store_global(out[i] + at + v, y[i].x[v]);
+            if (v < mine) walk.finish(sequence, d + v, state[v]);
+        }
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          if (kPlain || whole_rows) {
+            if (mine > 0) store_global(reinterpret_cast<Row*>(to[i]), y[i]);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+              if (v < mine) store_global(to[i] + v, y[i].x[v]);
+          }
+          to[i] += out_step;
         }
       }
-    }
+    };
+    if (plain)
+      walk_steps.template operator()<true>();
+    else
+      walk_steps.template operator()<false>();
     if (!chained && warp() == L::kWarps - 1) {
 #pragma unroll
       for (int v = 0; v < V; ++v) after.store(lane() * V + v, state[v]);
@@ -574,7 +625,7 @@ __global__ void __launch_bounds__(kShortThreads)
   // A negative row: no state, outputs are 0. Only forward has rows.
   const int64_t row = p.state_rows ? p.state_rows[sequence] : sequence;
   Lane state = row < 0 ? Lane{} : walk.start(row, d);
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t t = 0; t < p.num_steps; ++t) {
     Lane x[kArrays], y[kOutputs];
 #pragma unroll

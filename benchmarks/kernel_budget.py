@@ -1,0 +1,543 @@
+#!/usr/bin/env python
+"""What every CUDA kernel takes of a GPU, held against a file of what it may take.
+
+    python benchmarks/kernel_budget.py                        the file as a table
+    python benchmarks/kernel_budget.py --check                compiles and compares; exit status 1 if more is taken
+    python benchmarks/kernel_budget.py --check --arch 90a     the same for one architecture
+    python benchmarks/kernel_budget.py --write                compiles and writes the file
+
+Needs nvcc and a C++ compiler, no GPU. Registers, spilled bytes and shared memory are the compiler's own figures;
+threads and dynamic shared memory come from the kernels' sources (tests/emulator/kernel_shapes.cpp);
+instructions are counted in the machine code, as the function `per_element` says. kernel_budget.json is the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = Path(__file__).resolve().with_suffix(".json")
+ARCHITECTURES = ("80", "90a", "100", "120")
+GROWTH = 0.05  # what may be added without a new file
+ABOUT = (
+    "Written by benchmarks/kernel_budget.py --write. Registers of a thread, bytes of a block, occupancy as a share "
+    "of the warps that a multiprocessor can hold; loop, way, mufu: instructions per element, as `per_element` says."
+)
+
+# ---- what an architecture has --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """CUDA C++ Programming Guide, "Technical specifications per compute capability"."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    shared_bytes_per_block: int
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {
+    "80": Multiprocessor(64, 32, 164 << 10, 163 << 10),
+    "89": Multiprocessor(48, 24, 100 << 10, 99 << 10),
+    "90a": Multiprocessor(64, 32, 228 << 10, 227 << 10),
+    "100": Multiprocessor(64, 32, 228 << 10, 227 << 10),
+    "120": Multiprocessor(48, 24, 100 << 10, 99 << 10),
+}
+RESERVED_SHARED_BYTES = 1024  # of each block, from 8.0 on
+SHARED_UNIT, REGISTER_UNIT, WARP_UNIT = 128, 256, 4
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def resident_blocks(architecture: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks of a kernel that a multiprocessor holds at once; 0 if not even one fits."""
+    limits = MULTIPROCESSORS[architecture]
+    if shared > limits.shared_bytes_per_block:
+        return 0
+    warps = round_up(threads, 32) // 32
+    # Registers are given to whole warps, and warps are spread evenly over four schedulers.
+    warps_by_registers = limits.registers // round_up(registers * 32, REGISTER_UNIT)
+    return min(
+        limits.blocks,
+        limits.warps // warps,
+        warps_by_registers // WARP_UNIT * WARP_UNIT // warps,
+        limits.shared_bytes // round_up(shared + RESERVED_SHARED_BYTES, SHARED_UNIT),
+    )
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
+    """Warps that a multiprocessor holds, as a share of those that it could."""
+    blocks = resident_blocks(architecture, threads, registers, shared)
+    return blocks * (round_up(threads, 32) // 32) / MULTIPROCESSORS[architecture].warps
+
+
+# ---- what the sources and the compiler say ---------------------------------------------------------
+
+
+def cuda_sources(cmake: str) -> list[str]:
+    """The list of that name in CMakeLists.txt."""
+    block = re.search(r"set\(cuda_sources\b([^)]*)\)", cmake)
+    if not block:
+        raise SystemExit("kernel_budget.py: CMakeLists.txt has no list cuda_sources")
+    return re.sub(r"#.*", "", block[1]).split()
+
+
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "BFloat16": "bfloat16",
+    "Half": "float16",
+    "Complex<float>": "complex64",
+    "Complex<double>": "complex128",
+}
+
+
+def readable(demangled: str) -> str:
+    """A kernel's name as the file has it, as in "diagonal_tiles backward min_gru bfloat16"."""
+    name = demangled.replace("torch_ext::", "").replace("cuda::", "").removeprefix("void ")
+    kernel = re.match(r"\w+", name)
+    walk = re.search(r"<(Forward|Backward)Walk<(\w+), (\w+(?:<\w+>)?) ?> ?>", name)
+    if not kernel:
+        return demangled
+    short = kernel[0].removesuffix("_kernel")
+    if not walk:
+        return name.split("(")[0] if "<" in name else short
+    cell = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", walk[2]).lower()
+    return f"{short} {walk[1].lower()} {cell} {DTYPES.get(walk[3], walk[3])}"
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    run = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return dict(zip(names, run.stdout.splitlines(), strict=True))
+
+
+@dataclass
+class Compiled:
+    """What ptxas reports of a kernel."""
+
+    registers: int = 0
+    spilled_bytes: int = 0  # stores and loads
+    stack_bytes: int = 0
+    static_shared: int = 0
+
+
+def parse_ptxas(log: str) -> dict[str, Compiled]:
+    """The report of -Xptxas -v by mangled name; functions that are no kernels are left out."""
+    found: dict[str, Compiled] = {}
+    kernel = properties = None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            kernel = match[1]
+            found[kernel] = Compiled()
+        elif match := re.search(r"Function properties for (\S+)", line):
+            properties = match[1]
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            if properties in found:
+                found[properties].stack_bytes = int(match[1])
+                found[properties].spilled_bytes = int(match[2]) + int(match[3])
+        elif (match := re.search(r"Used (\d+) registers", line)) and kernel:
+            found[kernel].registers = int(match[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                found[kernel].static_shared = int(shared[1])
+    return found
+
+
+def warnings_in(log: str) -> list[str]:
+    return [line.strip() for line in log.splitlines() if re.search(r"\b(warning|error)\b", line)]
+
+
+# ---- instructions ------------------------------------------------------------------------------------
+
+
+def _loads(one: sass.Instruction) -> bool:
+    return one.opcode in (sass.LOAD_SHARED, sass.COPY_ASYNC)
+
+
+def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
+    """The way around the main loop of a thread that has nothing special to do, as far as jumps tell.
+
+    All steps are there, with the cheapest of the cell's options; inputs come by 16 bytes; no other
+    block is waited for, no sequence starts, no division has an operand out of the usual range.
+    """
+    weight = {}
+    inner = set().union(*(other.body for other in flow.inside(loop)))
+    for at in loop.body:
+        one = flow.code[at]
+        if (
+            one.opcode == sass.FENCE
+            or one.opcode in sass.SHUFFLES
+            or (one.opcode == sass.CALL and one.always)
+            or one.waits_for_all_copies
+        ):
+            weight[at] = 10**6
+        elif one.opcode == sass.STORE_GLOBAL:
+            weight[at] = -1000 * one.store_bytes
+        elif one.opcode == sass.LOAD_SHARED and at not in inner:
+            weight[at] = -1000
+        elif one.opcode == sass.LOAD_GLOBAL and copies:
+            weight[at] = 500
+    # Some jumps leave out the end of a sequence: a state is stored, at an address that takes a product.
+    loading = flow.before(loop, {at for at, one in enumerate(flow.code) if _loads(one)})
+    for first, part in flow.skippable(loop).items():
+        codes = [flow.code[at] for at in part]
+        stores = sum(one.opcode == sass.STORE_GLOBAL for one in codes)
+        if first not in loading and stores == 1 and any(one.is_wide_product for one in codes):
+            weight[first] = weight.get(first, 0) + 10**5
+    counted = frozenset(at for at in loop.body if flow.code[at].opcode == sass.COPY_ASYNC)
+    return flow.way(loop, weight, counted, copies)
+
+
+def per_element(
+    code: list[sass.Instruction], architecture: str, launch: dict
+) -> dict[str, float] | None:
+    """Instructions of a thread per element (one channel of one step) in the kernel's main loop.
+
+    "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs:
+    what the compiler made of the source, rare cases included. "way": those that are executed on the
+    usual way through it, inputs fetched, and the effects of the other warps folded as often as the
+    last warp does. "mufu": of these, exponentials and reciprocals. None: the kernel has no loop.
+    """
+    flow = sass.Flow(code, int(architecture.rstrip("af")))
+    if not flow.loops or not any(code[at].opcode == sass.STORE_GLOBAL for at in flow.loops[0].body):
+        return None
+    loop = flow.loops[0]
+    tiled = "elements_per_thread" in launch
+    copies = launch["elements_per_thread"] * launch["itemsize"] // 16 if tiled else 0
+    arrays = launch["arrays"] if tiled else 1
+
+    def copies_in(body: Iterable[int]) -> int:
+        return sum(code[at].opcode == sass.COPY_ASYNC for at in body)
+
+    fetching = [other for other in flow.inside(loop) if copies_in(other.body)]
+    fetching = [one for one in fetching if not any(one.body < other.body for other in fetching)]
+    # Either a loop over the arrays, with all that fetches one of them, or one per array.
+    over_arrays = any(flow.inside(one) for one in fetching)
+    way = _usual_way(flow, loop, copies if over_arrays else copies * arrays)
+    times = dict.fromkeys(way, 1.0)
+    for one in fetching:
+        here = one.body & times.keys()
+        if own := copies_in(here):
+            times.update(dict.fromkeys(here, float(arrays if over_arrays else copies / own)))
+    if tiled:
+        elements = launch["elements_per_thread"]
+    else:
+        stores = [code[at] for at in way if code[at].opcode == sass.STORE_GLOBAL]
+        elements = max(1, len(stores) // launch["outputs"])
+    body = len(loop.body) - sum(len(one.body) for one in fetching)
+    return {
+        "loop": round(body / elements, 1),
+        "way": round(sum(times.values()) / elements, 1),
+        "mufu": round(
+            sum(t for at, t in times.items() if code[at].opcode in sass.MUFU) / elements, 2
+        ),
+    }
+
+
+def find_nvdisasm() -> str | None:
+    """NVIDIA's disassembler: of the toolkit, or of the package nvidia-cuda-nvdisasm."""
+    beside = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin/nvdisasm")
+    return shutil.which("nvdisasm") or (str(beside) if os.access(beside, os.X_OK) else None)
+
+
+def check_jumps(nvdisasm: str, cubin: Path, architecture: str) -> str | None:
+    """Where NVIDIA's disassembler sees another target of a jump than sass.py, if anywhere."""
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    labels: dict[tuple[str, str], int] = {}
+    jumps: list[tuple[str, int, str]] = []
+    section, pending, code = "", [], sass.kernels(cubin.read_bytes())
+    for line in text.stdout.splitlines():
+        if line.startswith(".text."):
+            section = line.strip().removeprefix(".text.").removesuffix(":")
+        elif line.startswith(".L_"):
+            pending.append(line.strip().removesuffix(":"))
+        elif match := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*)", line):
+            at = int(match[1], 16)
+            labels.update({(section, label): at for label in pending})
+            pending = []
+            if jump := re.search(r"\b(?:BRA|BSSY)\b.*`\((\.L_\w+)\)", match[2]):
+                jumps.append((section, at, jump[1]))
+    for section, at, label in jumps:
+        one = code[section][at // sass.INSTRUCTION_BYTES]
+        ours = at + sass.INSTRUCTION_BYTES + one.jump(int(architecture.rstrip("af")))
+        if ours != labels[section, label]:
+            return f"{section} at {at:#x}: {ours:#x} instead of {labels[section, label]:#x}"
+    return None
+
+
+# ---- measuring ------------------------------------------------------------------------------------------
+
+
+def launches(folder: Path) -> dict[str, dict]:
+    """How each kernel is launched, by its readable name: what tests/emulator/kernel_shapes.cpp prints."""
+    program = folder / "kernel_shapes"
+    emulator = ROOT / "tests" / "emulator"
+    compiler = os.environ.get("CXX") or "c++"
+    command = [compiler, "-std=c++20", "-w", "-DTORCH_EXT_EMULATE"]
+    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests")]
+    command += [str(emulator / "kernel_shapes.cpp"), str(emulator / "emulator.cpp")]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in lines.splitlines()]
+    return {row.pop("kernel"): row for row in rows}
+
+
+def compile_source(nvcc: str, source: str, architecture: str, folder: Path) -> tuple[Path, str]:
+    """The cubin of a source, with the options of CMakeLists.txt, and what the compiler said."""
+    cubin = folder / f"{Path(source).stem}.{architecture}.cubin"
+    command = [nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
+    command += ["-Xptxas", "-v,-warn-spills", "-cubin", "-o", str(cubin)]
+    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include"), str(ROOT / source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    log = run.stdout + run.stderr
+    if run.returncode:
+        sys.exit(f"kernel_budget.py: {source} does not compile for sm_{architecture}:\n{log}")
+    return cubin, log
+
+
+def figures(
+    architecture: str, compiled: Compiled, code: list[sass.Instruction], launch: dict
+) -> dict:
+    row = {
+        "registers": compiled.registers,
+        "spilled_bytes": compiled.spilled_bytes,
+        "static_shared": compiled.static_shared,
+        "instructions": len(code),
+    }
+    if counts := per_element(code, architecture, launch):
+        row["per_element"] = counts
+    for schedule in ("", "chained_"):
+        shared = compiled.static_shared + launch[f"{schedule}dynamic_shared"]
+        share = occupancy(architecture, launch["threads"], compiled.registers, shared)
+        row[f"{schedule}occupancy"] = round(share, 4)
+    return row
+
+
+def measure(nvcc: str, architecture: str, folder: Path, launch: dict[str, dict]) -> dict:
+    """One architecture: {"object_bytes", "seconds", "warnings", "kernels": {name: figures}}."""
+    started = time.monotonic()
+    sources = cuda_sources((ROOT / "CMakeLists.txt").read_text())
+    compiled = [compile_source(nvcc, source, architecture, folder) for source in sources]
+    seconds = time.monotonic() - started
+    result: dict = {
+        "object_bytes": sum(cubin.stat().st_size for cubin, _ in compiled),
+        "seconds": round(seconds),
+        "warnings": [line for _, log in compiled for line in warnings_in(log)],
+        "kernels": {},
+    }
+    for cubin, log in compiled:
+        reports, code = parse_ptxas(log), sass.kernels(cubin.read_bytes())
+        nvdisasm = find_nvdisasm()
+        if nvdisasm and (wrong := check_jumps(nvdisasm, cubin, architecture)):
+            sys.exit(f"kernel_budget.py: sass.py misreads a jump of sm_{architecture}: {wrong}")
+        for mangled, name in demangle(reports).items():
+            short = readable(name)
+            if short not in launch:
+                result["warnings"].append(f"kernel_shapes.cpp does not print {short!r}")
+                continue
+            result["kernels"][short] = figures(
+                architecture, reports[mangled], code[mangled], launch[short]
+            )
+    return result
+
+
+def measure_all(nvcc: str, architectures: list[str], jobs: int) -> tuple[dict, dict[str, dict]]:
+    """Launches by kernel, and what `measure` returns by architecture."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        launch = launches(folder)
+        with ThreadPoolExecutor(jobs) as pool:
+            results = pool.map(lambda a: measure(nvcc, a, folder, launch), architectures)
+            return launch, dict(zip(architectures, results, strict=True))
+
+
+# ---- the file ---------------------------------------------------------------------------------------------
+
+
+def merged(budget: dict, compiler: str, launch: dict, measured: dict[str, dict]) -> dict:
+    """The new file: measured architectures anew, the others as they were."""
+    architectures = {**budget.get("architectures", {})}
+    rows: dict[str, dict] = {name: {"launch": launch[name]} for name in sorted(launch)}
+    for name, old in budget.get("kernels", {}).items():
+        if name in rows:
+            rows[name] |= {key: old[key] for key in old if key not in ("launch", *measured)}
+    for architecture, result in measured.items():
+        kernels = result["kernels"]
+        architectures[architecture] = {
+            "object_bytes": result["object_bytes"],
+            "compile_seconds": result["seconds"],
+            "kernels": len(kernels),
+            "instructions": sum(row["instructions"] for row in kernels.values()),
+            "spilled_bytes": sum(row["spilled_bytes"] for row in kernels.values()),
+            "most_registers": max((row["registers"] for row in kernels.values()), default=0),
+        }
+        for name, row in kernels.items():
+            rows[name][architecture] = row
+    order = sorted(architectures, key=lambda a: int(a.rstrip("af")))
+    return {
+        "about": ABOUT,
+        "compiler": compiler,
+        "architectures": {a: architectures[a] for a in order},
+        "total": {
+            "object_bytes": sum(x["object_bytes"] for x in architectures.values()),
+            "compile_seconds": sum(x["compile_seconds"] for x in architectures.values()),
+        },
+        "kernels": {
+            name: {"launch": row["launch"], **{a: row[a] for a in order if a in row}}
+            for name, row in rows.items()
+        },
+    }
+
+
+def to_text(budget: dict) -> str:
+    """JSON with a line per kernel and architecture, so that differences can be read."""
+    lines = ["{"]
+    for key in ("about", "compiler", "total"):
+        lines.append(f" {json.dumps(key)}: {json.dumps(budget[key])},")
+    lines.append(' "architectures": {')
+    rows = [f"  {json.dumps(a)}: {json.dumps(x)}" for a, x in budget["architectures"].items()]
+    lines += [",\n".join(rows), " },", ' "kernels": {']
+    kernels = []
+    for name, row in budget["kernels"].items():
+        inside = ",\n".join(f"   {json.dumps(key)}: {json.dumps(x)}" for key, x in row.items())
+        kernels.append(f"  {json.dumps(name)}: {{\n{inside}\n  }}")
+    return "\n".join([*lines, ",\n".join(kernels), " }", "}", ""])
+
+
+def quantities(row: dict, launch: dict) -> dict[str, float]:
+    """What is compared of a kernel, by name."""
+    found = {
+        "registers": row["registers"],
+        "shared memory": row["static_shared"] + launch["dynamic_shared"],
+        "shared memory, chained": row["static_shared"] + launch["chained_dynamic_shared"],
+    }
+    counts = row.get("per_element", {})
+    if counts:
+        found["instructions per element, whole loop"] = counts["loop"]
+        found["instructions per element, usual way"] = counts["way"]
+    return found
+
+
+def offences(budget: dict, launch: dict, measured: dict[str, dict]) -> list[str]:
+    """A line for each way in which kernels take more than the file allows."""
+    bad = []
+
+    def compare(name: str, architecture: str, quantity: str, allowed: float, found: float) -> None:
+        if found > allowed * (1 + GROWTH):
+            bad.append(
+                f"{name}, sm_{architecture}: {quantity}: {allowed:g} allowed, {found:g} found"
+            )
+
+    for architecture, result in measured.items():
+        bad += [f"sm_{architecture}: {line}" for line in result["warnings"]]
+        known = budget.get("architectures", {}).get(architecture)
+        if known is None:
+            bad.append(f"all kernels, sm_{architecture}: not in the file; --write adds it")
+            continue
+        compare(
+            "all kernels",
+            architecture,
+            "bytes of the object",
+            known["object_bytes"],
+            result["object_bytes"],
+        )
+        rows = {name: row for name, row in budget["kernels"].items() if architecture in row}
+        for name in sorted(rows.keys() - result["kernels"].keys()):
+            bad.append(
+                f"{name}, sm_{architecture}: kernel: 1 allowed, 0 found: it is in the file alone"
+            )
+        for name, row in sorted(result["kernels"].items()):
+            if row["spilled_bytes"]:
+                bad.append(
+                    f"{name}, sm_{architecture}: spilled bytes: 0 allowed, {row['spilled_bytes']} found"
+                )
+            if name not in rows:
+                bad.append(
+                    f"{name}, sm_{architecture}: kernel: 0 allowed, 1 found: it is not in the file"
+                )
+                continue
+            allowed = quantities(rows[name][architecture], rows[name]["launch"])
+            for quantity, value in quantities(row, launch[name]).items():
+                compare(name, architecture, quantity, allowed.get(quantity, 0), value)
+    return bad
+
+
+def table(budget: dict, architectures: list[str]) -> str:
+    lines = [
+        f"{'kernel':<44} {'sm':<4} threads regs spill   smem chained  occ. chained  loop   way  mufu"
+    ]
+    for name, kernel in budget["kernels"].items():
+        launch = kernel["launch"]
+        for architecture in architectures:
+            if architecture not in kernel:
+                continue
+            row = kernel[architecture]
+            counts = row.get("per_element")
+            text = f"{counts['loop']:>5} {counts['way']:>5} {counts['mufu']:>5}" if counts else ""
+            lines.append(
+                f"{name:<44} {architecture:<4} {launch['threads']:>7} {row['registers']:>4} "
+                f"{row['spilled_bytes']:>5} {launch['dynamic_shared']:>6} "
+                f"{launch['chained_dynamic_shared']:>7} {row['occupancy']:>4.0%} "
+                f"{row['chained_occupancy']:>7.0%} {text}".rstrip()
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="compile and compare with the file")
+    what.add_argument("--write", action="store_true", help="compile and write the file")
+    add("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="ARCH")
+    add("--jobs", type=int, choices=(1, 2), default=1, help="architectures compiled at once")
+    add("--nvcc", default="nvcc")
+    add("--file", type=Path, default=BUDGET)
+    args = parser.parse_args(argv)
+
+    budget = json.loads(args.file.read_text()) if args.file.exists() else {"kernels": {}}
+    if not (args.check or args.write):
+        print(table(budget, args.arch))
+        return 0
+
+    version = subprocess.run([args.nvcc, "--version"], capture_output=True, text=True, check=True)
+    compiler = re.search(r"V([\d.]+)", version.stdout)[1]
+    launch, measured = measure_all(args.nvcc, args.arch, args.jobs)
+    if args.write:
+        budget = merged(budget, compiler, launch, measured)
+        args.file.write_text(to_text(budget))
+    elif compiler != budget.get("compiler"):
+        print(f"The file is of nvcc {budget.get('compiler')}, this is nvcc {compiler}.")
+    bad = offences(budget, launch, measured)
+    print("\n".join(bad) or f"All kernels keep to the budget: sm_{', sm_'.join(args.arch)}.")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
