@@ -158,8 +158,10 @@ def part_tests(args: argparse.Namespace, log: Log) -> dict:
 
 
 def find_sanitizer() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    for folder in (None, Path(home) / "bin", Path(home) / "compute-sanitizer"):
+    """The toolkit's, or that of `pip install nvidia-cuda-sanitizer-api`."""
+    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+    packages = sorted(path for entry in sys.path for path in Path(entry).glob("nvidia/cu*"))
+    for folder in (None, home / "bin", *(path / "bin" for path in packages)):
         found = shutil.which("compute-sanitizer", path=folder and str(folder))
         if found:
             return found
@@ -185,7 +187,7 @@ def read_sanitizer(output: str) -> dict:
 def part_sanitizer(args: argparse.Namespace, log: Log) -> dict:
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        return {"ok": False, "reason": "compute-sanitizer is neither in PATH nor in CUDA_HOME"}
+        return {"ok": False, "reason": "compute-sanitizer is not in PATH, CUDA_HOME or pip"}
     deadline, results = Deadline(args.limit), {}
     for index, tool in enumerate(TOOLS):
         seconds = deadline.left() / (len(TOOLS) - index)

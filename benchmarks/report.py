@@ -530,12 +530,14 @@ def draw_ratios(result: dict, path: Path) -> Path:
     ax.set_xscale("log")
     lowest = min(1.0, *(row["ratio_min"] for row in rows))
     highest = max(max(row["ratio_max"], row.get("papers_ratio") or 1) for row in rows)
-    ax.set_xlim(lowest * 0.8, highest * 2.5)
+    ax.set_xlim(lowest * 0.8, highest * 4)
     ax.axvline(1, color=INK, linewidth=1, zorder=3)
     ax.set_yticks(range(len(rows)), labels, fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if tick >= lowest * 0.8]
-    ax.set_xticks([tick for tick in ticks if tick <= highest * 2.5])
+    ticks = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+    if highest / lowest > 3000:
+        ticks = [10**exponent for exponent in range(-3, 7)]
+    ax.set_xticks([tick for tick in ticks if lowest * 0.8 <= tick <= highest * 4])
     ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     ax.tick_params(axis="y", length=0)

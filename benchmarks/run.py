@@ -192,6 +192,11 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         print(allocator_line(row), flush=True)
 
 
+def device_of(args: argparse.Namespace, settings: dict) -> str:
+    """Where tensors are: the backend's word, so that tests can run a GPU's path without one."""
+    return "cpu" if args.device == "cpu" else settings["backend"].device
+
+
 def make_timer(args: argparse.Namespace, settings: dict, sets: int = 1):
     """Samples of peers are longer than those of operators: they are slow, and we compare."""
     from measure import CpuTimer, Effort
@@ -279,7 +284,7 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
         parse_shape,
     )
 
-    threads = None
+    device, threads = device_of(args, settings), None
     if args.device == "cpu":
         threads = max(settings["threads"])
         set_threads(threads, settings["cpus"])
@@ -327,16 +332,16 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
         timer = make_timer(args, settings, sets)
         scans = ("associative_scan", "accelerated-scan", "accelerated-scan (Triton)", "fla-hgrn")
         if "linear_scan" in families and set(scans) & set(names):
-            run(scan_comparisons(names, shape, dtype, args.device, sets), timer)
+            run(scan_comparisons(names, shape, dtype, device, sets), timer)
         if "min_gru" in families and any(name.startswith("minGRU") for name in names):
-            run(gate_comparisons(names, shape, dtype, args.device, sets), timer)
+            run(gate_comparisons(names, shape, dtype, device, sets), timer)
     if "layer" in args.mode:
         for shape_name, dtype, layer in itertools.product(
             (quick or LAYER_SHAPES[args.device]) if shapes is None else shapes, dtypes, LAYERS
         ):
             if {"MinGRU": "min_gru", "MinLSTM": "min_lstm"}[layer] in families:
                 shape = parse_shape(shape_name)
-                comparisons = layer_comparisons(layer, names, shape, dtype, args.device)
+                comparisons = layer_comparisons(layer, names, shape, dtype, device)
                 run(comparisons, make_timer(args, settings))
     if "loops" in names:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
@@ -356,9 +361,10 @@ def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict
     from report import duration, operator_line, operators_header
     from shapes import OPERATORS, PASSES, resolve_shape
 
+    device = device_of(args, settings)
     timer = make_timer(args, settings)
     small = 2**20 if args.quick else None
-    bandwidth = Bandwidth(args.device, small) if small else Bandwidth(args.device)
+    bandwidth = Bandwidth(device, small) if small else Bandwidth(device)
     samples = timer.measure(bandwidth.variants())
     launch = launch_overhead(timer)
     arithmetic = arithmetic_rates(timer, small) if small else arithmetic_rates(timer)
@@ -377,7 +383,7 @@ def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict
         rate = arithmetic[f"{kind}_per_ns"]
         print(f"{kind}: {rate:.0f} per ns" if rate else arithmetic[f"no_{kind}_because"])
 
-    checker = Checker(args.device)
+    checker = Checker(device)
     print(operators_header())
     modes = [mode for mode in args.mode if mode in PASSES]
     for dtype_name, shape_name, name, mode in itertools.product(
