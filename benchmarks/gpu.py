@@ -24,6 +24,7 @@ Call = Callable[[], object]
 GRAPH_CALLS = 10
 MOST_SETS = 20
 BUFFER_BYTES = 2**28  # of each array of copy and triad
+LONG_SECONDS = 15.0  # where all rounds would take longer, five have to do
 WORKING_SET = 4  # times L2: no call finds there what an earlier one has left
 
 
@@ -143,7 +144,10 @@ class GraphTimer:
                 results[name] = Samples(len(many), timed_as=how)
             round_seconds = sum(self.backend.seconds(work) for work in works.values())
             rounds = min(1000, round(self.effort.seconds / max(round_seconds, 1e-9)))
-            for _ in range(max(self.effort.rounds, rounds)):
+            least = self.effort.rounds
+            if least * round_seconds > LONG_SECONDS:
+                least = min(5, least)
+            for _ in range(max(least, rounds)):
                 for name, work in works.items():
                     results[name].seconds.append(self.backend.seconds(work) / results[name].calls)
             for name, calls in variants.items():

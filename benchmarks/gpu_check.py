@@ -7,7 +7,8 @@
 tests       the pytest suite on --device cuda, each file in a process of its own
 sanitizer   compute-sanitizer's memcheck, racecheck, initcheck and synccheck over exercise.py
 graphs      CUDA graphs: capture and replay, in tests/test_cuda.py and of every consumer
-benchmark   run.py --device cuda, and its goals
+benchmark   run.py --device cuda: operators, steps, memory; and the shares that are their goals
+peers       run.py --device cuda: layers, and ours beside peers; and the ratios that are its goals
 
 Writes gpu_check.json and gpu_check.log into --out. Parts that ran earlier stay in the JSON, so that
 they can be run one by one. A part that fails or is stopped at its limit does not stop the others;
@@ -88,7 +89,7 @@ def run_command(
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGINT)  # lets Python say where it was, and save
             try:
-                output, _ = child.communicate(timeout=20)
+                output, _ = child.communicate(timeout=40)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 output, _ = child.communicate()
@@ -201,75 +202,89 @@ def part_sanitizer(args: argparse.Namespace, log: Log) -> dict:
 
 
 def part_graphs(args: argparse.Namespace, log: Log) -> dict:
-    files = ["test_cuda.py", "test_consumers.py"]
-    result = run_pytest([*files, "-k", "graph"], args.limit, log)
+    tests = ["test_cuda.py", "test_consumers.py::test_cuda_graph", "-k", "graph"]
+    result = run_pytest(tests, args.limit, log)
     if result.get("passed", 0) == 0:
         result["ok"] = False
         result.setdefault("reason", "no test ran")
     return result
 
 
-def part_benchmark(args: argparse.Namespace, log: Log) -> dict:
-    file = args.out.resolve() / "gpu.json"
+def run_benchmark(
+    args: argparse.Namespace,
+    log: Log,
+    name: str,
+    options: Sequence[str],
+    goals: Callable[[dict], list[dict]],
+) -> dict:
+    """run.py on the GPU. Stopped at its limit it still writes what it has measured."""
+    file = args.out.resolve() / f"{name}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "run.py"), "--device", "cuda", "--name", "gpu"]
-    command += ["--out", str(file.parent), "--markdown", str(file.with_suffix(".md"))]
+    command = [sys.executable, str(HERE / "run.py"), "--device", "cuda", "--name", name]
+    command += ["--out", str(file.parent), "--markdown", str(file.with_suffix(".md")), *options]
     command += ["--quick"] if args.quick else []
     result = run_command(command, args.limit, log)
     del result["output"]
     if file.exists():
-        result["benchmark"] = json.loads(file.read_text())
-        result["goals"] = goals(result["benchmark"])
+        result["result"] = json.loads(file.read_text())
+        result["goals"] = goals(result["result"])
         result["ok"] = result["ok"] and all(goal["met"] for goal in result["goals"])
     return result
 
 
-def goals(result: dict) -> list[dict]:
-    """What we promise on a GPU, and what was found. What was not measured is not met."""
+def part_benchmark(args: argparse.Namespace, log: Log) -> dict:
+    modes = ["--mode", "forward", "backward", "forward+backward", "step", "memory"]
+    return run_benchmark(args, log, "gpu", [*modes, "--peers", "none"], share_goals)
+
+
+def part_peers(args: argparse.Namespace, log: Log) -> dict:
+    return run_benchmark(args, log, "gpu-peers", ["--mode", "layer", "--shapes"], ratio_goals)
+
+
+def goal_of(what: str, goal: float, found: float | None) -> dict:
+    """What was not measured is not met."""
+    return {"what": what, "goal": goal, "found": found, "met": found is not None and found >= goal}
+
+
+def share_goals(result: dict) -> list[dict]:
+    """Shares of copy bandwidth that we promise on a GPU."""
     sys.path.insert(0, str(HERE))
-    from shapes import DEFAULT_OPERATORS, GPU_GOALS, GPU_PEERS_TO_BEAT
+    from shapes import DEFAULT_OPERATORS, GPU_GOALS
+
+    shares = {
+        (row["shape_name"], row["dtype"], row["mode"], row["operator"]): row["fraction_of_copy"]
+        for row in result["operators"]
+    }
+    return [
+        goal_of(
+            f"{name} {mode}, {shape} {dtype}: share of copy bandwidth",
+            goal,
+            shares.get((shape, dtype, mode, name)),
+        )
+        for (shape, dtype, mode), goal in GPU_GOALS.items()
+        for name in DEFAULT_OPERATORS
+    ]
+
+
+def ratio_goals(result: dict) -> list[dict]:
+    """Peers that ours must not be slower than, at any shape."""
+    sys.path.insert(0, str(HERE))
+    from shapes import GPU_PEERS_TO_BEAT
 
     found = []
-    for (shape, dtype, mode), goal in GPU_GOALS.items():
-        for name in DEFAULT_OPERATORS:
-            rows = [
-                row["fraction_of_copy"]
-                for row in result["operators"]
-                if (row["shape_name"], row["dtype"], row["mode"], row["operator"])
-                == (shape, dtype, mode, name)
-            ]
-            value = rows[0] if rows else None
-            found.append(
-                {
-                    "what": f"{name} {mode}, {shape} {dtype}: share of copy bandwidth",
-                    "goal": goal,
-                    "found": value,
-                    "met": value is not None and value >= goal,
-                }
-            )
     for peer in GPU_PEERS_TO_BEAT:
         rows = [row for row in result["peers"] if row["peer"] == peer]
         for row in rows:
             shape = "x".join(map(str, row["shape"]))
-            found.append(
-                {
-                    "what": f"{row['what']}, {shape} {row['dtype']}: ratio to {peer}",
-                    "goal": 1.0,
-                    "found": row["ratio"],
-                    "met": row["ratio"] > 1.0,
-                }
-            )
-        if not rows:
-            reasons = [row["reason"] for row in result["not_run"] if row["peer"] == peer]
-            found.append(
-                {
-                    "what": f"ratio to {peer}",
-                    "goal": 1.0,
-                    "found": None,
-                    "met": False,
-                    "reason": reasons[0] if reasons else "not timed",
-                }
-            )
+            what = f"{row['what']}, {shape} {row['dtype']}: ratio to {peer}"
+            found.append(goal_of(what, 1.0, row["ratio"]))
+        for row in result["not_run"]:
+            if row["peer"] == peer:
+                shape = "x".join(map(str, row.get("shape", ())))
+                missing = goal_of(f"{row['what']} {shape}: ratio to {peer}", 1.0, None)
+                found.append(missing | {"reason": row["reason"]})
+        if not any(peer in goal["what"] for goal in found):
+            found.append(goal_of(f"ratio to {peer}", 1.0, None) | {"reason": "not timed"})
     return found
 
 
@@ -278,6 +293,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Log], dict]] = {
     "sanitizer": part_sanitizer,
     "graphs": part_graphs,
     "benchmark": part_benchmark,
+    "peers": part_peers,
 }
 
 

@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, t
 
 # What the small check uses: odd, so that every tail of rows, tiles and lanes is met.
 REDUCED_SHAPE = (3, 37, 83)
-LONG = 8192
+LONG = 2048
 
 
 class WrongResult(Exception):

@@ -263,7 +263,7 @@ def time_memory(args: argparse.Namespace, settings: dict, result: dict) -> None:
 
 def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
-    from measure import set_threads
+    from measure import first_line, set_threads
     from operators import WrongResult
     from peers import (
         LAYERS,
@@ -315,6 +315,11 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
                         print(f"NOT TIMED, {row['what']}", flush=True)
         except WrongResult as wrong:
             failed(wrong)
+        except Exception as error:  # memory, the compiler, the device: the next may work
+            result["not_run"].append(
+                {"peer": "torch_ext and peers", "what": "a comparison", "reason": first_line(error)}
+            )
+            print(not_run_line(result["not_run"][-1]), flush=True)
 
     families = {name.partition("[")[0] for name in args.op}
     shapes = args.peer_shapes

@@ -141,7 +141,7 @@ def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch):
     import gpu
     import report
     import run
-    from gpu_check import goals
+    from gpu_check import ratio_goals, share_goals
     from measure import Machine
 
     rates = {"exp_per_ns": 100.0, "fma_per_ns": None, "no_fma_because": "not asked"}
@@ -179,9 +179,30 @@ def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch):
     assert "copy bandwidth" in text and "called from Python" in text
     assert "Peak memory" in text and "One token" in text
     assert report.summary(result)
-    found = goals(result)
-    assert found and not all(goal["met"] for goal in found)
-    assert any(goal.get("reason") for goal in found)
+    assert share_goals(result) and not any(goal["met"] for goal in share_goals(result))
+    assert all(goal.get("reason") or goal["found"] for goal in ratio_goals(result))
+
+
+def test_goals_of_a_gpu():
+    from gpu_check import ratio_goals, share_goals
+    from shapes import DEFAULT_OPERATORS, GPU_GOALS
+
+    rows = [
+        {"shape_name": shape, "dtype": dtype, "mode": mode, "operator": name}
+        | {"fraction_of_copy": goal - (0.1 if name == "min_lstm" else 0)}
+        for (shape, dtype, mode), goal in GPU_GOALS.items()
+        for name in DEFAULT_OPERATORS
+    ]
+    found = share_goals({"operators": rows})
+    assert [goal["what"].split()[0] for goal in found if not goal["met"]] == ["min_lstm"] * 4
+    assert share_goals({"operators": rows[1:]})[0]["found"] is None
+
+    row = {"what": "linear_scan: forward", "shape": [1, 2, 3], "dtype": "bfloat16"}
+    peers = [row | {"peer": "accelerated-scan", "ratio": 0.9}]
+    missing = [{"peer": "fla-hgrn", "what": "all", "reason": "not installed"}]
+    found = ratio_goals({"peers": peers, "not_run": missing})
+    assert not any(goal["met"] for goal in found)
+    assert [goal.get("reason") for goal in found] == [None, "not timed", "not installed"]
 
 
 # ---- comparing with peers ----
