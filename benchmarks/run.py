@@ -276,7 +276,7 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
     )
     from report import not_run_line, peer_line, peers_header
     from shapes import (
-        LAYER_SHAPES,
+        LAYERS_TIMED,
         PAPER_TIMES,
         PEER_SHAPES,
         QUICK_PAPER_TIMES,
@@ -322,11 +322,12 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
             print(not_run_line(result["not_run"][-1]), flush=True)
 
     families = {name.partition("[")[0] for name in args.op}
-    shapes = args.peer_shapes
-    quick = (QUICK_PEER_SHAPE,) if args.quick else None
+    given = args.peer_shapes
+    if given is None and args.quick:
+        given = [QUICK_PEER_SHAPE]
     dtypes = [getattr(torch, name) for name in args.dtype]
     for shape_name, dtype in itertools.product(
-        (quick or PEER_SHAPES[args.device]) if shapes is None else shapes, dtypes
+        PEER_SHAPES[args.device] if given is None else given, dtypes
     ):
         shape, sets = parse_shape(shape_name), 1
         if args.device != "cpu":
@@ -341,12 +342,14 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
         if "min_gru" in families and any(name.startswith("minGRU") for name in names):
             run(gate_comparisons(names, shape, dtype, device, sets), timer)
     if "layer" in args.mode:
-        for shape_name, dtype, layer in itertools.product(
-            (quick or LAYER_SHAPES[args.device]) if shapes is None else shapes, dtypes, LAYERS
-        ):
+        timed = LAYERS_TIMED[args.device]
+        if given is not None:
+            timed = tuple(itertools.product(LAYERS, given, [None]))
+        for (layer, shape_name, beside), dtype in itertools.product(timed, dtypes):
             if {"MinGRU": "min_gru", "MinLSTM": "min_lstm"}[layer] in families:
+                chosen = [name for name in names if beside is None or name in beside]
                 shape = parse_shape(shape_name)
-                comparisons = layer_comparisons(layer, names, shape, dtype, device)
+                comparisons = layer_comparisons(layer, chosen, shape, dtype, device)
                 run(comparisons, make_timer(args, settings))
     if "loops" in names:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES

@@ -125,14 +125,23 @@ def parse_shape(name: str) -> tuple[int, int, int]:
 
 # Peers: scans, gates and scan alone, and whole layers (dim = inner dim = D).
 PEER_SHAPES = {"cpu": ("8x2048x1024",), "cuda": tuple(GPU_SHAPES)}
-LAYER_SHAPES = {"cpu": ("8x2048x1024",), "cuda": ("8x4096x1024",)}
+# Layer, shape, and the peers beside it (None: all that take part). nn.GRU and nn.LSTM need tens of
+# seconds per step at the large shape on two cores.
+LAYERS_TIMED = {
+    "cpu": (
+        ("MinGRU", "8x2048x1024", ("minGRU-pytorch", "minGRU-pytorch compiled")),
+        ("MinGRU", "8x1024x512", ("torch.nn",)),
+        ("MinLSTM", "8x1024x512", None),
+    ),
+    "cuda": (("MinGRU", "8x4096x1024", None), ("MinLSTM", "8x4096x1024", None)),
+}
 PEER_GOALS = {
     "min_gru: gates and scan, forward+backward": 100.0,
     "MinGRU: layer, training step": 3.5,
 }  # beside minGRU-pytorch, CPU
 
-# What the peak memory is taken at.
-MEMORY_SHAPES = {"cpu": "8x2048x1024", "cuda": "8x4096x1024"}
+# What the peak memory is taken at; in units of a tensor it hardly depends on that.
+MEMORY_SHAPES = {"cpu": "8x1024x512", "cuda": "8x4096x1024"}
 
 # The speed-ups that the minRNN paper reports ("Were RNNs All We Needed?", arXiv 2410.01201, batch
 # 64, one T4 GPU) over an LSTM and a GRU written as Python loops. It does not state the width.
