@@ -52,6 +52,12 @@ def available_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def first_line(error: BaseException) -> str:
+    """Why something could not run, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
 @dataclass
 class Samples:
     """Seconds per call, one entry per round; each is the mean over `calls` calls in a row."""
@@ -59,20 +65,32 @@ class Samples:
     calls: int
     seconds: list[float] = field(default_factory=list)
     page_faults: float = 0.0  # per call, mean over all rounds
+    # On a GPU `seconds` is the time of the kernels in a CUDA graph; this is a call from Python.
+    eager_seconds: float | None = None
+    timed_as: str = "calls"
 
     @property
     def best(self) -> float:
         return min(self.seconds)
 
     def summary(self) -> dict:
-        return {
+        if len(self.seconds) > 1:
+            low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        else:
+            low = high = self.seconds[0]
+        result = {
             "seconds_min": self.best,
+            "seconds_quartile_1": low,
             "seconds_median": statistics.median(self.seconds),
+            "seconds_quartile_3": high,
             "seconds_max": max(self.seconds),
             "rounds": len(self.seconds),
             "calls_per_round": self.calls,
             "page_faults_per_call": round(self.page_faults, 2),
         }
+        if self.eager_seconds is not None:
+            result |= {"eager_seconds": self.eager_seconds, "timed_as": self.timed_as}
+        return result
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,9 @@ class Effort:
     seconds: float
     rounds: int
     sample_seconds: float
+
+
+LONG_ROUND = 4.0  # seconds: three rounds of that length have to do
 
 
 def _time_calls(call: Callable[[], object], calls: int) -> float:
@@ -121,7 +142,8 @@ def measure(
             name: Samples(max(1, round(effort.sample_seconds / once[name]))) for name in calls
         }
         round_seconds = sum(once[name] * result.calls for name, result in results.items())
-        rounds = max(effort.rounds, min(1000, round(effort.seconds / round_seconds)))
+        least = effort.rounds if round_seconds < LONG_ROUND else min(3, effort.rounds)
+        rounds = max(least, min(1000, round(effort.seconds / round_seconds)))
         faults = dict.fromkeys(calls, 0)
         if around is not None:
             around()
@@ -137,6 +159,25 @@ def measure(
     for name, result in results.items():
         result.page_faults = faults[name] / (rounds * result.calls)
     return results
+
+
+class CpuTimer:
+    """What the comparisons with peers are timed by; gpu.GraphTimer is its twin.
+
+    A variant is a list of equal calls on different buffers. One is enough here: what the caches
+    keep of the inputs they keep for everybody.
+    """
+
+    device = "cpu"
+    sets = 1
+
+    def __init__(self, effort: Effort):
+        self.effort = effort
+
+    def measure(
+        self, variants: dict[str, list[Callable[[], object]]], graph: bool = True
+    ) -> dict[str, Samples]:
+        return measure({name: calls[0] for name, calls in variants.items()}, self.effort)
 
 
 class Calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,31 +18,44 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, t
 
 # What the small check uses: odd, so that every tail of rows, tiles and lanes is met.
 REDUCED_SHAPE = (3, 37, 83)
+LONG = 2048
 
 
 class WrongResult(Exception):
     pass
 
 
-@functools.lru_cache(maxsize=3)
-def random_tensors(
-    names: tuple[str, ...], shape: tuple[int, int, int], dtype: torch.dtype
+def draw_tensors(
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """By name and always the same; kept, because making them takes longer than timing."""
-    generator = torch.Generator().manual_seed(0)
+    """By name; the same seed draws the same numbers."""
+    generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name in names:
-        tensor = torch.randn(shape, generator=generator)
+        tensor = torch.randn(shape, generator=generator, device=device)
         # A decay lies in (0, 1); everything else is a pre-activation, a value or a gradient.
         tensors[name] = (tensor.sigmoid() if name == "a" else tensor).to(dtype)
     return tensors
 
 
+# On the CPU they are kept, because making them takes longer than timing.
+_kept_tensors = functools.lru_cache(maxsize=3)(draw_tensors)
+
+
 def make_inputs(
-    operator: Operator, shape: tuple[int, int, int], dtype: torch.dtype
+    operator: Operator,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The operator's inputs, and a gradient of h."""
-    tensors = random_tensors((*operator.inputs, "grad_h"), shape, dtype)
+    draw = _kept_tensors if device == "cpu" else draw_tensors
+    tensors = draw((*operator.inputs, "grad_h"), shape, dtype, device, seed)
     *inputs, grad_h = (tensor.detach() for tensor in tensors.values())
     return inputs, grad_h
 
@@ -74,9 +87,14 @@ class Reference:
 
 
 class Checker:
-    """Compares with the plain PyTorch reference in float64; keeps references between ISAs."""
+    """Compares with the plain PyTorch reference in float64; keeps references between ISAs.
 
-    def __init__(self) -> None:
+    Beyond LONG steps the reference's loop (whose backward costs T^2) is replaced by the CPU
+    operator in float64, which is itself held to the loop at the reduced shape.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.references: dict[tuple, Reference] = {}
         self.errors: dict[tuple, float] = {}
 
@@ -95,12 +113,21 @@ class Checker:
             worst = max(worst, self.errors[key])
         return worst
 
-    def _check_at(self, name: str, operator: Operator, shape: tuple, dtype: torch.dtype) -> float:
+    def _check_at(
+        self,
+        name: str,
+        operator: Operator,
+        shape: tuple,
+        dtype: torch.dtype,
+        device: str | None = None,
+    ) -> float:
+        device = device or self.device
         batch, _, dim = shape
-        inputs, grad_h = make_inputs(operator, shape, dtype)
+        inputs, grad_h = make_inputs(operator, shape, dtype, device)
         grad_final = torch.randn((batch, dim), generator=torch.Generator().manual_seed(1))
+        grad_final = grad_final.to(device)
 
-        key = (name, shape, dtype)
+        key = (name, shape, dtype, device)
         reference = self.references.get(key)
         if reference is None:
             whole = shape == REDUCED_SHAPE
@@ -110,8 +137,13 @@ class Checker:
             if not whole and dim > 2 * ends:
                 channels = channels[:ends] + channels[-ends:]
             reference = Reference(rows, channels, {})
-            exact = [reference.pick(tensor).double() for tensor in (*inputs, grad_h, grad_final)]
+            exact = [
+                reference.pick(tensor).cpu().double() for tensor in (*inputs, grad_h, grad_final)
+            ]
             function = getattr(torch_ext, f"{operator.function}_reference")
+            if shape[1] > LONG and device != "cpu":
+                self._check_at(name, operator, REDUCED_SHAPE, torch.float64, device="cpu")
+                function = getattr(torch_ext, operator.function)
             reference.values = run_with_gradient(
                 function, operator, exact[: len(inputs)], exact[-2], exact[-1]
             )
@@ -121,7 +153,7 @@ class Checker:
         got = run_with_gradient(function, operator, inputs, grad_h, grad_final)
         worst = 0.0
         for what, expected in reference.values.items():
-            difference = reference.pick(got[what]).double() - expected
+            difference = reference.pick(got[what]).cpu().double() - expected
             error = (difference.abs().max() / expected.abs().max()).item()
             if not error <= TOLERANCES[dtype]:  # also catches NaN
                 raise WrongResult(
@@ -139,9 +171,11 @@ def make_call(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     autograd: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Callable[[], object]:
     """One call as it is timed; without autograd, two operators one after the other."""
-    inputs, grad_h = make_inputs(operator, shape, dtype)
+    inputs, grad_h = make_inputs(operator, shape, dtype, device, seed)
     function = getattr(torch_ext, operator.function)
     options = dict(operator.options)
 
@@ -244,3 +278,79 @@ def time_operator(
         "goal": goal,
         "meets_goal": bandwidth_seconds / kernel >= goal,
     }
+
+
+def make_step(
+    operator: Operator,
+    batch: int,
+    dim: int,
+    dtype: torch.dtype,
+    in_place: bool,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Callable[[], object]:
+    """One token through NAME_step, or through NAME_step_, which overwrites the state."""
+    inputs = list(draw_tensors(operator.inputs, (batch, dim), dtype, device, seed).values())
+    state_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    state = draw_tensors(("state",), (batch, dim), state_dtype, device, seed + 1)["state"]
+    function = getattr(torch_ext, f"{operator.function}_step{'_' if in_place else ''}")
+    options = dict(operator.options)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return function(*inputs, state, **options)
+
+    return call
+
+
+def check_step(
+    name: str, operator: Operator, batch: int, dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> float:
+    """One step and its twin in place against the sequence's float64 reference with T = 1."""
+    inputs = list(draw_tensors(operator.inputs, (batch, dim), dtype, device).values())
+    state_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    state = draw_tensors(("state",), (batch, dim), state_dtype, device, 1)["state"]
+    options = dict(operator.options)
+    reference = getattr(torch_ext, f"{operator.function}_reference")
+    exact, _ = reference(
+        *(x[:, None].cpu().double() for x in inputs), state.cpu().double(), **options
+    )
+    h, new_state = getattr(torch_ext, f"{operator.function}_step")(*inputs, state, **options)
+    h_ = getattr(torch_ext, f"{operator.function}_step_")(*inputs, state, **options)
+    worst = 0.0
+    for got in (h, h_, new_state, state):
+        error = ((got.cpu().double() - exact[:, 0]).abs().max() / exact.abs().max()).item()
+        if not error <= TOLERANCES[dtype]:
+            raise WrongResult(f"{name}: a step is wrong by {error:.1e} of its largest value")
+        worst = max(worst, error)
+    return worst
+
+
+def time_step(
+    name: str, operator: Operator, batch: int, dim: int, dtype: torch.dtype, timer, threads: int
+) -> Iterator[dict]:
+    """A row for NAME_step and one for NAME_step_; what a call costs without channels beside it."""
+    error = check_step(name, operator, batch, dim, dtype, timer.device)
+    variants = {}
+    for in_place in (False, True):
+        for width in (dim, 0) if timer.device == "cpu" else (dim,):
+            variants[in_place, width] = [
+                make_step(operator, batch, width, dtype, in_place, timer.device, 2 * seed)
+                for seed in range(timer.sets)
+            ]
+    samples = timer.measure(variants)
+    state_itemsize = max(4, dtype.itemsize)
+    for in_place in (False, True):
+        # On a GPU no channels are no kernel; its seconds are the kernel's alone anyway.
+        overhead = samples[in_place, 0].best if timer.device == "cpu" else 0.0
+        yield {
+            "operator": name,
+            "function": f"{operator.function}_step{'_' if in_place else ''}",
+            "shape": [batch, dim],
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": threads,
+            **samples[in_place, dim].summary(),
+            "overhead_seconds": overhead,
+            "bytes_moved": batch * dim * operator.step_bytes(dtype.itemsize, state_itemsize),
+            "error": error,
+        }

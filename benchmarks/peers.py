@@ -1,18 +1,26 @@
-"""Peers, timed in turn with ours: minGRU-pytorch, and the minRNN paper's Python loops."""
+"""Peers, timed in turn with ours: other scans, other minGRUs, torch.nn, the minRNN paper's loops.
+
+To add one: an entry in PEERS, and a `Contender` in the comparison that it belongs to.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-from measure import Effort, Samples, measure
-from operators import Checker, WrongResult
+from measure import Samples, first_line
+from operators import Checker, WrongResult, draw_tensors
 from shapes import OPERATORS, PAPER_BATCH, PAPER_RATIOS, PEER_GOALS
 from torch import nn
 from torch.nn import functional as F
 
 import torch_ext
+
+Results = tuple[torch.Tensor, ...]
+Call = Callable[[], object]
 
 # Accepted distance of two results, in relation to their norm. minGRU-pytorch works in log space:
 # its float32 error grows with T and reaches 5e-3 in the gate's gradient at T = 2048, where ours
@@ -20,20 +28,131 @@ import torch_ext
 # is 0 (it goes through relu), where g has the slope 1.
 LOG_SPACE_TOLERANCE = 1e-2
 LOOP_TOLERANCE = 1e-4
+SCAN_TOLERANCE = 1e-4
+# Half precision: inputs and results are rounded, and some peers sum in it as well.
+HALF_TOLERANCE = 5e-2
 
 
-def has_mingru_pytorch() -> bool:
-    return importlib.util.find_spec("minGRU_pytorch") is not None
+@dataclass(frozen=True)
+class Peer:
+    """`module` must be importable, or the peer is reported as missing with `install`."""
+
+    module: str
+    install: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+PEERS = {
+    "minGRU-pytorch": Peer("minGRU_pytorch", "pip install minGRU-pytorch==0.2.1 einops"),
+    "minGRU-pytorch compiled": Peer("minGRU_pytorch", "pip install minGRU-pytorch==0.2.1 einops"),
+    "associative_scan": Peer("torch._higher_order_ops.associative_scan", "comes with torch"),
+    "accelerated-scan": Peer("accelerated_scan", "pip install accelerated-scan"),
+    "accelerated-scan (Triton)": Peer(
+        "accelerated_scan", "pip install accelerated-scan", ("cuda",)
+    ),
+    "fla-hgrn": Peer("fla.ops", "pip install flash-linear-attention", ("cuda",)),
+    "torch.nn": Peer("torch.nn", "comes with torch"),
+    "loops": Peer("torch.nn", "comes with torch"),
+}
+
+
+def why_not(name: str, device: str) -> str | None:
+    """The reason why a peer cannot take part here, or None."""
+    peer = PEERS[name]
+    if device not in peer.devices:
+        return f"runs on {' and '.join(peer.devices)} only"
+    try:
+        found = importlib.util.find_spec(peer.module) is not None
+    except ModuleNotFoundError:
+        found = False
+    return None if found else f"not installed: {peer.install}"
+
+
+@dataclass
+class Contender:
+    """A peer in a comparison. `make` returns its call on one of the sets of buffers."""
+
+    peer: str
+    make: Callable[[int], Call]
+    tolerance: float | None  # None: another model, whose results cannot be ours
+    same: Callable[[Results], Results] = lambda results: results  # in our order and layout
+    note: str = ""
+
+
+@dataclass
+class Comparison:
+    what: str
+    shape: tuple[int, ...]
+    dtype: str
+    ours: Callable[[int], Call]
+    contenders: list[Contender]
+    beside: dict[str, Call] = field(default_factory=dict)  # timed with them, compared with nothing
+
+
+def compare(comparison: Comparison, timer, threads: int | None) -> Iterator[tuple[str, dict]]:
+    """Checks each contender, then times all that agree in turn with ours.
+
+    Yields ("peers", a row), ("alone", what ours took), ("not_run", a peer and the reason) and
+    ("wrong", a result that differs): one peer that fails takes nothing from the others.
+    """
+    what, sets = comparison.what, timer.sets
+    ours = [comparison.ours(index) for index in range(sets)]
+    expected = [tensor.detach().clone() for tensor in ours[0]()]
+    variants: dict[str, list[Call]] = {"ours": ours}
+    differences: dict[str, float | None] = {}
+    for contender in comparison.contenders:
+        about = {"what": what, "peer": contender.peer, "shape": list(comparison.shape)}
+        try:
+            calls = [contender.make(index) for index in range(sets)]
+            got = calls[0]()
+            differences[contender.peer] = None
+            if contender.tolerance is not None:
+                differences[contender.peer] = _agree(
+                    expected, contender.same(got), contender.tolerance, f"{contender.peer}, {what}"
+                )
+            del got
+        except WrongResult as wrong:
+            yield "wrong", {**about, "what": str(wrong), "threads": threads}
+            continue
+        except Exception as error:  # what a peer does not support, in its own words
+            yield "not_run", {**about, "reason": first_line(error)}
+            continue
+        variants[contender.peer] = calls
+    del expected
+    samples = timer.measure(variants | {key: [call] for key, call in comparison.beside.items()})
+    about = {"shape": list(comparison.shape), "dtype": comparison.dtype, "threads": threads}
+    alone = {key: samples[key].summary() for key in comparison.beside}
+    yield "alone", {"what": what, **about, "ours": samples["ours"].summary(), **alone}
+    for contender in comparison.contenders:
+        if contender.peer not in variants:
+            continue
+        goal = PEER_GOALS.get(what) if contender.peer == "minGRU-pytorch" else None
+        yield (
+            "peers",
+            _row(
+                what,
+                contender.peer,
+                samples["ours"],
+                samples[contender.peer],
+                threads,
+                differences[contender.peer],
+                shape=list(comparison.shape),
+                dtype=comparison.dtype,
+                goal=goal if timer.device == "cpu" else None,
+                note=contender.note,
+                **alone,
+            ),
+        )
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
-def _agree(ours: Callable, theirs: Callable, tolerance: float, what: str) -> float:
-    """Runs both once; the results (tensors in the same order) must agree before they are timed."""
+def _agree(ours: Results, theirs: Results, tolerance: float, what: str) -> float:
+    """Results (tensors in the same order) must agree before they are timed."""
     difference = 0.0
-    for a, b in zip(ours(), theirs(), strict=True):
+    for a, b in zip(ours, theirs, strict=True):
         one = _difference(a.detach(), b.detach())
         if not one <= tolerance:
             raise WrongResult(
@@ -49,7 +168,7 @@ def _row(
     peer: str,
     ours: Samples,
     theirs: Samples,
-    threads: int,
+    threads: int | None,
     difference: float | None,
     **more: object,
 ) -> dict:
@@ -67,6 +186,134 @@ def _row(
         "relative_difference": difference,
         **more,
     }
+
+
+# -- scans -----------------------------------------------------------------------------------------
+
+
+def _passes(function: Callable, inputs: Results, grad: torch.Tensor, mode: str) -> Call:
+    """Forward without gradients, or forward and the gradient of every input."""
+    if mode == "forward":
+
+        def call() -> Results:
+            with torch.inference_mode():
+                return (function(*inputs),)
+
+        return call
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+
+    def call() -> Results:
+        h = function(*leaves)
+        return (h, *torch.autograd.grad(h, leaves, grad))
+
+    return call
+
+
+def _ours_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch_ext.linear_scan(a, b)[0]
+
+
+def _combine(left: Results, right: Results) -> Results:
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+
+def _associative_scan(device: str) -> Callable:
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    mode = "pointwise" if device == "cuda" else "generic"  # pointwise is for CUDA alone
+
+    @torch.compile
+    def scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return associative_scan(_combine, (a, b), dim=1, combine_mode=mode)[1]
+
+    return scan
+
+
+def _accelerated_scan(peer: str, device: str) -> Callable:
+    """On the CPU the package has its reference only, in plain torch."""
+    name = "ref" if device == "cpu" else "scalar" if "Triton" in peer else "warp"
+    return importlib.import_module(f"accelerated_scan.{name}").scan
+
+
+def _fla_hgrn() -> Callable:
+    chunk_hgrn = importlib.import_module("fla.ops.hgrn").chunk_hgrn
+    return lambda g, x: chunk_hgrn(x, g)[0]
+
+
+def scan_comparisons(
+    names: list[str], shape: tuple[int, int, int], dtype: torch.dtype, device: str, sets: int
+) -> Iterator[Comparison]:
+    """linear_scan beside the scans of others, each on tensors in the layout that it wants."""
+    name = "linear_scan"
+    Checker(device).check(name, OPERATORS[name], shape, dtype, ())
+    tensors = [
+        draw_tensors(("a", "b", "grad_h"), shape, dtype, device, seed) for seed in range(sets)
+    ]
+    tolerance = SCAN_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+
+    def rows(index: int, transform: Callable = lambda x: x) -> Results:
+        return tuple(transform(tensors[index][key]) for key in ("a", "b", "grad_h"))
+
+    def time_last(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous()
+
+    for mode in ("forward", "forward+backward"):
+        contenders = []
+        if "associative_scan" in names:
+            scan = _associative_scan(device)
+
+            def make_associative(index: int, scan: Callable = scan, mode: str = mode) -> Call:
+                a, b, grad = rows(index)
+                return _passes(scan, (a, b), grad, mode)
+
+            contenders.append(
+                Contender("associative_scan", make_associative, tolerance, note="compiled")
+            )
+        for peer in ("accelerated-scan", "accelerated-scan (Triton)"):
+            if peer not in names:
+                continue
+
+            def make_accelerated(index: int, peer: str = peer, mode: str = mode) -> Call:
+                a, b, grad = rows(index, time_last)
+                return _passes(_accelerated_scan(peer, device), (a, b), grad, mode)
+
+            contenders.append(
+                Contender(
+                    peer,
+                    make_accelerated,
+                    tolerance,
+                    lambda results: tuple(x.transpose(1, 2) for x in results),
+                    "its reference in torch" if device == "cpu" else "its own layout, (B, D, T)",
+                )
+            )
+        if "fla-hgrn" in names:
+
+            def make_hgrn(index: int, mode: str = mode) -> Call:
+                a, b, grad = rows(index)
+                return _passes(_fla_hgrn(), (a.float().log().to(dtype), b), grad, mode)
+
+            def of_log(results: Results) -> Results:
+                """Its first gradient is that of log a; ours is that of a."""
+                if len(results) == 1:
+                    return results
+                h, grad_log, grad_b = results
+                return h, (grad_log.float() / tensors[0]["a"].float()), grad_b
+
+            contenders.append(
+                Contender(
+                    "fla-hgrn", make_hgrn, tolerance, of_log, "takes log a and exponentiates it"
+                )
+            )
+
+        def make_ours(index: int, mode: str = mode) -> Call:
+            a, b, grad = rows(index)
+            return _passes(_ours_scan, (a, b), grad, mode)
+
+        yield Comparison(f"linear_scan: {mode}", shape, _name(dtype), make_ours, contenders)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # -- minGRU-pytorch --------------------------------------------------------------------------------
@@ -87,104 +334,182 @@ class Projected:
         return self.halves
 
 
-def against_mingru_pytorch(
-    shape: tuple[int, int, int], threads: int, effort: Effort
-) -> Iterator[dict]:
-    from minGRU_pytorch.minGRU import minGRU as PeerMinGRU
-
+def gate_comparisons(
+    names: list[str], shape: tuple[int, int, int], dtype: torch.dtype, device: str, sets: int
+) -> Iterator[Comparison]:
+    """min_gru beside minGRU-pytorch's gates and scan, on the same finished projections."""
     name = "min_gru[g]"
-    Checker().check(name, OPERATORS[name], shape, torch.float32, ())
+    Checker(device).check(name, OPERATORS[name], shape, dtype, ())
+    chosen = [n for n in ("minGRU-pytorch", "minGRU-pytorch compiled") if n in names]
+    tensors = [
+        draw_tensors(("gate", "candidate", "grad_h"), shape, dtype, device, seed)
+        for seed in range(sets)
+    ]
 
-    peer_name = "minGRU-pytorch"
-    batch, time, dim = shape
-    torch.manual_seed(0)
-    x = torch.randn(batch, time, dim)
-    grad_h = torch.randn(batch, time, dim)
+    def ours(gate: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+        return torch_ext.min_gru(gate, candidate, activation="g")[0]
 
-    # Gates and scan.
-    peer = PeerMinGRU(dim)
-    projections = peer.to_hidden_and_gate
-    peer.to_hidden_and_gate = nn.Identity()
-    with torch.no_grad():
-        candidate, gate = (t.contiguous() for t in projections(x).chunk(2, dim=-1))
-    leaves = [gate.clone().requires_grad_(), candidate.clone().requires_grad_()]
+    def call_of(function: Callable, index: int, mode: str) -> Call:
+        gate, candidate, grad_h = tensors[index].values()
+        return _passes(function, (gate, candidate), grad_h, mode)
 
-    def our_forward() -> tuple[torch.Tensor]:
-        with torch.inference_mode():
-            return (torch_ext.min_gru(gate, candidate, activation="g")[0],)
+    for mode in ("forward", "forward+backward"):
+        contenders = []
+        for peer_name in chosen:
+            theirs = _peer_gates(peer_name, shape[-1], dtype, device)
 
-    def their_forward() -> tuple[torch.Tensor]:
-        with torch.inference_mode():
-            return (peer(Projected(candidate, gate)),)
+            def make(index: int, theirs: Callable = theirs, mode: str = mode) -> Call:
+                return call_of(theirs, index, mode)
 
-    def our_training() -> tuple[torch.Tensor, ...]:
-        h, _ = torch_ext.min_gru(leaves[0], leaves[1], activation="g")
-        return torch.autograd.grad(h, leaves, grad_h)
-
-    def their_training() -> tuple[torch.Tensor, ...]:
-        h = peer(Projected(leaves[1], leaves[0]))
-        return torch.autograd.grad(h, leaves, grad_h)
-
-    for what, ours, theirs in (
-        ("gates and scan, forward", our_forward, their_forward),
-        ("gates and scan, forward+backward", our_training, their_training),
-    ):
-        difference = _agree(ours, theirs, LOG_SPACE_TOLERANCE, f"{peer_name}, {what}")
-        times = measure({"ours": ours, "theirs": theirs}, effort)
-        yield _row(
-            f"min_gru: {what}",
-            peer_name,
-            times["ours"],
-            times["theirs"],
-            threads,
-            difference,
-            shape=list(shape),
-            goal=PEER_GOALS.get(what),
+            contenders.append(
+                Contender(peer_name, make, _log_space_tolerance(dtype), note=_float_note(dtype))
+            )
+        yield Comparison(
+            f"min_gru: gates and scan, {mode}",
+            shape,
+            _name(dtype),
+            lambda index, mode=mode: call_of(ours, index, mode),
+            contenders,
         )
 
-    # The whole layer, with the same weights: ours has the gate's rows first.
-    peer.to_hidden_and_gate = projections
-    layer = torch_ext.MinGRU(dim, dim, bias=False, batch_first=True, activation="g")
+
+def _peer_gates(peer_name: str, dim: int, dtype: torch.dtype, device: str) -> Callable:
+    from minGRU_pytorch.minGRU import minGRU as PeerMinGRU
+
+    peer = PeerMinGRU(dim).to(device)
+    peer.to_hidden_and_gate = nn.Identity()
+
+    def theirs(gate: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+        return peer(Projected(_at_least_float(candidate), _at_least_float(gate))).to(dtype)
+
+    return torch.compile(theirs) if peer_name.endswith("compiled") else theirs
+
+
+def _log_space_tolerance(dtype: torch.dtype) -> float:
+    return LOG_SPACE_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+
+
+def _at_least_float(x: torch.Tensor) -> torch.Tensor:
+    """A peer's sums of logarithms over thousands of steps are noise in half precision. Autocast
+    knows that on a GPU and not on a CPU; this is kinder than both: one conversion."""
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
+def _float_note(dtype: torch.dtype) -> str:
+    return "its scan in float32" if dtype.itemsize == 2 else ""
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+LAYERS = ("MinGRU", "MinLSTM")
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Half precision as layers are trained with it; its cache is nothing for CUDA graphs."""
+    half = dtype.itemsize == 2
+    return torch.autocast(
+        device, dtype if half else torch.bfloat16, enabled=half, cache_enabled=False
+    )
+
+
+def make_layer(layer: str, who: str, dim: int, device: str) -> nn.Module:
+    """One layer, `dim` to `dim`, batch first, ours or a peer's, with the weights of one draw."""
+    torch.manual_seed(0)
+    if who == "torch.nn":
+        builtin = {"MinGRU": nn.GRU, "MinLSTM": nn.LSTM}[layer]
+        return builtin(dim, dim, bias=False, batch_first=True).to(device)
+    blocks = {"MinGRU": 2, "MinLSTM": 3}[layer]
+    weights = [torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5) for _ in range(blocks)]
+    if who == "torch_ext":
+        ours = getattr(torch_ext, layer)(dim, dim, bias=False, batch_first=True, activation="g")
+        with torch.no_grad():
+            ours.weight_ih_l0.copy_(torch.cat(weights))
+        return ours.to(device)
+    # Ours has the gates' rows first, then the candidate's; theirs is the other way round.
+    theirs_first = torch.cat((weights[-1], *weights[:-1]))
+    if layer == "MinGRU":
+        from minGRU_pytorch.minGRU import minGRU
+
+        peer = minGRU(dim)
+        linear = peer.to_hidden_and_gate
+    else:
+        from minGRU_pytorch.minLSTM import minLSTM
+
+        peer = minLSTM(dim)
+        linear = peer.to_hidden_and_f_i_gate
     with torch.no_grad():
-        hidden_rows, gate_rows = projections.weight.chunk(2)
-        layer.weight_ih_l0.copy_(torch.cat((gate_rows, hidden_rows)))
-    x.requires_grad_()
+        linear.weight.copy_(theirs_first)
+    linear.register_forward_hook(lambda module, inputs, output: _at_least_float(output))
+    return peer.to(device)
 
-    def our_step() -> tuple[torch.Tensor, ...]:
-        out, _ = layer(x)
-        grad_x, grad_weight = torch.autograd.grad(out, (x, layer.weight_ih_l0), grad_h)
-        return out, grad_x, grad_weight
 
-    def their_step() -> tuple[torch.Tensor, ...]:
-        out = peer(x)
-        grad_x, grad_weight = torch.autograd.grad(out, (x, projections.weight), grad_h)
-        return out, grad_x, grad_weight
+def layer_comparisons(
+    layer: str, names: list[str], shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> Iterator[Comparison]:
+    """Forward, and the gradients of the input and of every weight; half precision by autocast."""
+    dim = shape[-1]
+    drawn = draw_tensors(("x", "grad_h"), shape, torch.float32, device)
+    x, grad_h = drawn["x"].requires_grad_(), drawn["grad_h"]
 
-    def reordered() -> tuple[torch.Tensor, ...]:
-        out, grad_x, grad_weight = their_step()
-        return out, grad_x, torch.cat(grad_weight.chunk(2)[::-1])
+    def step_of(module: Callable, weights: list[nn.Parameter]) -> Call:
+        def step() -> Results:
+            with autocast(device, dtype):
+                out = module(x)
+            out = out[0] if isinstance(out, tuple) else out
+            return out, *torch.autograd.grad(out, (x, *weights), grad_h.to(out.dtype))
 
-    grad_projected = torch.randn(batch, time, 2 * dim)
+        return step
+
+    def make(who: str, compiled: bool = False) -> Call:
+        module = make_layer(layer, who, dim, device)
+        weights = list(module.parameters())
+        return step_of(torch.compile(module) if compiled else module, weights)
+
+    def in_our_order(results: Results) -> Results:
+        out, grad_x, grad_weight = results
+        first, *others = grad_weight.split(dim)
+        return out, grad_x, torch.cat((*others, first))
+
+    ours = make_layer(layer, "torch_ext", dim, device)
+    if dtype.itemsize >= 4:
+        _check_layer(layer.removeprefix("Min"), ours, x.detach())
+    contenders = []
+    for peer in ("minGRU-pytorch", "minGRU-pytorch compiled"):
+        if peer in names:
+            contenders.append(
+                Contender(
+                    peer,
+                    lambda index, peer=peer: make("minGRU-pytorch", peer.endswith("compiled")),
+                    _log_space_tolerance(dtype),
+                    in_our_order,
+                    _float_note(dtype),
+                )
+            )
+    if "torch.nn" in names:
+        contenders.append(
+            Contender(
+                "torch.nn",
+                lambda index: make("torch.nn"),
+                None,
+                note=f"nn.{layer.removeprefix('Min')} of the same size: another model",
+            )
+        )
+    projections = nn.Linear(dim, ours.weight_ih_l0.shape[0], bias=False).to(device)
+    grad_projected = torch.randn(*shape[:-1], projections.out_features, device=device)
 
     def projections_alone() -> object:
-        return torch.autograd.grad(projections(x), (x, projections.weight), grad_projected)
+        with autocast(device, dtype):
+            out = projections(x)
+        return torch.autograd.grad(out, (x, projections.weight), grad_projected.to(out.dtype))
 
-    what = "layer, training step"
-    difference = _agree(our_step, reordered, LOG_SPACE_TOLERANCE, f"{peer_name}, {what}")
-    times = measure(
-        {"ours": our_step, "theirs": their_step, "projections": projections_alone},
-        effort,
-    )
-    yield _row(
-        f"MinGRU: {what}",
-        peer_name,
-        times["ours"],
-        times["theirs"],
-        threads,
-        difference,
-        shape=list(shape),
-        goal=PEER_GOALS[what],
-        projections_alone=times["projections"].summary(),
+    step = step_of(ours, list(ours.parameters()))
+    yield Comparison(
+        f"{layer}: layer, training step",
+        shape,
+        _name(dtype),
+        lambda index: step,
+        contenders,
+        {"projections_alone": projections_alone},
     )
 
 
@@ -258,7 +583,8 @@ def _check_layer(kind: str, layer: nn.Module, x: torch.Tensor) -> None:
     reference = {"GRU": torch_ext.min_gru_reference, "LSTM": torch_ext.min_lstm_reference}[kind]
     with torch.no_grad():
         out = layer(x)[0][:2].double()
-        weight, bias = layer.weight_ih_l0.double(), layer.bias_ih_l0.double()
+        weight = layer.weight_ih_l0.double()
+        bias = layer.bias_ih_l0.double() if layer.bias else None
         blocks = F.linear(x[:2].double(), weight, bias).chunk(2 if kind == "GRU" else 3, dim=-1)
         difference = _difference(out, reference(*blocks, activation="g")[0])
     if not difference <= LOOP_TOLERANCE:
@@ -268,13 +594,12 @@ def _check_layer(kind: str, layer: nn.Module, x: torch.Tensor) -> None:
         )
 
 
-def papers_table(
-    times: tuple[int, ...], width: int, threads: int, effort: Effort
-) -> Iterator[dict]:
+def papers_table(times: tuple[int, ...], width: int, threads: int | None, timer) -> Iterator[dict]:
     """Forward, loss and backward of one layer, batch 64: ours, the loops and torch.nn in turn."""
+    device = timer.device
     for time in times:
         torch.manual_seed(0)
-        x = torch.randn(PAPER_BATCH, time, width)
+        x = torch.randn(PAPER_BATCH, time, width, device=device)
         x_time_major = x.transpose(0, 1).contiguous()
         builtin = {"GRU": nn.GRU(width, width), "LSTM": nn.LSTM(width, width)}
         loops = {"GRU": LoopGRU(builtin["GRU"]), "LSTM": LoopLSTM(builtin["LSTM"])}
@@ -283,14 +608,17 @@ def papers_table(
             "LSTM": torch_ext.MinLSTM(width, width, batch_first=True, activation="g"),
         }
         for kind in ("GRU", "LSTM"):
+            for module in (builtin[kind], loops[kind], ours[kind]):
+                module.to(device)
             calls = {
                 "ours": _training(ours[kind], x),
                 "loop": _training(loops[kind], x_time_major),
                 "torch.nn": _training(builtin[kind], x_time_major),
             }
             _check_layer(kind, ours[kind], x)
-            _agree(calls["loop"], calls["torch.nn"], LOOP_TOLERANCE, f"{kind} loop, T={time}")
-            samples = measure(calls, effort)
+            _agree(calls["loop"](), calls["torch.nn"](), LOOP_TOLERANCE, f"{kind} loop, T={time}")
+            # Tens of thousands of launches: a graph of them is not what the paper timed.
+            samples = timer.measure({key: [call] for key, call in calls.items()}, graph=False)
             name = f"min_{kind.lower()}"
             for peer, key in ((f"{kind} as a Python loop", "loop"), (f"nn.{kind}", "torch.nn")):
                 yield _row(
@@ -301,5 +629,6 @@ def papers_table(
                     threads,
                     None,
                     shape=[PAPER_BATCH, time, width],
+                    dtype="float32",
                     papers_ratio=PAPER_RATIOS.get((name, time)) if key == "loop" else None,
                 )

@@ -25,8 +25,19 @@ def shape_text(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def count(threads: int) -> str:
+def count(threads: int | None) -> str:
+    if threads is None:
+        return "GPU"
     return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def machine_name(result: dict) -> str:
+    machine = result["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['cpus_available']} cores"
+
+
+def on_gpu(result: dict) -> bool:
+    return "gpu" in result["machine"]
 
 
 def is_short(row: dict) -> bool:
@@ -54,13 +65,56 @@ def operator_line(row: dict) -> str:
     overhead = duration(row["overhead_seconds"]) if is_short(row) else ""
     return (
         f"{row['operator']:<12} {row['mode']:<17} {'x'.join(map(str, row['shape'])):<16} "
-        f"{row['dtype']:<9} {row['isa']:<8} {row['threads']:>3} "
+        f"{row['dtype']:<9} {row['isa']:<8} {row['threads'] or '':>3} "
         f"{duration(row['seconds_min'] - row['overhead_seconds']):>9} {median:>7} "
         f"{overhead:>8} {row['gigabytes_per_second']:>6.1f} {best['triad']:>6.1f} "
         f"{best['copy']:>6.1f} {percent(row['fraction_of_triad']):>7} "
         f"{percent(row['fraction_of_roof']):>7}  {row['bound_by']}"
+        f"{', /copy ' + percent(row['fraction_of_copy']) if 'fraction_of_copy' in row else ''}"
         f"{'' if row['meets_goal'] else ', below the goal of ' + percent(row['goal'])}"
+        f"{eager(row)}"
     )
+
+
+def eager(row: dict) -> str:
+    """On a GPU the times are those of kernels; this is a call from Python."""
+    if "eager_seconds" not in row:
+        return ""
+    how = "" if row["timed_as"] in ("graph", "calls") else f"; {row['timed_as']}"
+    return f"; called from Python {duration(row['eager_seconds'])}{how}"
+
+
+def step_line(row: dict) -> str:
+    overhead = row["overhead_seconds"]
+    extra = f", of which {duration(overhead)} without channels" if overhead else ""
+    return (
+        f"{row['operator']:<12} {row['function']:<18} B = {row['shape'][0]:<4} {row['dtype']:<9} "
+        f"{count(row['threads']):<9} {duration(row['seconds_min']):>9}{extra}{eager(row)}"
+    )
+
+
+def memory_line(row: dict) -> str:
+    about = f"{row['who']:<16} {row['what']:<12} {row['mode']:<17} {shape_text(row['shape']):<18}"
+    if "failed" in row:
+        return f"{about} failed: {row['failed']}"
+    needs = row["tensors_needed"]
+    least = f", its results alone are {needs:.1f}" if needs else ""
+    return f"{about} {mebibytes(row['peak_bytes'])} = {in_tensors(row):.1f} B x T x D{least}"
+
+
+def unit_bytes(row: dict) -> int:
+    """One (B, T, D) tensor of the case's dtype."""
+    size = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
+    return row["shape"][0] * row["shape"][1] * row["shape"][2] * size
+
+
+def in_tensors(row: dict) -> float:
+    return row["peak_bytes"] / unit_bytes(row)
+
+
+def not_run_line(row: dict) -> str:
+    shape = " at " + shape_text(row["shape"]) if row.get("shape") else ""
+    return f"{row['peer']}, {row['what']}{shape}: not supported here: {row['reason']}"
 
 
 def allocator_line(row: dict) -> str:
@@ -72,13 +126,13 @@ def allocator_line(row: dict) -> str:
     )
 
 
-def peers_header(threads: int) -> str:
+def peers_header(threads: int | None) -> str:
     return f"Against peers, {count(threads)}, best of the rounds (range of the ratio)"
 
 
 def peer_line(row: dict) -> str:
     line = (
-        f"{row['what']:<42} {shape_text(row['shape']):<18} ours "
+        f"{row['what']:<42} {shape_text(row['shape']):<18} {row['dtype']:<8} ours "
         f"{duration(row['ours']['seconds_min']):>9}, {row['peer']} "
         f"{duration(row['theirs']['seconds_min']):>9}: {ratio(row['ratio'])} "
         f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])})"
@@ -87,11 +141,18 @@ def peer_line(row: dict) -> str:
         line += f", goal {ratio(row['goal'])}"
     if row.get("papers_ratio"):
         line += f", the paper on a T4 GPU: {row['papers_ratio']:.0f}x"
-    if row.get("projections_alone"):
+    if row.get("note"):
+        line += f"; {row['note']}"
+    if row.get("projections_alone") and row["peer"] == "minGRU-pytorch":
         line += (
             f"; the projections alone {duration(row['projections_alone']['seconds_min'])} of ours"
         )
     return line
+
+
+def share(row: dict) -> float:
+    """Of the bandwidth that the goal is about: copy on a GPU, triad on a CPU."""
+    return row.get("fraction_of_copy", row["fraction_of_triad"])
 
 
 def summary(result: dict) -> str:
@@ -99,10 +160,13 @@ def summary(result: dict) -> str:
     lines = []
     if rows:
         met = sum(row["meets_goal"] for row in rows)
-        lines.append(f"{met} of {len(rows)} operator timings reach their share of triad.")
+        kind = "copy" if on_gpu(result) else "triad"
+        lines.append(f"{met} of {len(rows)} operator timings reach their share of {kind}.")
         # At the roof the share of triad would be this; below the goal, no kernel can reach it.
         short = [
-            row for row in rows if row["fraction_of_triad"] < row["goal"] * row["fraction_of_roof"]
+            row
+            for row in rows
+            if row["goal"] and share(row) < row["goal"] * row["fraction_of_roof"]
         ]
         if short:
             lines.append(
@@ -111,6 +175,9 @@ def summary(result: dict) -> str:
             )
     if result["wrong"]:
         lines.append(f"{len(result['wrong'])} results were wrong and were not timed.")
+    if result["not_run"]:
+        names = sorted({row["peer"] for row in result["not_run"]})
+        lines.append(f"Not everything of {', '.join(names)} can run here: see above.")
     lines.append(f"{result['settings']['minutes']} minutes.")
     return "\n".join(lines)
 
@@ -126,6 +193,11 @@ def mebibytes(size: int | None) -> str:
 
 def machine_text(result: dict) -> str:
     machine = result["machine"]
+    if on_gpu(result):
+        return (
+            f"{machine['gpu']}, CUDA {machine['cuda']}, driver {machine['driver']}, "
+            f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
+        )
     return (
         f"{machine['cpu']}, {machine['cpus_available']} cores, L2 {mebibytes(machine['l2_bytes'])} "
         f"per core, L3 {mebibytes(machine['l3_bytes'])}, torch {machine['torch']}, "
@@ -138,12 +210,18 @@ def markdown(result: dict) -> str:
     rows = result["operators"]
     isas = list(dict.fromkeys(row["isa"] for row in rows))
     if rows:
-        parts.append(
-            "Share of the machine's own triad bandwidth at the same working set, counting the "
-            "bytes that must move:\n"
-        )
+        if on_gpu(result):
+            text = "Share of this GPU's own copy bandwidth, counting the bytes that must move"
+        else:
+            text = (
+                "Share of the machine's own triad bandwidth at the same working set, counting the "
+                "bytes that must move"
+            )
+        parts.append(text + ":\n")
         head = ["operator", "pass", "B x T x D", "dtype", "threads"]
         head += [f"{isa}: time, GB/s, share" for isa in isas]
+        if on_gpu(result):
+            head = [*head[:4], "called from Python", *head[5:]]
         parts.append("| " + " | ".join(head) + " |")
         parts.append("|" + "---|" * len(head))
         table: dict[tuple, dict] = {}
@@ -153,7 +231,7 @@ def markdown(result: dict) -> str:
                 row["mode"],
                 shape_text(row["shape"]) + (" (in L2)" if row["in_l2"] else ""),
                 row["dtype"],
-                str(row["threads"]),
+                str(row["threads"] or duration(row["eager_seconds"])),
             )
             table.setdefault(key, {})[row["isa"]] = row
         for key, by_isa in table.items():
@@ -163,25 +241,14 @@ def markdown(result: dict) -> str:
                 if row is None:
                     cells.append("")
                     continue
-                share = f"**{percent(row['fraction_of_triad'])}**"
+                shares = f"**{percent(share(row))}**"
                 if row["bound_by"] == "exp":
-                    share += f" ({percent(row['fraction_of_roof'])} of the exp roof)"
+                    shares += f" ({percent(row['fraction_of_roof'])} of the exp roof)"
                 time = duration(row["seconds_min"] - row["overhead_seconds"])
-                cells.append(f"{time}, {row['gigabytes_per_second']:.1f}, {share}")
+                cells.append(f"{time}, {row['gigabytes_per_second']:.1f}, {shares}")
             parts.append("| " + " | ".join((*key, *cells)) + " |")
         parts.append("")
-    if result["peers"]:
-        parts.append("Beside minGRU-pytorch (same inputs and weights, results compared first):\n")
-        parts.append("| what | B x T x D | ours | minGRU-pytorch | ratio (range) |")
-        parts.append("|---|---|---|---|---|")
-        for row in result["peers"]:
-            parts.append(
-                f"| {row['what']} | {shape_text(row['shape'])} "
-                f"| {duration(row['ours']['seconds_min'])} "
-                f"| {duration(row['theirs']['seconds_min'])} | **{ratio(row['ratio'])}** "
-                f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])}) |"
-            )
-        parts.append("")
+    parts += _steps_table(result) + _memory_table(result) + _peers_table(result)
     if result["paper"]:
         batch, _, width = result["paper"][0]["shape"]
         parts.append(
@@ -199,6 +266,82 @@ def markdown(result: dict) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _steps_table(result: dict) -> list[str]:
+    if not result["steps"]:
+        return []
+    rows = result["steps"]
+    batches = list(dict.fromkeys(row["shape"][0] for row in rows))
+    dim = rows[0]["shape"][1]
+    gpu = on_gpu(result)
+    last = " (in a CUDA graph; called from Python)" if gpu else ""
+    parts = [f"One token, D = {dim}: time per call{last}:\n"]
+    head = ["function", "dtype", "device" if gpu else "threads", *(f"B = {b}" for b in batches)]
+    parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table: dict[tuple, dict] = {}
+    for row in rows:
+        options = row["operator"].partition("[")[1:]
+        name = f"`{row['function']}`" + (f" {''.join(options)}" if options[0] else "")
+        key = (name, row["dtype"], count(row["threads"]))
+        cell = duration(row["seconds_min"])
+        if gpu:
+            cell += f"; {duration(row['eager_seconds'])}"
+        table.setdefault(key, {})[row["shape"][0]] = cell
+    for key, cells in table.items():
+        parts.append("| " + " | ".join((*key, *(cells.get(b, "") for b in batches))) + " |")
+    return [*parts, ""]
+
+
+def _memory_table(result: dict) -> list[str]:
+    rows = [row for row in result["memory"] if "failed" not in row]
+    if not rows:
+        return []
+    parts = [
+        f"Peak memory of a call beyond its inputs, at {shape_text(rows[0]['shape'])}, in units of "
+        f"one such {rows[0]['dtype']} tensor ({mebibytes(unit_bytes(rows[0]))}):\n",
+        "| what | pass | whose | peak | its results alone |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        needs = row["tensors_needed"] or ""
+        parts.append(
+            f"| {row['what']} | {row['mode']} | {row['who']} | {in_tensors(row):.1f} | {needs} |"
+        )
+    return [*parts, ""]
+
+
+def _peers_table(result: dict) -> list[str]:
+    if not result["peers"] and not result["not_run"]:
+        return []
+    parts = ["Beside peers (same inputs and weights, results compared first):\n"]
+    head = ["what", "B x T x D", "dtype", "ours", "peer", "its time", "ratio (range)"]
+    parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in result["peers"]:
+        note = f" ({row['note']})" if row.get("note") else ""
+        parts.append(
+            f"| {row['what']} | {shape_text(row['shape'])} | {row['dtype']} "
+            f"| {duration(row['ours']['seconds_min'])} | {row['peer']}{note} "
+            f"| {duration(row['theirs']['seconds_min'])} | **{ratio(row['ratio'])}** "
+            f"({ratio(row['ratio_min'])} to {ratio(row['ratio_max'])}) |"
+        )
+    parts.append("")
+    for row in result["not_run"]:
+        parts.append(f"- {not_run_line(row)}")
+    return [*parts, ""] if result["not_run"] else parts
+
+
+MARKS = ("<!-- benchmark: begin -->", "<!-- benchmark: end -->")
+
+
+def merge_markdown(file: Path, result: dict) -> None:
+    """Puts the tables between the two marks of a file, or, where it has none, makes it of them."""
+    old = file.read_text() if file.exists() else ""
+    begin, end = old.find(MARKS[0]), old.find(MARKS[1])
+    text = markdown(result)
+    if 0 <= begin < end:
+        text = old[: begin + len(MARKS[0])] + "\n" + text.rstrip() + "\n" + old[end:]
+    file.write_text(text)
 
 
 # -- plots -----------------------------------------------------------------------------------------
@@ -250,7 +393,7 @@ def draw_roofs(result: dict, dtype: str, path: Path) -> Path:
 
     rows = [row for row in result["operators"] if row["dtype"] == dtype]
     shapes = list(dict.fromkeys(row["shape_name"] for row in rows))
-    threads = sorted({row["threads"] for row in rows})
+    threads = sorted({row["threads"] for row in rows}, key=lambda number: number or 0)
     isas = list(dict.fromkeys(row["isa"] for row in rows))
     bars = list(dict.fromkeys((row["operator"], row["mode"]) for row in rows))
     bars.sort(key=lambda bar: [row["operator"] for row in rows].index(bar[0]))
@@ -292,7 +435,7 @@ def draw_roofs(result: dict, dtype: str, path: Path) -> Path:
                         color="white" if isa != "avx2" else INK,
                         zorder=4,
                     )
-            goals = {row["goal"] for row in chosen.values()}
+            goals = {row["goal"] for row in chosen.values() if row["goal"]}
             for goal in goals:
                 ax.axvline(goal, color=PAPER, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
                 ax.text(
@@ -324,7 +467,8 @@ def draw_roofs(result: dict, dtype: str, path: Path) -> Path:
         frameon=False,
     )
     figure.suptitle(
-        f"Share of this machine's roof, {dtype} (100 % = triad bandwidth at the same working set;\n"
+        f"Share of this machine's roof, {dtype} "
+        f"(100 % = {'copy bandwidth' if on_gpu(result) else 'triad bandwidth at the same working set'};\n"
         "*: exponentials take longer than the bytes, 100 % = exp rate)",
         x=0.01,
         ha="left",
@@ -377,19 +521,23 @@ def draw_ratios(result: dict, path: Path) -> Path:
                 fontsize=7.5,
                 color=PAPER,
             )
-        labels.append(f"{row['what']}\nbeside {row['peer']}")
+        note = f" ({row['note']})" if row.get("note") else ""
+        where = f", {shape_text(row['shape'])}, {row['dtype']}" if on_gpu(result) else ""
+        labels.append(f"{row['what']}{where}\nbeside {row['peer']}{note}")
     ax.annotate(
         "peer -> ours", (1.01, 1.015), xycoords="axes fraction", fontsize=7.5, color="#666666"
     )
     ax.set_xscale("log")
     lowest = min(1.0, *(row["ratio_min"] for row in rows))
     highest = max(max(row["ratio_max"], row.get("papers_ratio") or 1) for row in rows)
-    ax.set_xlim(lowest * 0.8, highest * 2.5)
+    ax.set_xlim(lowest * 0.8, highest * 4)
     ax.axvline(1, color=INK, linewidth=1, zorder=3)
     ax.set_yticks(range(len(rows)), labels, fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if tick >= lowest * 0.8]
-    ax.set_xticks([tick for tick in ticks if tick <= highest * 2.5])
+    ticks = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+    if highest / lowest > 3000:
+        ticks = [10**exponent for exponent in range(-3, 7)]
+    ax.set_xticks([tick for tick in ticks if lowest * 0.8 <= tick <= highest * 4])
     ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     ax.tick_params(axis="y", length=0)
@@ -405,7 +553,10 @@ def draw_ratios(result: dict, path: Path) -> Path:
     figure.legend(handles, names, loc="outside upper right", ncols=4, frameon=False, fontsize=8)
     threads = rows[0]["threads"]
     ax.set_title(
-        f"How many times faster than the peer: float32, CPU, {count(threads)}",
+        "How many times faster than the peer: "
+        + (
+            "GPU, kernels alone" if on_gpu(result) else f"{rows[0]['dtype']}, CPU, {count(threads)}"
+        ),
         loc="left",
         fontsize=10,
     )

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Times the fused operators against the machine's own limits and against peers.
 
-    python benchmarks/run.py                 everything, about 8 minutes on two cores
+    python benchmarks/run.py                 everything, about 9 minutes on two cores
+    python benchmarks/run.py --device cuda   the same on a GPU
     python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
     python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none
 
@@ -22,42 +23,69 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("minGRU-pytorch", "loops")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    from shapes import DEFAULT_MODES, DEFAULT_OPERATORS, MODES, OPERATORS, SHAPES
+    from peers import PEERS
+    from shapes import (
+        DEFAULT_DTYPES,
+        DEFAULT_MODES,
+        DEFAULT_OPERATORS,
+        GPU_SHAPES,
+        MODES,
+        OPERATORS,
+        SHAPES,
+    )
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--op", nargs="+", choices=OPERATORS, default=list(DEFAULT_OPERATORS), metavar="OP")
-    add("--mode", nargs="+", choices=MODES, default=list(DEFAULT_MODES), metavar="MODE")
-    add("--device", choices=("cpu",), default="cpu", help="the CPU is the only one so far")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
+    add("--mode", nargs="+", choices=MODES, default=None, metavar="MODE", help=" ".join(MODES))
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", nargs="+", choices=DTYPES, default=None, metavar="DTYPE")
     add(
         "--shapes",
         nargs="*",
         default=None,
         metavar="SHAPE",
-        help=f"names of the table ({', '.join(SHAPES)}) or BxTxD; none: no operator is timed",
+        help=f"names of the table ({', '.join(SHAPES | GPU_SHAPES)}) or BxTxD; "
+        "none: no operator is timed",
     )
     add("--threads", nargs="+", type=int, default=None, metavar="N", help="default: 1 2")
     add("--isa", nargs="+", default=None, metavar="ISA", help="default: avx512 avx2, as supported")
-    add("--peers", nargs="*", choices=(*PEERS, "none"), default=list(PEERS), metavar="PEER")
+    add(
+        "--peers",
+        nargs="*",
+        choices=(*PEERS, "none"),
+        default=list(PEERS),
+        metavar="PEER",
+        help=f"some of {', '.join(PEERS)}; or none",
+    )
+    add("--peer-shapes", nargs="*", default=None, metavar="BxTxD")
     add("--paper-width", type=int, default=64, help="input and hidden size of the paper's table")
     add("--seconds", type=float, default=None, help="to spend on each timing (default 0.5)")
     add("--quick", action="store_true", help="small and short: the figures mean nothing")
     add("--allocator", choices=("keep", "default"), default="keep", help="see README.md, Memory")
     add("--out", type=Path, default=None, help="folder for JSON and plots (default: results/)")
-    add("--name", default="cpu", help="name of the JSON file and prefix of the plots")
-    add("--markdown", type=Path, default=None, metavar="FILE", help="tables for a README")
+    add("--name", default=None, help="name of the JSON file and prefix of the plots: the device")
+    add(
+        "--markdown",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="writes the tables: between two marks where FILE has them, else the whole FILE",
+    )
     add("--no-plots", action="store_true")
     args = parser.parse_args(argv)
     if unknown := [op for op in args.op if op not in OPERATORS]:
         parser.error(f"unknown operators {unknown}")
+    args.mode = args.mode or list(DEFAULT_MODES[args.device])
+    args.dtype = args.dtype or list(DEFAULT_DTYPES[args.device])
+    args.name = args.name or args.device
+    args.peers = [peer for peer in args.peers if peer != "none"]
     return args
 
 
@@ -80,7 +108,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
     from measure import Effort, cache_bytes, calibrate, exp_rate, set_threads
     from operators import Checker, WrongResult, time_operator
     from report import operator_line, operators_header
-    from shapes import OPERATORS, resolve_shape
+    from shapes import OPERATORS, PASSES, resolve_shape
 
     from torch_ext import _C
 
@@ -100,7 +128,8 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
     checker = Checker()
     calibrations: dict = {}
     print(operators_header())
-    cases = itertools.product(args.dtype, settings["shapes"], args.op, args.mode, variants)
+    modes = [mode for mode in args.mode if mode in PASSES]
+    cases = itertools.product(args.dtype, settings["shapes"], args.op, modes, variants)
     for dtype_name, shape_name, name, mode, (threads, isa) in cases:
         dtype, operator = getattr(torch, dtype_name), OPERATORS[name]
         shape = resolve_shape(shape_name, operator, mode, threads, dtype.itemsize, l2_bytes)
@@ -138,6 +167,8 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
     large = [row for row in result["operators"] if not row["in_l2"]]
     if not large:
         return
+    from shapes import PASSES
+
     most = max(settings["threads"])
     first = next(r for r in large if r["threads"] == most and r["isa"] == settings["isas"][0])
     case = ("operator", "dtype", "shape_name", "isa", "threads")
@@ -145,7 +176,8 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         command = [sys.executable, __file__, "--allocator", "default", "--peers", "none"]
         command += ["--op", first["operator"], "--dtype", first["dtype"], "--isa", first["isa"]]
         command += ["--shapes", first["shape_name"], "--threads", str(first["threads"])]
-        command += ["--mode", *args.mode, "--out", folder, "--no-plots"]
+        modes = [mode for mode in args.mode if mode in PASSES]
+        command += ["--mode", *modes, "--out", folder, "--no-plots"]
         command += ["--quick"] if args.quick else []
         child = subprocess.run(command, capture_output=True, text=True)
         if child.returncode:
@@ -160,98 +192,287 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         print(allocator_line(row), flush=True)
 
 
-def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
-    from measure import Effort, set_threads
-    from operators import WrongResult
-    from peers import against_mingru_pytorch, has_mingru_pytorch, papers_table
-    from report import peer_line, peers_header
-    from shapes import PAPER_TIMES, PEER_SHAPE, QUICK_PAPER_TIMES, QUICK_PEER_SHAPE
+def device_of(args: argparse.Namespace, settings: dict) -> str:
+    """Where tensors are: the backend's word, so that tests can run a GPU's path without one."""
+    return "cpu" if args.device == "cpu" else settings["backend"].device
 
-    threads = max(settings["threads"])
-    set_threads(threads, settings["cpus"])
-    effort = Effort(seconds=settings["seconds"] * 2, rounds=5, sample_seconds=0.01)
-    print("\n" + peers_header(threads))
 
-    def collect(rows: Iterator[dict], into: list[dict]) -> None:
+def make_timer(args: argparse.Namespace, settings: dict, sets: int = 1):
+    """Samples of peers are longer than those of operators: they are slow, and we compare."""
+    from measure import CpuTimer, Effort
+
+    if args.device == "cpu":
+        return CpuTimer(Effort(settings["seconds"] * 2, rounds=5, sample_seconds=0.01))
+    from gpu import GraphTimer
+
+    rounds = 3 if args.quick else 20
+    return GraphTimer(settings["backend"], Effort(settings["seconds"], rounds, 0.0), sets)
+
+
+def time_steps(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from measure import CpuTimer, Effort, set_threads
+    from operators import WrongResult, time_step
+    from report import step_line
+    from shapes import OPERATORS, QUICK_STEP_BATCHES, QUICK_STEP_DIM, STEP_BATCHES, STEP_DIM
+
+    batches = QUICK_STEP_BATCHES if args.quick else STEP_BATCHES
+    dim = QUICK_STEP_DIM if args.quick else STEP_DIM
+    print("\nOne token, D = " + str(dim))
+    on_cpu = args.device == "cpu"
+    for dtype_name, name, batch, threads in itertools.product(
+        args.dtype, args.op, batches, settings["threads"] if on_cpu else [None]
+    ):
+        if on_cpu:
+            set_threads(threads, settings["cpus"])
+            timer = CpuTimer(Effort(settings["seconds"] / 2, rounds=5, sample_seconds=0.002))
+        else:
+            timer = make_timer(args, settings, sets=4)
         try:
-            for row in rows:
-                into.append(row)
-                print(peer_line(row), flush=True)
+            for row in time_step(
+                name, OPERATORS[name], batch, dim, getattr(torch, dtype_name), timer, threads
+            ):
+                result["steps"].append(row)
+                print(step_line(row), flush=True)
         except WrongResult as wrong:
             print(f"NOT TIMED, {wrong}", flush=True)
             result["wrong"].append({"what": str(wrong), "threads": threads})
 
-    if "minGRU-pytorch" in args.peers:
-        if has_mingru_pytorch():
-            shape = QUICK_PEER_SHAPE if args.quick else PEER_SHAPE
-            collect(against_mingru_pytorch(shape, threads, effort), result["peers"])
+
+def time_memory(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    from memory import make_cases, peak_memory, tensors_needed
+    from peers import why_not
+    from report import memory_line
+    from shapes import MEMORY_SHAPES, QUICK_MEMORY_SHAPE, parse_shape
+
+    shape = parse_shape(QUICK_MEMORY_SHAPE if args.quick else MEMORY_SHAPES[args.device])
+    peers = [name for name in args.peers if why_not(name, args.device) is None]
+    cases = make_cases(args.op, peers, shape, args.dtype[0])
+    if args.device == "cpu":
+        rows = peak_memory(cases, max(settings["threads"]))
+    else:
+        from gpu import peak_memory as peak_memory_on_gpu
+
+        rows = peak_memory_on_gpu(settings["backend"], cases)
+    print("\nPeak memory beyond the inputs")
+    for row in rows:
+        row["tensors_needed"] = tensors_needed(row)
+        result["memory"].append(row)
+        print(memory_line(row), flush=True)
+
+
+def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from measure import first_line, set_threads
+    from operators import WrongResult
+    from peers import (
+        LAYERS,
+        compare,
+        gate_comparisons,
+        layer_comparisons,
+        papers_table,
+        scan_comparisons,
+        why_not,
+    )
+    from report import not_run_line, peer_line, peers_header
+    from shapes import (
+        LAYERS_TIMED,
+        PAPER_TIMES,
+        PEER_SHAPES,
+        QUICK_PAPER_TIMES,
+        QUICK_PEER_SHAPE,
+        parse_shape,
+    )
+
+    device, threads = device_of(args, settings), None
+    if args.device == "cpu":
+        threads = max(settings["threads"])
+        set_threads(threads, settings["cpus"])
+    print("\n" + peers_header(threads))
+
+    names = []
+    for name in args.peers:
+        if reason := why_not(name, args.device):
+            result["not_run"].append({"peer": name, "what": "all", "reason": reason})
+            print(not_run_line(result["not_run"][-1]))
         else:
-            print("minGRU-pytorch is not installed: pip install minGRU-pytorch==0.2.1 einops")
-    if "loops" in args.peers:
+            names.append(name)
+
+    def failed(wrong: WrongResult) -> None:
+        print(f"NOT TIMED, {wrong}", flush=True)
+        result["wrong"].append({"what": str(wrong), "threads": threads})
+
+    def run(comparisons: Iterator, timer) -> None:
+        try:
+            for comparison in comparisons:
+                for kind, row in compare(comparison, timer, threads):
+                    result[kind].append(row)
+                    if kind == "peers":
+                        print(peer_line(row), flush=True)
+                    elif kind == "not_run":
+                        print(not_run_line(row), flush=True)
+                    elif kind == "wrong":
+                        print(f"NOT TIMED, {row['what']}", flush=True)
+        except WrongResult as wrong:
+            failed(wrong)
+        except Exception as error:  # memory, the compiler, the device: the next may work
+            result["not_run"].append(
+                {"peer": "torch_ext and peers", "what": "a comparison", "reason": first_line(error)}
+            )
+            print(not_run_line(result["not_run"][-1]), flush=True)
+
+    families = {name.partition("[")[0] for name in args.op}
+    given = args.peer_shapes
+    if given is None and args.quick:
+        given = [QUICK_PEER_SHAPE]
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    for shape_name, dtype in itertools.product(
+        PEER_SHAPES[args.device] if given is None else given, dtypes
+    ):
+        shape, sets = parse_shape(shape_name), 1
+        if args.device != "cpu":
+            from gpu import sets_needed
+
+            bytes_per_call = 3 * shape[0] * shape[1] * shape[2] * dtype.itemsize
+            sets = sets_needed(bytes_per_call, settings["backend"].l2_bytes())
+        timer = make_timer(args, settings, sets)
+        scans = ("associative_scan", "accelerated-scan", "accelerated-scan (Triton)", "fla-hgrn")
+        if "linear_scan" in families and set(scans) & set(names):
+            run(scan_comparisons(names, shape, dtype, device, sets), timer)
+        if "min_gru" in families and any(name.startswith("minGRU") for name in names):
+            run(gate_comparisons(names, shape, dtype, device, sets), timer)
+    if "layer" in args.mode:
+        timed = LAYERS_TIMED[args.device]
+        if given is not None:
+            timed = tuple(itertools.product(LAYERS, given, [None]))
+        for (layer, shape_name, beside), dtype in itertools.product(timed, dtypes):
+            if {"MinGRU": "min_gru", "MinLSTM": "min_lstm"}[layer] in families:
+                chosen = [name for name in names if beside is None or name in beside]
+                shape = parse_shape(shape_name)
+                comparisons = layer_comparisons(layer, chosen, shape, dtype, device)
+                run(comparisons, make_timer(args, settings))
+    if "loops" in names:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
-        collect(papers_table(times, args.paper_width, threads, effort), result["paper"])
+        try:
+            for row in papers_table(times, args.paper_width, threads, make_timer(args, settings)):
+                result["paper"].append(row)
+                print(peer_line(row), flush=True)
+        except WrongResult as wrong:
+            failed(wrong)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    started = time.monotonic()
+def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from gpu import Bandwidth, arithmetic_rates, launch_overhead, time_operator
+    from measure import first_line
+    from operators import Checker, WrongResult
+    from report import duration, operator_line, operators_header
+    from shapes import OPERATORS, PASSES, resolve_shape
 
-    from measure import Machine, available_cpus, keep_freed_memory
+    device = device_of(args, settings)
+    timer = make_timer(args, settings)
+    small = 2**20 if args.quick else None
+    bandwidth = Bandwidth(device, small) if small else Bandwidth(device)
+    samples = timer.measure(bandwidth.variants())
+    launch = launch_overhead(timer)
+    arithmetic = arithmetic_rates(timer, small) if small else arithmetic_rates(timer)
+    result["calibration"] = {
+        "gigabytes_per_second": bandwidth.rates(samples),
+        **{kind: sample.summary() for kind, sample in samples.items()},
+        "launch": launch,
+    }
+    result["arithmetic"].append({"threads": None, "isa": "GPU", **arithmetic})
+    rates = ", ".join(f"{k} {v:.0f} GB/s" for k, v in bandwidth.rates(samples).items())
+    print(
+        f"{rates}; a launch takes {duration(launch['seconds_min'])} in a graph, "
+        f"{duration(launch['eager_seconds'])} from Python"
+    )
+    for kind in ("exp", "fma"):
+        rate = arithmetic[f"{kind}_per_ns"]
+        print(f"{kind}: {rate:.0f} per ns" if rate else arithmetic[f"no_{kind}_because"])
 
-    kept = args.allocator == "keep" and keep_freed_memory()
-    cpus = available_cpus()
-    machine = Machine(cpus)
-    threads = sorted(set(args.threads or [n for n in (1, 2) if n <= len(cpus)]))
-    if max(threads) > len(cpus) or min(threads) < 1:
-        sys.exit(f"run.py: --threads {max(threads)}, but this process may use {len(cpus)} CPUs")
+    checker = Checker(device)
+    print(operators_header())
+    modes = [mode for mode in args.mode if mode in PASSES]
+    for dtype_name, shape_name, name, mode in itertools.product(
+        args.dtype, settings["shapes"], args.op, modes
+    ):
+        dtype, operator = getattr(torch, dtype_name), OPERATORS[name]
+        shape = resolve_shape(shape_name, operator, mode, 1, dtype.itemsize, 2**20)
+        try:
+            error = checker.check(name, operator, shape, dtype, ())
+            row = time_operator(
+                name,
+                operator,
+                mode,
+                shape_name,
+                shape,
+                dtype,
+                timer,
+                bandwidth,
+                arithmetic["exp_per_ns"],
+            )
+        except WrongResult as wrong:
+            print(f"NOT TIMED, {wrong}", flush=True)
+            result["wrong"].append({"what": str(wrong), "isa": "GPU", "threads": None})
+            continue
+        except torch.cuda.OutOfMemoryError as error:
+            about = {"peer": "torch_ext", "what": f"{name} {mode}", "shape": list(shape)}
+            result["not_run"].append({**about, "reason": first_line(error)})
+            continue
+        result["operators"].append(row | {"error": error})
+        print(operator_line(result["operators"][-1]), flush=True)
 
-    try:
-        from torch_ext import _C  # noqa: F401  (calibration and the choice of instruction set)
-    except ImportError as error:
-        sys.exit(f"run.py: needs torch_ext, installed with its test hooks torch_ext._C: {error}")
-    from report import draw, markdown, summary
-    from shapes import QUICK_SHAPES, SHAPES
 
-    shapes = list(QUICK_SHAPES if args.quick else SHAPES) if args.shapes is None else args.shapes
-    settings = {
+def make_settings(args: argparse.Namespace, cpus: list[int]) -> dict:
+    from shapes import DEFAULT_SHAPES, QUICK_SHAPES
+
+    shapes = args.shapes
+    if shapes is None:
+        shapes = list(QUICK_SHAPES) if args.quick else list(DEFAULT_SHAPES[args.device])
+    if args.device != "cpu":
+        shapes = [name for name in shapes if name != "in-L2"]
+    settings: dict = {
+        "device": args.device,
         "cpus": cpus,
-        "threads": threads,
-        "isas": choose_isas(args.isa),
         "shapes": shapes,
         "seconds": args.seconds or (0.05 if args.quick else 0.5),
         "calibration_seconds": 0.005 if args.quick else 0.06,
+        "quick": args.quick,
     }
-    result: dict = {
-        "machine": machine.describe(),
-        "settings": {
-            **{key: value for key, value in settings.items() if key != "cpus"},
-            "quick": args.quick,
-            "freed_memory_kept": kept,
-        },
-        "arithmetic": [],
-        "operators": [],
-        "wrong": [],
-        "default_allocator": [],
-        "peers": [],
-        "paper": [],
-    }
-    print(f"torch_ext {result['machine']['torch_ext']} on {result['machine']['cpu']}")
-    if machine.load > 0.3:
-        print(f"The load average is {machine.load:.1f}: something else runs, do not trust figures.")
-    if args.quick:
-        print("--quick: these figures show that everything works, and nothing else.")
+    if args.device == "cuda":
+        return settings | {"threads": [], "isas": []}
+    threads = sorted(set(args.threads or [n for n in (1, 2) if n <= len(cpus)]))
+    if max(threads) > len(cpus) or min(threads) < 1:
+        sys.exit(f"run.py: --threads {max(threads)}, but this process may use {len(cpus)} CPUs")
+    return settings | {"threads": threads, "isas": choose_isas(args.isa)}
 
-    if shapes:
-        time_operators(args, settings, result)
-        if kept:
+
+def new_result() -> dict:
+    lists = ("arithmetic", "operators", "steps", "memory", "wrong", "not_run")
+    lists += ("default_allocator", "alone", "peers", "paper")
+    return {"machine": {}, "settings": {}, **{name: [] for name in lists}}
+
+
+def run_all(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    """Every part that was asked for. A GPU needs `backend` in the settings."""
+    on_cpu = args.device == "cpu"
+    if settings["shapes"]:
+        (time_operators if on_cpu else time_operators_on_gpu)(args, settings, result)
+        if on_cpu and settings["freed_memory_kept"]:
             time_default_allocator(args, settings, result)
-    if "none" not in args.peers and args.peers:
+    if "step" in args.mode:
+        time_steps(args, settings, result)
+    if "memory" in args.mode:
+        time_memory(args, settings, result)
+    if args.peers or "layer" in args.mode:
         time_peers(args, settings, result)
 
-    result["machine"] = machine.describe()
-    result["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
-    print("\n" + summary(result))
 
+def save(result: dict, args: argparse.Namespace) -> list[Path]:
+    from report import draw, merge_markdown
+
+    written = []
     folder = args.out or (None if args.quick else HERE / "results")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -260,9 +481,61 @@ def main(argv: list[str] | None = None) -> int:
         written = [file]
         if not args.no_plots:
             written += draw(result, folder, args.name)
-        print("Written: " + ", ".join(os.path.relpath(path) for path in written))
     if args.markdown is not None:
-        args.markdown.write_text(markdown(result))
+        merge_markdown(args.markdown, result)
+        written.append(args.markdown)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    started = time.monotonic()
+
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("run.py: --device cuda: torch.cuda.is_available() is False here")
+    from measure import Machine, available_cpus, keep_freed_memory
+
+    kept = args.allocator == "keep" and keep_freed_memory()
+    cpus = available_cpus()
+    machine = Machine(cpus)
+    try:
+        from torch_ext import _C  # noqa: F401  (calibration and the choice of instruction set)
+    except ImportError as error:
+        sys.exit(f"run.py: needs torch_ext, installed with its test hooks torch_ext._C: {error}")
+    from report import summary
+
+    settings = make_settings(args, cpus) | {"freed_memory_kept": kept}
+    result = new_result()
+    result["machine"] = machine.describe()
+    gpu: dict = {}
+    if args.device == "cuda":
+        from gpu import CudaBackend
+
+        settings["backend"] = CudaBackend()
+        gpu = settings["backend"].describe()
+    hidden = ("cpus", "backend")
+    result["settings"] = {key: value for key, value in settings.items() if key not in hidden}
+    where = gpu.get("gpu", result["machine"]["cpu"])
+    print(f"torch_ext {result['machine']['torch_ext']} on {where}")
+    if machine.load > 0.3:
+        print(f"The load average is {machine.load:.1f}: something else runs, do not trust figures.")
+    if args.quick:
+        print("--quick: these figures show that everything works, and nothing else.")
+
+    complete = False
+    try:
+        run_all(args, settings, result)
+        complete = True
+    finally:  # what was measured before a part failed, or before the time was up, is kept
+        result["machine"] = machine.describe() | gpu
+        result["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
+        result["settings"]["complete"] = complete
+        written = save(result, args)
+    print("\n" + summary(result))
+    if written:
+        print("Written: " + ", ".join(os.path.relpath(path) for path in written))
     return 1 if result["wrong"] else 0
 
 

@@ -36,6 +36,10 @@ class Operator:
             return self.forward_tensors
         return 2 * len(self.inputs) + 2
 
+    def step_bytes(self, itemsize: int, state_itemsize: int) -> int:
+        """One token and channel: the inputs and h once, the state read and written."""
+        return itemsize * (len(self.inputs) + 1) + 2 * state_itemsize
+
     def exps_needed(self, mode: str) -> int:
         return self.exps * (2 if mode == "forward+backward" else 1)
 
@@ -51,8 +55,13 @@ OPERATORS = {
     ),
 }
 DEFAULT_OPERATORS = ("linear_scan", "min_gru", "min_gru[g]", "min_lstm")
-MODES = ("forward", "backward", "forward+backward")
-DEFAULT_MODES = ("forward", "forward+backward")
+PASSES = ("forward", "backward", "forward+backward")
+MODES = (*PASSES, "step", "layer", "memory")
+DEFAULT_MODES = {
+    "cpu": ("forward", "forward+backward", "step", "layer", "memory"),
+    "cuda": MODES,
+}
+DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 
 # (B, T, D). "in-L2" has no fixed width: two rows per thread of 64 steps, and as many channels (a
 # multiple of 64) as let everything the call touches fit into half of each core's L2.
@@ -61,11 +70,32 @@ SHAPES: dict[str, tuple[int, int, int] | None] = {
     "32x1024x1024": (32, 1024, 1024),
     "in-L2": None,
 }
+# On a GPU: many channels; few channels and many steps, where time must be split; many rows.
+GPU_SHAPES = {
+    "8x4096x1024": (8, 4096, 1024),
+    "1x65536x512": (1, 65536, 512),
+    "32x1024x1024": (32, 1024, 1024),
+}
+DEFAULT_SHAPES = {"cpu": tuple(SHAPES), "cuda": tuple(GPU_SHAPES)}
 L2_ROWS_PER_THREAD = 2
 L2_TIME = 64
 
 # Smallest shares of triad bandwidth that we accept: data larger than L2, data in L2.
 GOALS = {"streamed": 0.85, "in-L2": 0.75}
+
+# Smallest shares of copy bandwidth that we accept on a GPU, by shape, dtype and pass.
+GPU_GOALS = {
+    ("8x4096x1024", "bfloat16", "forward"): 0.85,
+    ("8x4096x1024", "bfloat16", "backward"): 0.80,
+    ("1x65536x512", "bfloat16", "forward"): 0.70,
+    ("1x65536x512", "bfloat16", "backward"): 0.70,
+}
+# Peers that ours must not be slower than on a GPU, at any shape: the ratio must exceed 1.
+GPU_PEERS_TO_BEAT = ("accelerated-scan", "accelerated-scan (Triton)", "fla-hgrn")
+
+# One token: B x D.
+STEP_BATCHES = (1, 32, 256)
+STEP_DIM = 1024
 
 
 def resolve_shape(
@@ -76,21 +106,42 @@ def resolve_shape(
         rows = L2_ROWS_PER_THREAD * L2_TIME
         per_channel = rows * itemsize * operator.tensors_alive(mode)
         return L2_ROWS_PER_THREAD * threads, L2_TIME, max(64, l2_bytes // 2 // per_channel & ~63)
-    if name in SHAPES:
-        return SHAPES[name]
+    if known := (SHAPES | GPU_SHAPES).get(name):
+        return known
+    return parse_shape(name)
+
+
+def parse_shape(name: str) -> tuple[int, int, int]:
+    """ "8x2048x1024" as B, T, D."""
     try:
         batch, time, dim = (int(size) for size in name.split("x"))
     except ValueError:
         raise SystemExit(
-            f"run.py: unknown shape {name!r}: use one of {', '.join(SHAPES)}, "
+            f"run.py: unknown shape {name!r}: use one of {', '.join(SHAPES | GPU_SHAPES)}, "
             "or BxTxD such as 4x512x256"
         ) from None
     return batch, time, dim
 
 
-# minGRU-pytorch: gates and scan alone, and the whole layer (dim = inner dim = D).
-PEER_SHAPE = (8, 2048, 1024)
-PEER_GOALS = {"gates and scan, forward+backward": 100.0, "layer, training step": 3.5}
+# Peers: scans, gates and scan alone, and whole layers (dim = inner dim = D).
+PEER_SHAPES = {"cpu": ("8x2048x1024",), "cuda": tuple(GPU_SHAPES)}
+# Layer, shape, and the peers beside it (None: all that take part). nn.GRU and nn.LSTM need tens of
+# seconds per step at the large shape on two cores.
+LAYERS_TIMED = {
+    "cpu": (
+        ("MinGRU", "8x2048x1024", ("minGRU-pytorch", "minGRU-pytorch compiled")),
+        ("MinGRU", "8x1024x512", ("torch.nn",)),
+        ("MinLSTM", "8x1024x512", None),
+    ),
+    "cuda": (("MinGRU", "8x4096x1024", None), ("MinLSTM", "8x4096x1024", None)),
+}
+PEER_GOALS = {
+    "min_gru: gates and scan, forward+backward": 100.0,
+    "MinGRU: layer, training step": 3.5,
+}  # beside minGRU-pytorch, CPU
+
+# What the peak memory is taken at; in units of a tensor it hardly depends on that.
+MEMORY_SHAPES = {"cpu": "8x1024x512", "cuda": "8x4096x1024"}
 
 # The speed-ups that the minRNN paper reports ("Were RNNs All We Needed?", arXiv 2410.01201, batch
 # 64, one T4 GPU) over an LSTM and a GRU written as Python loops. It does not state the width.
@@ -105,5 +156,8 @@ PAPER_TIMES = (512, 4096)
 
 # --quick: only to see that everything works.
 QUICK_SHAPES = ("2x256x256", "in-L2")
-QUICK_PEER_SHAPE = (2, 128, 64)
+QUICK_PEER_SHAPE = "2x128x64"
+QUICK_MEMORY_SHAPE = "4x1024x512"
+QUICK_STEP_BATCHES = (1, 8)
+QUICK_STEP_DIM = 128
 QUICK_PAPER_TIMES = (32, 64)

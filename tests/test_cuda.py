@@ -1,0 +1,283 @@
+"""What only a GPU can show: CUDA graphs, streams, no waiting for the device, offsets beyond 32 bits,
+time split among blocks. The other suites run there as well, with --device cuda."""
+
+import pytest
+import torch
+from cases import close, cotangents, gradients, over, short, wide
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+CUDA = "cuda"
+# Many channels; few channels and many steps, where blocks share out the time of a sequence and hand
+# on what they carry; a width that is no multiple of anything.
+PLANS = {"wide": (4, 150, 2048), "chained": (1, 9000, 33), "one_channel": (1, 20000, 1)}
+PLAN = pytest.mark.parametrize("plan", PLANS)
+HALF_AND_FULL = (torch.float32, torch.bfloat16)
+
+
+def training(case, options=None, **more):
+    """Forward and backward as one function of the leaves and their cotangents."""
+    f = case.bind(**(options or {}), **more)
+
+    def run(leaves, weights):
+        outputs = f(*leaves)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+    return run
+
+
+def prepared(case, shape, dtype, generator, grad=True):
+    x = case.leaves(*shape, dtype, generator, CUDA, grad=grad)
+    return x, cotangents(case.bind()(*x), generator)
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def captured(work):
+    """`work` in a graph, after the warm-up that torch asks for: the graph and its outputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    return graph, outputs
+
+
+@pytest.fixture
+def no_waiting():
+    """Within it, everything that waits for the device is an error."""
+
+    class Guard:
+        def __enter__(self):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    yield Guard()
+    torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- CUDA graphs ----
+@over(variants=False, dtypes=HALF_AND_FULL)
+@PLAN
+def test_graph_of_forward(case, dtype, plan, generator):
+    x, _ = prepared(case, PLANS[plan], dtype, generator, grad=False)
+    graph, outputs = captured(lambda: case.function(*x))
+    for _ in range(3):  # new numbers in the same memory, and every replay afresh
+        for y in x:
+            y.copy_(y.flip(0) if y.shape[0] > 1 else y.roll(1, -1))
+        graph.replay()
+        same(outputs, case.function(*x))
+
+
+@over(variants=False, dtypes=HALF_AND_FULL)
+@PLAN
+def test_graph_of_training(case, dtype, plan, generator):
+    x, weights = prepared(case, PLANS[plan], dtype, generator)
+    run = training(case)
+    graph, outputs = captured(lambda: run(x, weights))
+    for _ in range(3):
+        with torch.no_grad():
+            for y in x:
+                y.copy_(y.flip(0) if y.shape[0] > 1 else y.roll(1, -1))
+        graph.replay()
+        same(outputs, run(x, weights))
+
+
+@over(variants=False)
+def test_graph_of_packed_sequences(case, generator):
+    cu = torch.tensor([0, 5, 5, 600, 1500], device=CUDA)
+    x = case.leaves(1, 1500, 40, torch.float32, generator, CUDA, state=4, grad=True)
+    run = training(case, cu_seqlens=cu)
+    weights = cotangents(case.bind(cu_seqlens=cu)(*x), generator)
+    graph, outputs = captured(lambda: run(x, weights))
+    cu.copy_(torch.tensor([0, 700, 701, 701, 1500]))
+    graph.replay()
+    same(outputs, run(x, weights))
+
+
+@over(variants=False)
+def test_graph_of_steps(case, generator):
+    """A decoder: one step captured, replayed for every token, the state updated in place."""
+    x = case.leaves(3, 20, 70, torch.float32, generator, CUDA)
+    token, state = [y[:, 0].clone() for y in x[:-1]], x[-1].clone()
+    graph, h = captured(lambda: case.step_(*token, state))
+    state.copy_(x[-1])  # the warm-up has advanced it
+    want, final = case.function(*x)
+    for t in range(20):
+        for to, y in zip(token, x[:-1], strict=True):
+            to.copy_(y[:, t])
+        graph.replay()
+        close(h, wide(want[:, t]))
+    close(state, wide(final))
+
+
+# ---- streams ----
+@over(variants=False)
+@PLAN
+def test_other_stream(case, plan, generator):
+    """Work goes to the current stream: inputs that are made there, late, are waited for."""
+    x, weights = prepared(case, PLANS[plan], torch.float32, generator)
+    run = training(case)
+    want = run(x, weights)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = [y.detach().clone().requires_grad_() for y in x]
+        got = run(late, weights)
+        copies = [y.clone() for y in got]
+    torch.cuda.current_stream().wait_stream(stream)
+    same(copies, want)
+
+
+@over(variants=False)
+@PLAN
+def test_two_streams_at_once(case, plan, generator):
+    """Scratch memory and counters belong to a call: two that overlap do not meet."""
+    x, weights = prepared(case, PLANS[plan], torch.float32, generator)
+    run = training(case)
+    want = run(x, weights)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(run(x, weights))
+    torch.cuda.synchronize()
+    for got in results:
+        same(got, want)
+
+
+# ---- the host does not wait ----
+@over(dtypes=HALF_AND_FULL)
+@PLAN
+def test_no_synchronisation(case, options, dtype, plan, generator, no_waiting):
+    x, weights = prepared(case, PLANS[plan], dtype, generator)
+    run = training(case, options)
+    run(x, weights)
+    with no_waiting:
+        run(x, weights)
+
+
+@over(variants=False)
+def test_no_synchronisation_packed(case, generator, no_waiting):
+    cu = torch.tensor([0, 5, 5, 600, 1500], device=CUDA)
+    x = case.leaves(1, 1500, 40, torch.float32, generator, CUDA, state=4, grad=True)
+    run = training(case, cu_seqlens=cu)
+    weights = cotangents(case.bind(cu_seqlens=cu)(*x), generator)
+    with no_waiting:
+        run(x, weights)
+
+
+@over(variants=False)
+def test_no_synchronisation_in_a_step(case, generator, no_waiting):
+    x = case.leaves(3, 1, 70, torch.float32, generator, CUDA)
+    token, state = [y[:, 0] for y in x[:-1]], x[-1]
+    case.step_(*token, state)
+    with no_waiting:
+        case.step(*token, state)
+        case.step_(*token, state)
+
+
+# ---- the same bits, and the right ones ----
+@over(variants=False, dtypes="all")
+@PLAN
+def test_two_launches_give_the_same_bits(case, dtype, plan, generator):
+    x, weights = prepared(case, PLANS[plan], dtype, generator)
+    run = training(case)
+    want = run(x, weights)
+    for _ in range(5):
+        same(run(x, weights), want)
+
+
+@over(dtypes=(torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@PLAN
+def test_like_the_cpu(case, options, dtype, reverse, plan, generator):
+    """Against the CPU's operator in float64, which has a driver of its own."""
+    B, T, D = PLANS[plan]
+    x, weights = prepared(case, (B, T, min(D, 300)), dtype, generator)
+    f = case.bind(**options, reverse=reverse)
+    exact = [wide(y.cpu()) for y in x]
+    for got, want in zip(f(*x), f(*exact), strict=True):
+        close(got, want)
+    got = gradients(f, x, weights=weights)
+    want = gradients(f, exact, weights=[wide(w.cpu()) for w in weights])
+    for g, w, name in zip(got, want, [*case.arguments, "state"], strict=True):
+        close(g, w, grad=True, name=name)
+
+
+@over(variants=False, dtypes=HALF_AND_FULL)
+@PLAN
+def test_time_contiguous(case, dtype, plan, generator):
+    """(B, D, T) in memory, seen as (B, T, D): the same numbers as from rows."""
+    B, T, D = PLANS[plan]
+    x, weights = prepared(case, (B, T, D), dtype, generator)
+    run = training(case)
+    want = run(x, weights)
+    turned = [
+        y.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for y in x[:-1]
+    ]
+    assert all(y.stride(1) == 1 or T == 1 for y in turned)
+    same(run([*turned, x[-1]], weights), want)
+
+
+# ---- devices ----
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@over(variants=False)
+@PLAN
+def test_another_device_is_current(case, plan, generator):
+    x, weights = prepared(case, PLANS[plan], torch.float32, generator)
+    want = training(case)(x, weights)
+    with torch.cuda.device(1):
+        same(training(case)(x, weights), want)
+    there = [y.detach().to("cuda:1").requires_grad_() for y in x]
+    got = training(case)(there, [w.to("cuda:1") for w in weights])
+    assert all(y.device == torch.device("cuda:1") for y in got)
+    same([y.to("cuda:0") for y in got], want)
+
+
+# ---- more elements than 32 bits count ----
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+@over(variants=False)
+def test_more_elements_than_int32(case):
+    """The last channels of the last row, whose offsets are beyond 2^31 in every tensor, against the
+    same channels alone on the CPU."""
+    B, T, D, edge = 2, 2**16, 2**14 + 8, 8
+    n = len(case.arguments)
+    size = 2 * B * T * D
+    needed = (2 * n + 4) * size
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = []
+    for name in case.arguments:
+        y = torch.empty(B, T, D, device=CUDA, dtype=torch.bfloat16).normal_(generator=generator)
+        x.append((y.sigmoid_() if name == "a" else y).requires_grad_())
+    grad = torch.empty(B, T, D, device=CUDA, dtype=torch.bfloat16).normal_(generator=generator)
+    assert B * T * D > 2**31
+    h, final = case.function(*x)
+    got = [h, final, *torch.autograd.grad(h, x, grad)]
+    corner = (slice(B - 1, B), ..., slice(D - edge, D))
+    exact = [wide(y.detach()[corner].cpu()).requires_grad_() for y in x]
+    h, final = case.function(*exact)
+    want = [h, final, *torch.autograd.grad(h, exact, wide(grad[corner].cpu()))]
+    for index, (g, w) in enumerate(zip(got, want, strict=True)):
+        close(g.detach()[corner], w, grad=index > 1, factor=4.0, name=f"{short(g.dtype)} {index}")
