@@ -625,7 +625,7 @@ __global__ void __launch_bounds__(kShortThreads)
   // A negative row: no state, outputs are 0. Only forward has rows.
   const int64_t row = p.state_rows ? p.state_rows[sequence] : sequence;
   Lane state = row < 0 ? Lane{} : walk.start(row, d);
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t t = 0; t < p.num_steps; ++t) {
     Lane x[kArrays], y[kOutputs];
 #pragma unroll
