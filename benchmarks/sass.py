@@ -25,9 +25,6 @@ CALL = 0x944
 WAIT_COPIES = 0x91A
 SHUFFLES = frozenset({0x389, 0x589, 0x989, 0xF89})
 
-# FADD, FMUL, FFMA, DADD, DMUL, DFMA: the low 9 bits without the form of the operands.
-ARITHMETIC = frozenset({0x021, 0x020, 0x023, 0x029, 0x028, 0x02B})
-
 NEVER = 10**9  # a weight: no usual way leads through this instruction
 
 
@@ -39,10 +36,6 @@ class Instruction:
     @property
     def opcode(self) -> int:
         return self.low & 0xFFF
-
-    @property
-    def is_arithmetic(self) -> bool:
-        return self.opcode & 0x1FF in ARITHMETIC
 
     @property
     def is_wide_product(self) -> bool:

@@ -89,8 +89,8 @@ struct Time {
     int64_t sequence;
     bool starts, ends; // the sequence's first and last position
   };
+  // Of a packed row.
   TORCH_EXT_DEVICE Place place(int64_t position) const {
-    if (!cu_seqlens) return {sequence, position == 0, position == count - 1};
     // The last sequence that begins at or before the row. Offsets are not checked here: that would wait for the device.
     // Whatever they are, the sequence found is one of those that are there.
     const int64_t token = row(position);

@@ -419,4 +419,48 @@ inline void check(const Problem& p, const Result& r, int64_t every = 1) {
   }
 }
 
+// A step on a pool of states: rows in any order, some skipped, written in place. forward(Problem, DiagonalForward) runs it.
+template <class Forward>
+void check_state_pool(
+    Random& random, const CellCase& cell, DType dtype, int64_t width, Forward forward) {
+  constexpr int64_t kSlots = 7;
+  const std::vector<int64_t> rows = {5, -1, 0, 6, -3};
+  const int64_t S = int64_t(rows.size());
+  Problem p = draw_problem(random, cell, dtype, S, 1, width, false);
+  p.reverse = false;
+  p.initial_state = {};
+  SCOPED_TRACE(p.text());
+  const DType state_dtype = info_of(dtype).state;
+  Array pool(state_dtype, kSlots * width, true), h(dtype, S * width, true);
+  for (int64_t i = 0; i < pool.count(); ++i) pool.set(i, random.normal());
+  const Array before = pool;
+  DiagonalForward f;
+  p.describe(f);
+  f.state_rows = rows.data();
+  f.initial_state = {pool.data(), width, 0, 1};
+  f.final_state = pool.data();
+  f.h = h.data();
+  forward(p, f);
+  ASSERT_TRUE(h.guards_intact() && pool.guards_intact());
+  Array want = before;
+  for (int64_t s = 0; s < S; ++s) {
+    for (int64_t d = 0; d < width; ++d) {
+      if (rows[size_t(s)] < 0) {
+        ASSERT_EQ(h.get(s * width + d), Value(0));
+        continue;
+      }
+      const int64_t at = rows[size_t(s)] * width + d;
+      const auto x = p.input(s, 0, d);
+      const Step<Value> step = apply(cell, x);
+      const Value next = step.a * before.get(at) + step.b;
+      const DTypeInfo& type = info_of(dtype);
+      const double error = 16 * type.state_epsilon * (1 + abs(before.get(at)) + abs(x.back()));
+      ASSERT_TRUE(close(h.get(s * width + d), next, error + type.epsilon * (abs(next) + error)));
+      ASSERT_TRUE(close(pool.get(at), next, error));
+      want.set(at, pool.get(at));
+    }
+  }
+  ASSERT_TRUE(want.same_bytes(pool)) << "a row that no index names has changed";
+}
+
 } // namespace torch_ext::test

@@ -129,45 +129,11 @@ TEST_P(Diagonal, SequencesAreApart) {
   }
 }
 
-// One step on a pool of states: rows in any order, some skipped, written in place.
 TEST_P(Diagonal, StatePool) {
   Random random;
   for (const CellCase& cell : cell_cases()) {
     if (!has(cell)) continue;
-    const std::vector<int64_t> rows = {5, -1, 0, 6, -3};
-    const int64_t S = int64_t(rows.size()), width = 37;
-    Problem p = draw_problem(random, cell, dtype(), S, 1, width, false);
-    p.reverse = false;
-    p.initial_state = {};
-    SCOPED_TRACE(p.text());
-    Array pool(info_of(dtype()).state, 7 * width, true), h(dtype(), S * width, true);
-    for (int64_t i = 0; i < pool.count(); ++i) pool.set(i, random.normal());
-    const Array before = pool;
-    DiagonalForward f;
-    p.describe(f);
-    f.state_rows = rows.data();
-    f.initial_state = {pool.data(), width, 0, 1};
-    f.final_state = pool.data();
-    f.h = h.data();
-    run_cuda(p, f);
-    ASSERT_TRUE(h.guards_intact() && pool.guards_intact());
-    Array want = before;
-    for (int64_t s = 0; s < S; ++s) {
-      for (int64_t d = 0; d < width; ++d) {
-        if (rows[size_t(s)] < 0) {
-          ASSERT_EQ(h.get(s * width + d), Value(0));
-          continue;
-        }
-        const int64_t at = rows[size_t(s)] * width + d;
-        const auto x = p.input(s, 0, d);
-        const Step<Value> step = apply(cell, x);
-        const double error =
-            16 * info_of(dtype()).state_epsilon * (1 + abs(before.get(at)) + abs(x.back()));
-        ASSERT_TRUE(close(pool.get(at), step.a * before.get(at) + step.b, error));
-        want.set(at, pool.get(at));
-      }
-    }
-    ASSERT_TRUE(want.same_bytes(pool)) << "a row that no index names has changed";
+    ASSERT_NO_FATAL_FAILURE(check_state_pool(random, cell, dtype(), 37, run_cuda<DiagonalForward>));
   }
 }
 
