@@ -6,6 +6,12 @@ from . import _vmap as _vmap
 
 # isort: on
 from . import compat
+from .causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_reference,
+    causal_conv1d_step,
+    causal_conv1d_step_,
+)
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
@@ -19,6 +25,10 @@ __all__ = [
     "MinRNNBlock",
     "MinRNNLM",
     "__version__",
+    "causal_conv1d",
+    "causal_conv1d_reference",
+    "causal_conv1d_step",
+    "causal_conv1d_step_",
     "cmake_prefix_path",
     "compat",
     "linear_scan",

@@ -178,6 +178,93 @@ bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, P
   return true;
 }
 
+namespace {
+
+// at_once: bytes of a row that an item takes.
+CausalConv1dPlan plan_of(
+    const CausalConv1dProblem& p, DType dtype, int64_t smallest_group, int64_t at_once,
+    const KernelTable& t) {
+  constexpr int64_t kMostGroups = 64; // of each the backward keeps a share of the weight's gradient
+  const int64_t lanes = t.vector_bytes / (dtype == DType::f64 ? 8 : 4);
+  CausalConv1dPlan plan;
+  plan.num_rows = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  plan.group = std::max(smallest_group, (plan.num_rows + kMostGroups - 1) / kMostGroups);
+  plan.num_groups = std::max<int64_t>(1, (plan.num_rows + plan.group - 1) / plan.group);
+  plan.block = std::min(round_up(p.width, lanes), round_up(at_once / size_of(dtype), lanes));
+  plan.num_blocks = p.width ? (p.width + plan.block - 1) / plan.block : 0;
+  return plan;
+}
+
+template <class Problem>
+void run(
+    void (*kernel)(const Problem&, const CausalConv1dPlan&, int64_t, int64_t), const Problem& p,
+    const CausalConv1dPlan& plan, int64_t rows_worth_waking, Parallel parallel) {
+  const int64_t items = plan.num_groups * plan.num_blocks;
+  struct Call {
+    void (*kernel)(const Problem&, const CausalConv1dPlan&, int64_t, int64_t);
+    const Problem& p;
+    const CausalConv1dPlan& plan;
+  } call{kernel, p, plan};
+  const auto body = [](int64_t begin, int64_t end, void* ctx) {
+    const Call& c = *static_cast<const Call*>(ctx);
+    c.kernel(c.p, c.plan, begin, end);
+  };
+  const int64_t grain = 1 + rows_worth_waking / (1 + plan.group * plan.block);
+  if (parallel.run && parallel.threads > 1 && items > grain) {
+    parallel.run(items, grain, body, &call);
+  } else if (items > 0) {
+    body(0, items, &call);
+  }
+}
+
+// The groups' shares, (group, window + 1, width), added in their order.
+template <class Scalar>
+void add_shares(const CausalConv1dBackward& p, const Scalar* shares, int64_t num_groups) {
+  const int64_t n = p.window, size = (n + 1) * p.width;
+  std::vector<Scalar> sum(shares, shares + size);
+  for (int64_t g = 1; g < num_groups; ++g)
+    for (int64_t i = 0; i < size; ++i) sum[size_t(i)] += shares[g * size + i];
+  for (int64_t d = 0; d < p.width; ++d) {
+    for (int64_t k = 0; k < n; ++k)
+      static_cast<Scalar*>(p.grad_weight)[d * n + k] = sum[size_t(k * p.width + d)];
+    static_cast<Scalar*>(p.grad_bias)[d] = sum[size_t(n * p.width + d)];
+  }
+}
+
+} // namespace
+
+bool causal_conv1d_forward(DType dtype, const CausalConv1dForward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const CausalConv1dForwardKernel kernel = t.conv_forward[int(dtype)];
+  if (!kernel) return false;
+  CausalConv1dPlan plan = plan_of(p, dtype, 16, 8192, t);
+  const int64_t bytes = plan.num_rows * p.width * size_of(dtype);
+  const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 ? 8 : 4);
+  plan.stream = bytes / std::max(parallel.threads, 1) > l2_bytes() &&
+                p.width * size_of(dtype) % store == 0 && aligned(p.y, store);
+  run(kernel, p, plan, 20000, parallel);
+  return true;
+}
+
+bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const CausalConv1dBackwardKernel kernel = t.conv_backward[int(dtype)];
+  if (!kernel) return false;
+  CausalConv1dPlan plan = plan_of(p, dtype, 64, 2048, t);
+  const auto with_shares = [&]<class Scalar>(Scalar) {
+    std::vector<Scalar> shares(size_t(plan.num_groups * (p.window + 1) * p.width));
+    plan.shares = shares.data();
+    run(kernel, p, plan, 10000, parallel);
+    add_shares(p, shares.data(), plan.num_groups);
+  };
+  if (dtype == DType::f64) {
+    with_shares(double{});
+  } else {
+    with_shares(float{});
+  }
+  return true;
+}
+
 std::vector<std::string> built_isas() {
   std::vector<std::string> names;
   for (const Set& s : sets()) names.push_back(s.table->name);

@@ -1,4 +1,5 @@
 // Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
+#include "causal_conv1d_isa.h"
 #include "diagonal.h"
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
@@ -67,15 +68,19 @@ void multiply_adds(float* x, int64_t repeats) {
 constexpr KernelTable make_table() {
 #define TORCH_EXT_STRING(x) #x
 #define TORCH_EXT_NAME(x) TORCH_EXT_STRING(x)
-  KernelTable t{TORCH_EXT_NAME(TORCH_EXT_ISA),
-                kVectorBytes,
-                {},
-                {},
-                copy,
-                triad,
-                exponentials,
-                multiply_adds};
+  KernelTable t{
+      TORCH_EXT_NAME(TORCH_EXT_ISA),
+      kVectorBytes,
+      {},
+      {},
+      {},
+      {},
+      copy,
+      triad,
+      exponentials,
+      multiply_adds};
   list_all(t, DiagonalCells{});
+  list_causal_conv1d(t);
   return t;
 }
 

@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "../core/causal_conv1d_problem.h"
 #include "../core/diagonal_problem.h"
 
 namespace torch_ext::cpu {
@@ -32,12 +33,38 @@ struct Plan {
 using ForwardKernel = void (*)(const DiagonalForward&, const Plan&, int64_t begin, int64_t end);
 using BackwardKernel = void (*)(const DiagonalBackward&, const Plan&, int64_t begin, int64_t end);
 
+// How a causal convolution is cut up: groups of rows times blocks of channels. Decided from shapes alone.
+struct CausalConv1dPlan {
+  int64_t num_rows = 0, group = 0, num_groups = 0; // rows: the tokens of all sequences, end to end
+  int64_t block = 0, num_blocks = 0;
+  bool stream = false; // store around the cache
+  void* shares =
+      nullptr; // backward: each group's share of the weight's gradient, (group, window + 1, width)
+
+  struct Item {
+    int64_t group, begin, end, d0, width; // rows begin .. end
+  };
+  Item item(int64_t i, const CausalConv1dProblem& p)
+      const { // neighbours: the same channels of the next rows
+    const int64_t g = i % num_groups, d0 = i / num_groups * block, begin = g * group;
+    return {
+        g, begin, num_rows - begin < group ? num_rows : begin + group, d0,
+        p.width - d0 < block ? p.width - d0 : block};
+  }
+};
+using CausalConv1dForwardKernel =
+    void (*)(const CausalConv1dForward&, const CausalConv1dPlan&, int64_t begin, int64_t end);
+using CausalConv1dBackwardKernel =
+    void (*)(const CausalConv1dBackward&, const CausalConv1dPlan&, int64_t begin, int64_t end);
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
   ForwardKernel forward[kMaxCells]
                        [int(DType::count)]; // by the cell's place in the list; null: no such kernel
   BackwardKernel backward[kMaxCells][int(DType::count)];
+  CausalConv1dForwardKernel conv_forward[int(DType::count)];
+  CausalConv1dBackwardKernel conv_backward[int(DType::count)];
   void (*copy)(float* to, const float* from, int64_t n, bool stream);
   void (*triad)(float* to, const float* x, const float* y, int64_t n, bool stream);
   void (*exponentials)(float* to, const float* x, int64_t n); // for calibration

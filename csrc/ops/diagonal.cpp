@@ -71,8 +71,6 @@ Tensor state_rows(
   return rows.to(device);
 }
 
-namespace {
-
 void check_inputs(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     std::initializer_list<const char*> letters) {
@@ -104,6 +102,8 @@ void check_index_device(const char* op, const char* name, const Tensor& x, at::D
       x.device() == device || x.is_cpu(), op, ": ", name, " is on ", x.device(), ", expected ",
       device, ", the device of the inputs, or cpu");
 }
+namespace {
+
 std::string state_reason(const Tensor& first) {
   return "the state's dtype for " + dtype_text(first.scalar_type()) + " inputs";
 }
@@ -169,16 +169,23 @@ void check_step(
 }
 
 void check_no_overlap(const char* op, const Tensor& state) {
-  int64_t size[] = {state.size(0), state.size(1)}, stride[] = {state.stride(0), state.stride(1)};
-  if (stride[0] < stride[1]) std::swap(size[0], size[1]), std::swap(stride[0], stride[1]);
-  // The larger stride steps over a whole run of the smaller one.
-  const bool apart =
-      state.numel() == 0 ||
-      ((size[1] == 1 || stride[1] > 0) && (size[0] == 1 || stride[0] > stride[1] * (size[1] - 1)));
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < state.dim(); ++i)
+    if (state.size(i) > 1) dims.push_back(i);
+  std::sort(dims.begin(), dims.end(), [&](int64_t i, int64_t j) {
+    return state.stride(i) < state.stride(j);
+  });
+  // Each stride steps over all that the smaller ones reach.
+  bool apart = true;
+  int64_t reach = 0;
+  for (const int64_t i : dims) {
+    apart = apart && state.stride(i) > reach;
+    reach += state.stride(i) * (state.size(i) - 1);
+  }
   TORCH_CHECK_VALUE(
-      apart, op, "_step_: state has shape ", shape_text(state.sym_sizes()), " and strides (",
-      state.stride(0), ", ", state.stride(1),
-      "), expected memory in which no two elements share a place, since it is written");
+      apart || state.numel() == 0, op, "_step_: state has shape ", shape_text(state.sym_sizes()),
+      " and strides ", shape_text(state.sym_strides()),
+      ", expected memory in which no two elements share a place, since it is written");
 }
 
 Strided strided(const Tensor& x) {

@@ -59,6 +59,12 @@ Tensor sequence_offsets(
 Tensor state_rows(
     const char* op, const Opt& state_indices, int64_t batch, int64_t num_rows, at::Device device);
 
+// The tensors `x` alike in dtype, device and shape, of which `letters` are the dimensions.
+void check_inputs(
+    const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
+    std::initializer_list<const char*> letters);
+void check_index_dtype(const char* op, const char* name, const Tensor& x);
+void check_index_device(const char* op, const char* name, const Tensor& x, at::Device device);
 void check_sequences(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     const Opt& initial_state, const Opt& cu_seqlens);

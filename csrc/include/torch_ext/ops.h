@@ -53,4 +53,18 @@ TORCH_EXT_API at::Tensor min_lstm_step_(
     at::Tensor& state, const OptionalTensor& state_indices = {},
     std::string_view activation = "identity", bool normalize = true);
 
+// y[t] = act(bias + sum over k of weight[:, k] x[t - W + 1 + k]), x (B, T, D), weight (D, W); activation none or "silu". The
+// state, (B, D, W - 1), is the inputs before the first, oldest first.
+TORCH_EXT_API TensorPair causal_conv1d(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {},
+    const OptionalTensor& initial_state = {}, const OptionalTensor& cu_seqlens = {},
+    std::optional<std::string_view> activation = {});
+TORCH_EXT_API TensorPair causal_conv1d_step(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& state, const OptionalTensor& state_indices = {},
+    std::optional<std::string_view> activation = {});
+TORCH_EXT_API at::Tensor causal_conv1d_step_(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, at::Tensor& state,
+    const OptionalTensor& state_indices = {}, std::optional<std::string_view> activation = {});
+
 } // namespace torch_ext
