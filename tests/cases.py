@@ -1,8 +1,10 @@
 """The one list of operators. Every suite in this folder runs over `CASES`: an operator that is
 added here inherits them all, and test_registration.py fails while one is registered but not listed.
 
-To add an operator: a `Case` at the end of this file, a small layer that a consumer would write
-around it, its formula in numpy and a table worked out by hand in oracle.py.
+To add a recurrence: a `Case` at the end of this file, a small layer that a consumer would write
+around it, its formula in numpy and a table worked out by hand in oracle.py. What is no diagonal
+recurrence is among `OTHERS`, on which those suites run that ask for `cases=ALL`; what the other
+suites demand of it has a file of its own, tests/test_NAME.py.
 """
 
 from collections.abc import Callable
@@ -128,6 +130,23 @@ class Case:
         x = self.draw(argument, shape, generator, WIDE.get(dtype, torch.float64))
         return x.to(dtype)
 
+    def at(self, leaves, time):
+        """The leaves (the state may be missing) with those that run over time at this step or
+        slice of it."""
+        n = len(self.arguments)
+        return [x[:, time] for x in leaves[:n]] + list(leaves[n:])
+
+    @property
+    def inputs(self):
+        """The number of leaves other than the state."""
+        return len(self.arguments)
+
+    def state_dtype(self, dtype):
+        return state_dtype(dtype)
+
+    def state_shape(self, rows, D):
+        return (rows, D)
+
     def bind(self, function=None, **options):
         """The function of the leaves alone: f(*inputs) or f(*inputs, initial_state) -> (h,
         final_state)."""
@@ -142,6 +161,41 @@ class Case:
         """f(*inputs, state) -> (h, state)."""
         function = function or self.step
         return lambda *leaves, **k: function(*leaves, **options, **k)
+
+
+class ConvolutionCase(Case):
+    """Its leaves are x, the parameters and the state, which has a dimension more."""
+
+    window = 4
+    inputs = 3
+
+    def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
+        shapes = {"x": (B, T, D), "weight": (D, self.window), "bias": (D,)}
+        if state is not False and state is not None:
+            shapes["state"] = self.state_shape(B if state is True else state, D)
+        out = [self.sample(name, shape, dtype, generator) for name, shape in shapes.items()]
+        return [x.to(device).requires_grad_(grad) for x in out]
+
+    def state_dtype(self, dtype):
+        return dtype
+
+    def state_shape(self, rows, D):
+        return (rows, D, self.window - 1)
+
+    def bind(self, function=None, reverse=False, cu_seqlens=None, **options):
+        """`reverse` is not the operator's: everything is turned round before and after."""
+        function = function or self.function
+
+        def bound(x, weight, bias, state=None):
+            if not reverse:
+                return function(x, weight, bias, state, cu_seqlens, **options)
+            cu = None if cu_seqlens is None else x.shape[1] - cu_seqlens.flip(0)
+            packed = cu is not None
+            state = state.flip(0) if packed and state is not None else state
+            y, final = function(x.flip(1), weight, bias, state, cu, **options)
+            return y.flip(1), final.flip(0) if packed else final
+
+        return bound
 
 
 def normal(argument, shape, generator, dtype):
@@ -210,6 +264,24 @@ class MinLSTMLayer(Layer):
         return self.out(h), state
 
 
+class CausalConv1dLayer(nn.Module):
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.inp = nn.Linear(size, size)
+        self.weight = nn.Parameter(torch.randn(size, 3) / 2)
+        self.bias = nn.Parameter(torch.randn(size))
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The state is (B, size) here as for the other layers: two inputs are made of it."""
+        x = self.inp(x)
+        before: Tensor | None = None
+        if state is not None:
+            before = torch.stack([state, -state], -1).to(x.dtype)
+        y, before = torch_ext.causal_conv1d(x, self.weight, self.bias, before, None, "silu")
+        return self.out(y), (before[..., 0] + 2 * before[..., 1]).float()
+
+
 CASES = (
     Case("linear_scan", ("a", "b"), draw_scan, LinearScanLayer, dtypes=REAL + COMPLEX),
     Case(
@@ -234,13 +306,25 @@ CASES = (
 )
 
 
+OTHERS = (
+    ConvolutionCase(
+        "causal_conv1d",
+        ("x",),
+        normal,
+        CausalConv1dLayer,
+        ({"activation": None}, {"activation": "silu"}),
+    ),
+)
+ALL = CASES + OTHERS
+
+
 class Everything(nn.Module):
     """The layers of all operators, one after the other, each from its own state or none: what takes
     a minute to compile is tried on all of them at once."""
 
     def __init__(self, size: int = 4):
         super().__init__()
-        self.layers = nn.ModuleList([case.layer(size) for case in CASES])
+        self.layers = nn.ModuleList([case.layer(size) for case in ALL])
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []

@@ -125,9 +125,9 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--consumer-table")
     if file and _results and not hasattr(session.config, "workerinput"):
         import torch
-        from cases import CASES
+        from cases import ALL
 
-        everything = [case.name for case in CASES]
+        everything = [case.name for case in ALL]
         column = {name: _cell(found, everything) for name, found in _results.items()}
         version = "torch " + torch.__version__.split("+")[0]
         path = Path(file)

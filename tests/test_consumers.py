@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import CASES, Everything, close, over, wide
+from cases import ALL, Everything, close, over, wide
 from torch import nn
 
 import torch_ext
@@ -86,7 +86,7 @@ def test_opcheck_forward(case, options, dtype, generator, device):
 
 
 @consumer("opcheck, forward and backward operator")
-@over()
+@over(cases=ALL)
 def test_opcheck_packed(case, options, generator, device):
     x = case.leaves(1, 6, 3, torch.float32, generator, device, state=3, grad=True)
     cu = torch.tensor([0, 2, 2, 6], device=device)
@@ -130,7 +130,7 @@ def test_opcheck_steps(case, options, generator, device):
 
 # ---- torch.compile ----
 @consumer("torch.compile(fullgraph, dynamic), inference, one compilation")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_inference(case, layer, device):
     check_compiled_inference(layer, "aot_eager", device)
 
@@ -147,7 +147,7 @@ def check_compiled_inference(module, backend, device):
 
 
 @consumer("torch.compile(fullgraph, dynamic), training, one compilation")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_training(case, layer, device):
     check_compiled_training(layer, "aot_eager", device)
 
@@ -173,7 +173,7 @@ def test_compile_with_inductor(everything, device):
 
 
 @consumer("torch.compile, packed sequences, one compilation")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_packed(case, generator, device):
     """The number of sequences is one more size that may change."""
     count = counter("aot_eager")
@@ -191,7 +191,7 @@ def test_compile_packed(case, generator, device):
 
 
 @consumer("torch.compile, steps")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_steps(case, generator, device):
     """The functional step in a loop that is unrolled, and the in-place step, which is
     functionalised."""
@@ -199,7 +199,7 @@ def test_compile_steps(case, generator, device):
     def run(x, state):
         out = []
         for t in range(3):
-            h, state = case.step(*[y[:, t] for y in x], state)
+            h, state = case.step(*case.at(x, t), state)
             out.append(h)
         return torch.stack(out, 1), state
 
@@ -209,9 +209,10 @@ def test_compile_steps(case, generator, device):
     def in_place(x, pool, indices):
         return case.step_(*x, pool, indices) + pool.sum()
 
-    pool, indices = torch.randn(6, 5, device=device), torch.tensor([5, -1, 0, 2], device=device)
+    pool = torch.randn(case.state_shape(6, 5), device=device)
+    indices = torch.tensor([5, -1, 0, 2], device=device)
     one, other = pool.clone(), pool.clone()
-    x = [y[:, 0] for y in x]
+    x = case.at(x, 0)
     got = torch.compile(in_place, fullgraph=True, backend="aot_eager")(x, one, indices)
     check(got, in_place(x, other, indices))
     check(one, other)
@@ -219,7 +220,7 @@ def test_compile_steps(case, generator, device):
 
 
 @consumer("torch.compile of torch.func.grad")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_of_func_grad(case, x):
     x = [y.detach() for y in x]
     f = torch.func.grad(lambda *y: loss(case.bind(), *y), tuple(range(len(x))))
@@ -227,7 +228,7 @@ def test_compile_of_func_grad(case, x):
 
 
 @consumer("compiled autograd")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compiled_autograd(case, layer, device):
     count = counter("aot_eager")
     for x, state in batches(device):
@@ -240,7 +241,7 @@ def test_compiled_autograd(case, layer, device):
 
 
 @consumer("compiled autograd")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compiled_autograd_with_compiled_forward(case, layer, device):
     with torch._dynamo.config.patch(compiled_autograd=True):
 
@@ -257,7 +258,7 @@ def test_compiled_autograd_with_compiled_forward(case, layer, device):
 
 # ---- autocast ----
 @consumer("autocast")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_autocast(case, layer, device):
     x = torch.randn(2, 5, 4, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -311,7 +312,7 @@ def test_autocast_gradients(case, generator, device):
 
 
 @consumer("autocast under torch.compile")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_compile_autocast(case, layer, device):
     count = counter("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
@@ -352,7 +353,7 @@ def export(module, device):
 
 
 @consumer("torch.export, dynamic T and B")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_export(case, layer, device):
     program = export(layer.eval(), device)
     name = f"torch_ext.{case.name}.default"
@@ -364,7 +365,7 @@ def test_export(case, layer, device):
 
 
 @consumer("torch.export, dynamic T and B")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_export_saved_and_loaded(case, layer, device, tmp_path):
     torch.export.save(export(layer.eval(), device), tmp_path / "layer.pt2")
     module = torch.export.load(tmp_path / "layer.pt2").module()
@@ -373,7 +374,7 @@ def test_export_saved_and_loaded(case, layer, device, tmp_path):
 
 
 @consumer("torch.export, gradients of the exported module")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_export_has_gradients(case, layer, device):
     module = export(layer, device).module()
     x, state = list(batches(device))[1]
@@ -446,7 +447,7 @@ quiet = pytest.mark.filterwarnings(
 
 @quiet
 @consumer("torch.jit.script, values and gradients")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_script(case, layer, device):
     scripted = script(layer)
     for x, state in batches(device):  # several calls: the profiling executor specialises
@@ -578,7 +579,7 @@ def test_cpp_links_no_python(cpp_output):
 
 # ---- torch.utils.checkpoint ----
 @consumer("torch.utils.checkpoint, both kinds, and compiled")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 def test_checkpoint(case, reentrant, x):
     from torch.utils.checkpoint import checkpoint
@@ -590,7 +591,7 @@ def test_checkpoint(case, reentrant, x):
 
 
 @consumer("torch.utils.checkpoint, both kinds, and compiled")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_checkpoint_compiled(case, x):
     from torch.utils.checkpoint import checkpoint
 
@@ -604,7 +605,7 @@ def test_checkpoint_compiled(case, x):
 
 
 @consumer("saved-tensor hooks (save_on_cpu)")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_saved_tensor_hooks(case, x):
     """What the operator saves goes through the hooks, once each, and nothing beside them."""
     packed = []
@@ -616,7 +617,7 @@ def test_saved_tensor_hooks(case, x):
     want = torch.autograd.grad(loss(case.bind(), *x), x)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
         h, final = case.function(*x)
-    assert len(packed) <= len(case.arguments) + 2, "more than the inputs, the state and h"
+    assert len(packed) <= case.inputs + 2, "more than the inputs, the state and h"
     got = torch.autograd.grad(h.sin().sum() + final.pow(3).sum(), x)
     check(got, want)
     with torch.autograd.graph.save_on_cpu():
@@ -713,7 +714,7 @@ def test_distributed(tmp_path, monkeypatch, child_environment):
 
 # ---- devices without data ----
 @consumer("meta device, FakeTensor, deferred initialisation")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_meta_module(case):
     with torch.device("meta"):
         module = case.layer()
@@ -726,7 +727,7 @@ def test_meta_module(case):
 
 
 @consumer("meta device, FakeTensor, deferred initialisation")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_fake_tensors(case, x):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -755,4 +756,4 @@ def test_cuda_graph(case, generator):
 
 
 def test_everything_has_every_operator():
-    assert len(Everything().layers) == len(CASES)
+    assert len(Everything().layers) == len(ALL)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from cases import CASES, close, cotangents, gradients, over, wide
+from cases import ALL, CASES, close, cotangents, gradients, over, wide
 
 # wide, long and narrow (where a driver may split time), odd, and many short rows
 SHAPES = ((3, 257, 100), (1, 4099, 3), (1, 300, 33), (64, 17, 40), (2, 70, 1000))
@@ -37,7 +37,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 def test_runs_and_threads(case, options, dtype, generator, device, threads):
     for settings, x in problems(case, options, dtype, generator, device):
         weights = cotangents(case.bind(**settings)(*x), generator)
@@ -50,12 +50,9 @@ def test_runs_and_threads(case, options, dtype, generator, device, threads):
                 assert equal(run(case, settings, x, weights), one), f"{n} threads differ from one"
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_step_and_threads(case, generator, device, threads):
-    x = [
-        y[:, 0] if y.dim() == 3 else y
-        for y in case.leaves(600, 1, 100, torch.float32, generator, device)
-    ]
+    x = case.at(case.leaves(600, 1, 100, torch.float32, generator, device), 0)
     indices = torch.randperm(600, generator=generator).to(device)
     threads(1)
     want = case.step(*x, state_indices=indices)
@@ -63,12 +60,12 @@ def test_step_and_threads(case, generator, device, threads):
     assert equal(case.step(*x, state_indices=indices), want)
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_slots_named_twice(case, generator, device, threads):
     """Two rows on one slot of a pool: refused, or the same in every run and for every number of
     threads. Never a race."""
     rows = case.leaves(600, 1, 100, torch.float32, generator, device, state=5)
-    x = [y[:, 0] if y.dim() == 3 else y for y in rows]
+    x = case.at(rows, 0)
     indices = torch.randint(0, 5, (600,), generator=generator).to(device)
     want = None
     for n in (1, 2, 2, 2):
@@ -86,7 +83,7 @@ def test_slots_named_twice(case, generator, device, threads):
 
 
 @pytest.mark.unpoisoned
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_more_than_one_thread_works(case, generator, device, threads):
     """Bitwise equality would hold just as well if all ran on one thread."""
     if device != "cpu":
@@ -115,12 +112,12 @@ def test_more_than_one_thread_works(case, generator, device, threads):
 # ---- instruction sets ----
 CHILD = """
 import sys, torch, torch_ext
-from cases import CASES
+from cases import ALL
 tasks, out = sys.argv[1:]
 torch.set_num_threads(2)
 results = []
 for name, options, x, weights in torch.load(tasks):
-    f = next(case for case in CASES if case.name == name).bind(**options)
+    f = next(case for case in ALL if case.name == name).bind(**options)
     x = [y.requires_grad_() for y in x]
     outputs = f(*x)
     results.append([y.detach() for y in (*outputs, *torch.autograd.grad(outputs, x, weights))])
@@ -131,7 +128,7 @@ CAPABILITIES = ("default", "avx2", "avx512")
 
 def isa_tasks():
     tasks = []
-    for case in CASES:
+    for case in ALL:
         g = torch.Generator().manual_seed(len(tasks))
         for options in case.variants:
             for dtype in case.dtypes:
@@ -161,7 +158,7 @@ def by_capability(tmp_path_factory, child_environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_instruction_sets(case, device, by_capability):
     """Each is as right as the reference demands, so that they differ by rounding alone."""
     if device != "cpu":

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from cases import close, over
+from cases import ALL, close, over
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 FACTOR = 16  # sums of gradients of gradients
@@ -46,7 +46,7 @@ def everything(x):
 
 
 @pytest.mark.consumer("torch.func.grad, vjp")
-@over()
+@over(cases=ALL)
 def test_grad(case, options, x):
     both(case, lambda f: grad(lambda *y: loss(f, *y), everything(x))(*x), options)
 
@@ -58,14 +58,14 @@ def test_grad_without_state_and_reversed(case, x):
 
 
 @pytest.mark.consumer("torch.func.grad, vjp")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_grad_packed(case, generator, device, packed):
     x = case.leaves(1, 5, 3, torch.float64, generator, device, state=3)
     both(case, lambda f: grad(lambda *y: loss(f, *y), everything(x))(*x), **packed)
 
 
 @pytest.mark.consumer("torch.func.grad of grad, three deep")
-@over()
+@over(cases=ALL)
 @pytest.mark.parametrize("depth", [2, 3])
 def test_grad_of_grad(case, options, depth, generator, device):
     """The derivatives of a function of one number, s -> loss(s * inputs)."""
@@ -95,7 +95,7 @@ def test_grad_over_vjp(case, x):
 
 
 @pytest.mark.consumer("autograd over torch.func.grad")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_autograd_over_func_grad(case, x):
     x = [y.requires_grad_() for y in x]
 
@@ -145,7 +145,7 @@ def test_vmap(case, which, x):
 
 
 @pytest.mark.consumer("torch.func.vmap, any in_dims")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("out_dims", [0, 1, -1])
 def test_vmap_out_dims(case, out_dims, x):
     dims = (0,) * len(x)
@@ -153,7 +153,7 @@ def test_vmap_out_dims(case, out_dims, x):
 
 
 @pytest.mark.consumer("torch.func.vmap, any in_dims")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_of_vmap(case, x):
     dims = (0,) * len(x)
     deep = [torch.stack([y, -y], 1) for y in stacked(x, dims)]
@@ -161,19 +161,17 @@ def test_vmap_of_vmap(case, x):
 
 
 @pytest.mark.consumer("torch.func.vmap, any in_dims")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("empty", ["batch", "time", "channels"])
 def test_vmap_of_nothing(case, empty, generator, device):
     B, T, D = (0 if empty == name else 2 for name in ("batch", "time", "channels"))
-    x = stacked(
-        case.leaves(B, T, D, torch.float64, generator, device), (0,) * (len(case.arguments) + 1)
-    )
+    x = stacked(case.leaves(B, T, D, torch.float64, generator, device), (0,) * (case.inputs + 1))
     h, final = vmap(case.bind())(*x)
-    assert h.shape == (3, B, T, D) and final.shape == (3, B, D)
+    assert h.shape == (3, B, T, D) and final.shape == (3, *case.state_shape(B, D))
 
 
 @pytest.mark.consumer("torch.func.vmap, any in_dims")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_without_state_and_in_other_dtypes(case, generator, device):
     for dtype in case.dtypes:
         x = case.leaves(2, 5, 3, dtype, generator, device, state=False)
@@ -194,7 +192,7 @@ def test_vmap_packed(case, which, generator, device, packed):
 
 
 @pytest.mark.consumer("torch.func.vmap over packed sequences")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_of_grad_packed(case, generator, device, packed):
     x = case.leaves(1, 5, 3, torch.float64, generator, device, state=3)
     x = stacked(x, (0,) * len(x))
@@ -206,7 +204,7 @@ def test_vmap_of_grad_packed(case, generator, device, packed):
 
 
 @pytest.mark.consumer("torch.func.vmap over packed sequences")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_over_cu_seqlens_is_refused(case, generator, device):
     x = case.leaves(1, 5, 3, torch.float64, generator, device, state=False)
     cu = torch.tensor([[0, 5], [0, 5]], device=device)
@@ -215,7 +213,7 @@ def test_vmap_over_cu_seqlens_is_refused(case, generator, device):
 
 
 @pytest.mark.consumer("torch.func.vmap(grad), grad(vmap), jacrev(vmap)")
-@over()
+@over(cases=ALL)
 def test_vmap_of_grad(case, options, x):
     dims = (0,) * len(x)
     f_grad = lambda f: grad(lambda *y: loss(f, *y), everything(x))  # noqa: E731
@@ -223,7 +221,7 @@ def test_vmap_of_grad(case, options, x):
 
 
 @pytest.mark.consumer("torch.func.vmap(grad), grad(vmap), jacrev(vmap)")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_of_grad_of_some(case, x):
     """Only some are mapped, and only some differentiated: per-example gradients of a shared
     input."""
@@ -246,7 +244,7 @@ def test_vmap_of_grad_of_grad(case, generator, device):
 
 
 @pytest.mark.consumer("torch.func.vmap(grad), grad(vmap), jacrev(vmap)")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_grad_of_vmap(case, x):
     many = stacked(x, (0,) * len(x))
 
@@ -258,7 +256,7 @@ def test_grad_of_vmap(case, x):
 
 
 @pytest.mark.consumer("torch.func.jacrev, jacfwd, hessian")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian], ids=lambda t: t.__name__)
 def test_jacobians(case, transform, generator, device):
     x = case.leaves(2, 3, 2, torch.float64, generator, device)
@@ -268,7 +266,7 @@ def test_jacobians(case, transform, generator, device):
 
 
 @pytest.mark.consumer("torch.func.jacrev, jacfwd, hessian")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_jacobian_of_a_final_state(case, generator, device):
     x = case.leaves(2, 3, 2, torch.float64, generator, device)
     for transform in (jacrev, jacfwd):
@@ -276,7 +274,7 @@ def test_jacobian_of_a_final_state(case, generator, device):
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
-@over()
+@over(cases=ALL)
 def test_jvp(case, options, x):
     tangents = tuple(y.cos() for y in x)
     both(case, lambda f: jvp(f, x, tangents), options)
@@ -284,7 +282,7 @@ def test_jvp(case, options, x):
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_jvp_of_one_input(case, x):
     """Tangents for some inputs only, and under plain forward-mode AD."""
     for i in range(len(x)):
@@ -298,7 +296,7 @@ def test_jvp_of_one_input(case, x):
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_vmap_of_jvp_and_grad_of_jvp(case, x):
     many = stacked(x, (0,) * len(x))
     both(case, lambda f: vmap(lambda *y: jvp(f, y, y))(*many))
@@ -307,14 +305,14 @@ def test_vmap_of_jvp_and_grad_of_jvp(case, x):
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_jvp_of_the_step(case, generator, device):
     x = case.leaves(3, 1, 2, torch.float64, generator, device)
-    x = tuple(y[:, 0] if y.dim() == 3 else y for y in x)
-    one = case.bind(case.reference)
+    x = tuple(case.at(x, 0))
+    one, n = case.bind(case.reference), len(case.arguments)
 
     def reference(*y):
-        h, state = one(*[z[:, None] for z in y[:-1]], y[-1])
+        h, state = one(*[z[:, None] for z in y[:n]], *y[n:])
         return h[:, 0], state
 
     transforms = (
@@ -328,7 +326,7 @@ def test_jvp_of_the_step(case, generator, device):
 
 
 @pytest.mark.consumer("per-sample gradients of a module (functional_call)")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_per_sample_gradients(case, generator, device):
     module = case.layer().to(device, torch.float64)
     x = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64).to(device)
@@ -345,7 +343,7 @@ def test_per_sample_gradients(case, generator, device):
 
 
 @pytest.mark.consumer("ensembles (stack_module_state)")
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_ensemble(case, generator, device):
     modules = [case.layer().to(device, torch.float64) for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(modules)

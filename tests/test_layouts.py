@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from cases import HALF, close, cotangents, gradients, over, wide
+from cases import ALL, HALF, close, cotangents, gradients, over, wide
 
 # Each lays the same (B, T, D) values out in another way. None copies back to contiguous.
 LAYOUTS = {
@@ -26,7 +26,10 @@ def padded(x, n):
 
 
 def lay_out(x, layout):
-    """States have no time: they are laid out as one step of it."""
+    """States have no time: they are laid out as one step of it. Of one dimension there is one
+    layout."""
+    if x.dim() == 1:
+        return x
     y = layout(x) if x.dim() == 3 else layout(x[:, None])[:, 0]
     assert torch.equal(y, x)
     return y
@@ -45,7 +48,7 @@ def results(f, x, weights, requires_grad=True):
     return [*f(*x), *gradients(f, x, weights=weights)]
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 @SOME
 def test_inputs(case, options, dtype, layout, generator, device):
     """Time-contiguous, channel-contiguous, neither: values and gradients."""
@@ -60,7 +63,7 @@ def test_inputs(case, options, dtype, layout, generator, device):
             same(g, w)
 
 
-@over(dtypes="all", variants=False)
+@over(dtypes="all", variants=False, cases=ALL)
 @SOME
 def test_one_input_at_a_time(case, dtype, layout, generator, device):
     x = case.leaves(2, 21, 19, dtype, generator, device)
@@ -73,7 +76,7 @@ def test_one_input_at_a_time(case, dtype, layout, generator, device):
             same(g, w)
 
 
-@over(dtypes="all", variants=False)
+@over(dtypes="all", variants=False, cases=ALL)
 @SOME
 def test_gradients_coming_in(case, dtype, layout, generator, device):
     x = case.leaves(2, 21, 19, dtype, generator, device)
@@ -127,7 +130,7 @@ def test_overlapping_inputs(case, dtype, generator, device):
         same(g, w)
 
 
-@over(dtypes=(torch.float32, torch.complex64), variants=False)
+@over(dtypes=(torch.float32, torch.complex64), variants=False, cases=ALL)
 def test_lazy_bits(case, dtype, generator, device):
     """Conjugation and negation that torch has only noted, not done."""
     x = case.leaves(2, 21, 19, dtype, generator, device)
@@ -147,7 +150,7 @@ def test_lazy_bits(case, dtype, generator, device):
         assert torch.equal(g, w)
 
 
-@over(dtypes=(torch.float32, torch.bfloat16), variants=False)
+@over(dtypes=(torch.float32, torch.bfloat16), variants=False, cases=ALL)
 def test_packed_with_strides(case, dtype, generator, device):
     x = case.leaves(1, 40, 19, dtype, generator, device, state=3)
     cu = torch.tensor([0, 11, 11, 40], device=device)
@@ -160,13 +163,10 @@ def test_packed_with_strides(case, dtype, generator, device):
             same(g, w)
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @SOME
 def test_step(case, layout, generator, device):
-    x = [
-        y[:, 0] if y.dim() == 3 else y
-        for y in case.leaves(4, 1, 19, torch.float32, generator, device)
-    ]
+    x = case.at(case.leaves(4, 1, 19, torch.float32, generator, device), 0)
     want = case.step(*[y.contiguous() for y in x])
     laid = [lay_out(y, layout) for y in x]
     for g, w in zip(case.step(*laid), want, strict=True):

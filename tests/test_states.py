@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import bounds, close, cotangents, gradients, over, wide
+from cases import ALL, bounds, close, cotangents, gradients, over, wide
 
 CUTS = pytest.mark.parametrize(
     "lengths", [(40,), (1,) * 40, (16, 16, 8), (17, 0, 1, 22)], ids=["one", "ones", "tiles", "odd"]
@@ -18,7 +18,7 @@ def chunked(case, options, lengths, reverse):
         *inputs, state = x
         out = []
         for start, stop in reversed(pieces) if reverse else pieces:
-            h, state = f(*[y[:, start:stop] for y in inputs], state)
+            h, state = f(*case.at(inputs, slice(start, stop)), state)
             out.append(h)
         return torch.cat(out[::-1] if reverse else out, 1), state
 
@@ -30,7 +30,7 @@ def stepped(case, options):
         *inputs, state = x
         out = []
         for t in range(inputs[0].shape[1]):
-            h, state = case.step(*[y[:, t] for y in inputs], state, **options)
+            h, state = case.step(*case.at(inputs, t), state, **options)
             out.append(h)
         return torch.stack(out, 1), state
 
@@ -49,12 +49,11 @@ def check(case, options, reverse, other, dtype, generator, device):
     weights = cotangents(whole, generator)
     got = gradients(other, x, weights=weights)
     want = gradients(f, x, weights=weights)
-    names = (*case.arguments, "initial_state")
-    for name, g, w in zip(names, got, want, strict=True):
-        close(g, wide(w), grad=True, factor=2, name=f"gradient of {name}")
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        close(g, wide(w), grad=True, factor=2, name=f"gradient of leaf {i}")
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 @CUTS
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_chunks(case, options, dtype, lengths, reverse, generator, device):
@@ -63,20 +62,20 @@ def test_chunks(case, options, dtype, lengths, reverse, generator, device):
     )
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 def test_steps(case, options, dtype, generator, device):
     check(case, options, False, stepped(case, options), dtype, generator, device)
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_truncated_backpropagation(case, generator, device):
     """A detached hand-over stops the gradient and leaves the values alone."""
     x = case.leaves(2, 20, 5, torch.float64, generator, device, grad=True)
     *inputs, state = x
     f = case.bind()
-    first = f(*[y[:, :10] for y in inputs], state)
-    second = f(*[y[:, 10:] for y in inputs], first[1].detach())
-    grads = torch.autograd.grad(second[0].sum(), inputs)
+    first = f(*case.at(inputs, slice(10)), state)
+    second = f(*case.at(inputs, slice(10, None)), first[1].detach())
+    grads = torch.autograd.grad(second[0].sum(), inputs[: len(case.arguments)])
     for g in grads:
         assert not g[:, :10].any()
     assert any(g[:, 10:].any() for g in grads)

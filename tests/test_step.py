@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import close, cotangents, gradients, over, state_dtype, wide
+from cases import ALL, close, cotangents, gradients, over, wide
 
 INTS = pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
 
@@ -10,7 +10,7 @@ INTS = pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32"
 def step_leaves(case, B, D, dtype, generator, device, rows=None, grad=False):
     x = case.leaves(B, 1, D, dtype, generator, device, state=B if rows is None else rows)
     return (
-        [y[:, 0].contiguous() for y in x[:-1]] + x[-1:]
+        [y.contiguous() for y in case.at(x, 0)]
         if not grad
         else [y.requires_grad_() for y in step_leaves(case, B, D, dtype, generator, device, rows)]
     )
@@ -18,10 +18,10 @@ def step_leaves(case, B, D, dtype, generator, device, rows=None, grad=False):
 
 def sequence(case, options):
     """The same step by the reference: f(*inputs, state) -> (h, state)."""
-    f = case.bind(case.reference, **options)
+    f, n = case.bind(case.reference, **options), len(case.arguments)
 
     def step(*x):
-        h, state = f(*[y[:, None] for y in x[:-1]], x[-1])
+        h, state = f(*[y[:, None] for y in x[:n]], *x[n:])
         return h[:, 0], state
 
     return step
@@ -33,7 +33,8 @@ def pooled(case, options, indices):
     def step(*x):
         keep = [b for b, i in enumerate(indices) if i >= 0]
         rows = torch.tensor([indices[b] for b in keep], dtype=torch.int64)
-        h, state = sequence(case, options)(*[y[keep] for y in x[:-1]], x[-1][rows])
+        n = len(case.arguments)
+        h, state = sequence(case, options)(*[y[keep] for y in x[:n]], *x[n:-1], x[-1][rows])
         out = torch.zeros_like(x[0])
         return out.index_put((torch.tensor(keep, dtype=torch.int64),), h), x[-1].index_put(
             (rows,), state
@@ -42,14 +43,14 @@ def pooled(case, options, indices):
     return step
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 def test_step(case, options, dtype, generator, device):
     for B, D in ((0, 5), (3, 0), (1, 1), (3, 33), (2, 100)):
         x = step_leaves(case, B, D, dtype, generator, device)
         before = x[-1].clone()
         h, state = case.bind_step(**options)(*x)
         want = sequence(case, options)(*[wide(y.cpu()) for y in x])
-        assert h.dtype is dtype and h.shape == (B, D) and state.dtype is state_dtype(dtype)
+        assert h.dtype is dtype and h.shape == (B, D) and state.dtype is case.state_dtype(dtype)
         close(h, want[0], name="h")
         close(state, want[1], name="state")
         assert torch.equal(x[-1], before), "the functional step changed its state"
@@ -57,7 +58,7 @@ def test_step(case, options, dtype, generator, device):
         assert torch.equal(h_, h) and torch.equal(pool, state)
 
 
-@over(dtypes="all")
+@over(dtypes="all", cases=ALL)
 def test_step_gradients(case, options, dtype, generator, device):
     x = step_leaves(case, 3, 33, dtype, generator, device, grad=True)
     weights = cotangents(case.bind_step(**options)(*x), generator)
@@ -69,7 +70,7 @@ def test_step_gradients(case, options, dtype, generator, device):
         close(g, w, grad=True)
 
 
-@over(dtypes=(torch.float64, torch.complex128))
+@over(dtypes=(torch.float64, torch.complex128), cases=ALL)
 @pytest.mark.parametrize("kind", ["rows", "pool"])
 def test_step_gradcheck(case, options, dtype, kind, generator, device):
     indices = {"rows": None, "pool": torch.tensor([3, -1, 0], device=device)}[kind]
@@ -84,7 +85,7 @@ def test_step_gradcheck(case, options, dtype, kind, generator, device):
     torch.autograd.gradgradcheck(f, x)
 
 
-@over(dtypes=(torch.float32, torch.bfloat16))
+@over(dtypes=(torch.float32, torch.bfloat16), cases=ALL)
 @INTS
 def test_pool(case, options, dtype, index, generator, device):
     for indices in ([4, 0, 2], [-1, 3, -7], [-1, -1, -1], [], [2]):
@@ -103,7 +104,7 @@ def test_pool(case, options, dtype, index, generator, device):
         assert torch.equal(h_, h) and torch.equal(x[-1], pool)
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_pool_gradients(case, generator, device):
     """Rows that no index names, and skipped rows, pass their gradient straight through."""
     indices = [4, -1, 0]
@@ -120,7 +121,7 @@ def test_pool_gradients(case, generator, device):
     assert torch.equal(got[-1][[1, 2, 3, 5]], weights[1][[1, 2, 3, 5]])
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
 def test_index_out_of_range(case, in_place, generator, device):
     x = step_leaves(case, 2, 17, torch.float32, generator, device, rows=5)
@@ -167,7 +168,7 @@ def test_in_place_counts_versions(case, generator, device):
     assert x[-1]._version > seen, "a step on a view did not bump its base"
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_in_place_spoils_a_saved_state(case, generator, device):
     """A graph that saved the state notices that a step overwrote it."""
     x = step_leaves(case, 2, 5, torch.float32, generator, device)
@@ -178,7 +179,7 @@ def test_in_place_spoils_a_saved_state(case, generator, device):
         y.backward()
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 @pytest.mark.parametrize("which", ["input", "state", "view"])
 def test_in_place_refuses_gradients(case, which, generator, device):
     """It has no derivative: it says so, and points to the functional step, instead of dropping
@@ -198,11 +199,11 @@ def test_in_place_refuses_gradients(case, which, generator, device):
     assert not torch.equal(x[-1].detach(), before)
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_streaming_in_place_is_the_sequence(case, generator, device):
     x = case.leaves(3, 50, 17, torch.float32, generator, device)
     h, final = case.bind()(*x)
     state = x[-1].clone()
     for t in range(50):
-        close(case.step_(*[y[:, t] for y in x[:-1]], state), wide(h[:, t]))
+        close(case.step_(*case.at(x[:-1], t), state), wide(h[:, t]))
     close(state, wide(final))

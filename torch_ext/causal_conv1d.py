@@ -77,9 +77,7 @@ def causal_conv1d(
         >>> final_state
         tensor([[[3.]]])
     """
-    return torch.ops.torch_ext.causal_conv1d(
-        x, weight, bias, initial_state, cu_seqlens, activation
-    )
+    return torch.ops.torch_ext.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, activation)
 
 
 def causal_conv1d_step(
@@ -121,9 +119,7 @@ def causal_conv1d_step(
         >>> y, state
         (tensor([[21.]]), tensor([[[2.]]]))
     """
-    return torch.ops.torch_ext.causal_conv1d_step(
-        x, weight, bias, state, state_indices, activation
-    )
+    return torch.ops.torch_ext.causal_conv1d_step(x, weight, bias, state, state_indices, activation)
 
 
 def causal_conv1d_step_(
