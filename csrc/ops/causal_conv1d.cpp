@@ -3,6 +3,8 @@
 #include "diagonal.h"
 #include "torch_ext/ops.h"
 
+#include <algorithm>
+
 namespace torch_ext {
 namespace {
 
@@ -430,9 +432,7 @@ struct Backward : torch::autograd::Function<Backward> {
   static variable_list backward(AutogradContext* ctx, variable_list gg) {
     constexpr size_t kDifferentiable = 6; // all tensors but cu_seqlens
     variable_list out(kDifferentiable + 2), leaves, y, gy;
-    for (const Tensor& g : gg)
-      if (g.defined()) gy.push_back(g);
-    if (gy.empty()) return out;
+    if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) return out;
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode on(true);
     variable_list s = ctx->get_saved_variables();
@@ -444,8 +444,13 @@ struct Backward : torch::autograd::Function<Backward> {
         opt(s[0]), opt(s[1]), s[2], s[3], opt(s[4]), opt(s[5]), opt(s[6]),
         ctx->saved_data["silu"].toBool());
     const variable_list grads{grad_x, grad_weight, grad_bias, grad_state};
-    for (size_t i = 0; i < gg.size(); ++i)
-      if (gg[i].defined()) y.push_back(grads[i]);
+    for (size_t i = 0; i < gg.size(); ++i) {
+      // Without grad_y the gradient of the bias is a zero that depends on nothing.
+      if (!gg[i].defined() || !grads[i].requires_grad()) continue;
+      y.push_back(grads[i]);
+      gy.push_back(gg[i]);
+    }
+    if (y.empty()) return out;
     const variable_list d =
         torch::autograd::grad(y, leaves, gy, std::nullopt, create_graph, /*allow_unused=*/true);
     for (size_t i = 0, k = 0; i < kDifferentiable; ++i)
