@@ -154,7 +154,64 @@ void run(
   }
 }
 
+// ---- selective scan ----
+
+// Runs body(begin, end) over items that make `work` state updates together.
+template <class Body>
+void run_items(int64_t items, int64_t work, Parallel parallel, const Body& body) {
+  constexpr int64_t kWorth = 50000; // a thread is worth waking for some ten microseconds of work
+  const int64_t grain = 1 + kWorth * items / (work + 1);
+  if (parallel.run && parallel.threads > 1 && items > grain) {
+    parallel.run(
+        items, grain,
+        [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const Body*>(ctx))(begin, end); },
+        const_cast<Body*>(&body));
+  } else {
+    body(0, items);
+  }
+}
+
+// Slots of a group, and bytes of one state of a slot.
+int64_t slots_of(const SelectiveScanProblem& p, DType dtype, const KernelTable& t) {
+  const int64_t lanes = t.vector_bytes / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
+  return (p.width / p.num_groups + lanes - 1) / lanes;
+}
+
+SelectiveScanPlan forward_plan(
+    const SelectiveScanForward& p, DType dtype, const KernelTable& t, int threads) {
+  SelectiveScanPlan plan;
+  const int64_t slots = slots_of(p, dtype, t);
+  // Every thread gets some channels of all sequences, unless there are sequences enough that differ little.
+  const bool split = p.cu_seqlens || (p.num_sequences % threads && p.num_sequences < 8 * threads);
+  const int64_t blocks = split ? (threads + p.num_groups - 1) / p.num_groups : 1;
+  plan.block = (slots + blocks - 1) / blocks;
+  // A block's A and states stay in L2.
+  const int64_t state_bytes =
+      t.vector_bytes * (dtype == DType::c64 || dtype == DType::c128 ? 2 : 1);
+  plan.block =
+      std::min(plan.block, std::max<int64_t>(8, l2_bytes() / (3 * p.num_states * state_bytes)));
+  // A few steps: scratch memory that a call does not have to ask the system for.
+  const int64_t steps = p.cu_seqlens ? p.num_steps / p.num_sequences : p.num_steps;
+  if (steps < 8) plan.block = std::min<int64_t>(plan.block, 8);
+  plan.blocks_per_group = (slots + plan.block - 1) / plan.block;
+  plan.columns = p.num_steps > 1 && p.u.channel != 1 && p.delta.channel != 1;
+  return plan;
+}
+
 } // namespace
+
+bool selective_scan_forward(DType dtype, const SelectiveScanForward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const SelectiveScanForwardKernel kernel = t.selective_scan_forward[int(dtype)];
+  if (!kernel) return false;
+  if (p.num_sequences == 0 || p.width == 0) return true;
+  const SelectiveScanPlan plan = forward_plan(p, dtype, t, parallel.threads);
+  const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  run_items(
+      p.num_sequences * plan.blocks_per_group * p.num_groups, tokens * p.width * p.num_states,
+      parallel, [&](int64_t begin, int64_t end) { kernel(p, plan, begin, end); });
+  return true;
+}
 
 bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Parallel parallel) {
   const KernelTable& t = table();

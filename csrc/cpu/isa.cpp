@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
 #include "diagonal.h"
+#include "selective_scan.h"
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
 namespace {
@@ -24,6 +25,18 @@ template <class... Cell>
 constexpr void list_all(KernelTable& t, Cells<Cell...>) {
   static_assert(sizeof...(Cell) <= kMaxCells);
   (list<Cell>(t), ...);
+}
+
+constexpr void list_selective_scan(KernelTable& t) {
+  const auto add = [&]<class Kernel>(DType dtype, Kernel) {
+    t.selective_scan_forward[int(dtype)] = &Kernel::forward;
+  };
+  add(DType::f32, SelectiveScan<float, false>{});
+  add(DType::f64, SelectiveScan<double, false>{});
+  add(DType::bf16, SelectiveScan<BFloat16, false>{});
+  add(DType::f16, SelectiveScan<Half, false>{});
+  add(DType::c64, SelectiveScan<float, true>{});
+  add(DType::c128, SelectiveScan<double, true>{});
 }
 
 using V = Vec<float>;
@@ -76,6 +89,7 @@ constexpr KernelTable make_table() {
                 exponentials,
                 multiply_adds};
   list_all(t, DiagonalCells{});
+  list_selective_scan(t);
   return t;
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "../core/diagonal_problem.h"
+#include "../core/selective_scan_problem.h"
 
 namespace torch_ext::cpu {
 
@@ -32,6 +33,14 @@ struct Plan {
 using ForwardKernel = void (*)(const DiagonalForward&, const Plan&, int64_t begin, int64_t end);
 using BackwardKernel = void (*)(const DiagonalBackward&, const Plan&, int64_t begin, int64_t end);
 
+// How a selective scan is cut up: a slot is a vector of channels of one group, an item a block of slots and some sequences.
+struct SelectiveScanPlan {
+  int64_t block = 0, blocks_per_group = 0; // slots of a block; the last of a group may be smaller
+  bool columns = false;                    // tokens lie side by side: one slot after the other
+};
+using SelectiveScanForwardKernel =
+    void (*)(const SelectiveScanForward&, const SelectiveScanPlan&, int64_t begin, int64_t end);
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
@@ -42,6 +51,7 @@ struct KernelTable {
   void (*triad)(float* to, const float* x, const float* y, int64_t n, bool stream);
   void (*exponentials)(float* to, const float* x, int64_t n); // for calibration
   void (*multiply_adds)(float* x, int64_t repeats); // repeats * kMultiplyAdds vector multiply-adds
+  SelectiveScanForwardKernel selective_scan_forward[int(DType::count)] = {};
 };
 inline constexpr int kMultiplyAdds = 16;
 
