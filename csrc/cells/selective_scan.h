@@ -140,6 +140,15 @@ template <class T>
 TORCH_EXT_HD T silu(T z) {
   return z * sigmoid(z);
 }
+template <class T>
+struct Gate {
+  T value, slope;
+};
+template <class T>
+TORCH_EXT_HD Gate<T> silu_with_slope(T z) {
+  const T s = sigmoid(z);
+  return {z * s, s * fused(z, 1 - s, z * 0 + 1)};
+}
 
 // The gradient of one state's step. The sums are those of a token, over its states: `input` the gradient of time_step u,
 // `parts` that of time_step, still in the units of A; those of B, C and A are sums over channels or tokens.

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 
 #include "../cells/all.h"
@@ -198,18 +199,76 @@ SelectiveScanPlan forward_plan(
   return plan;
 }
 
+SelectiveScanPlan backward_plan(const SelectiveScanBackward& p, DType dtype, const KernelTable& t) {
+  SelectiveScanPlan plan;
+  const int64_t number = dtype == DType::f64 || dtype == DType::c128 ? 8 : 4,
+                lanes = t.vector_bytes / number;
+  const int64_t numbers = dtype == DType::c64 || dtype == DType::c128 ? 2 : 1; // of a state
+  const int64_t width = p.width / p.num_groups;
+  plan.slots_per_group = slots_of(p, dtype, t);
+  // Each block has its own sums over channels, N for every token: wide enough that they are a quarter of u at most, and that
+  // adding up the lanes takes no time; but so that there are eight blocks.
+  const int64_t channels = std::max<int64_t>(256, std::min(8 * p.num_states, (width + 7) / 8));
+  plan.block = std::min(plan.slots_per_group, (channels + lanes - 1) / lanes);
+  plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
+  plan.block =
+      (plan.slots_per_group + plan.blocks_per_group - 1) / plan.blocks_per_group; // of like size
+  plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
+  plan.parts = std::min<int64_t>(p.num_sequences, 16);
+  plan.slot_bytes =
+      t.vector_bytes * (2 + p.num_states * numbers * (1 + p.B.constant + p.C.constant));
+  return plan;
+}
+
 } // namespace
 
 bool selective_scan_forward(DType dtype, const SelectiveScanForward& p, Parallel parallel) {
   const KernelTable& t = table();
-  const SelectiveScanForwardKernel kernel = t.selective_scan_forward[int(dtype)];
-  if (!kernel) return false;
+  const SelectiveScanKernels& kernels = t.selective_scan[int(dtype)];
+  if (!kernels.forward) return false;
   if (p.num_sequences == 0 || p.width == 0) return true;
   const SelectiveScanPlan plan = forward_plan(p, dtype, t, parallel.threads);
   const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
   run_items(
       p.num_sequences * plan.blocks_per_group * p.num_groups, tokens * p.width * p.num_states,
-      parallel, [&](int64_t begin, int64_t end) { kernel(p, plan, begin, end); });
+      parallel, [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
+  return true;
+}
+
+bool selective_scan_backward(DType dtype, const SelectiveScanBackward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const SelectiveScanKernels& kernels = t.selective_scan[int(dtype)];
+  if (!kernels.backward) return false;
+  if (p.width == 0) return true;
+  SelectiveScanPlan plan = backward_plan(p, dtype, t);
+  const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  const int64_t slots = plan.slots_per_group * p.num_groups;
+  const int64_t number = dtype == DType::f64 || dtype == DType::c128 ? 8 : 4;
+  const int64_t numbers =
+      p.num_groups * p.num_states * (dtype == DType::c64 || dtype == DType::c128 ? 2 : 1);
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  const auto allocate = [](int64_t bytes) {
+    void* memory = std::aligned_alloc(64, size_t(round_up(bytes + 64, 64)));
+    if (!memory) throw std::bad_alloc();
+    return std::unique_ptr<void, Free>(memory);
+  };
+  // Without sequences there is one part, which is zero.
+  const bool nothing = p.num_sequences == 0;
+  plan.parts = std::max<int64_t>(plan.parts, 1);
+  const auto by_channel = allocate(plan.parts * slots * plan.slot_bytes);
+  const auto by_token = allocate(plan.blocks_per_group * 2 * tokens * numbers * number);
+  plan.by_channel = by_channel.get(), plan.by_token = by_token.get();
+  if (nothing) std::memset(plan.by_channel, 0, size_t(slots * plan.slot_bytes));
+  const int64_t work = tokens * p.width * p.num_states;
+  const auto run = [&](SelectiveScanBackwardKernel kernel, int64_t items, int64_t updates) {
+    run_items(
+        items, updates, parallel, [&](int64_t begin, int64_t end) { kernel(p, plan, begin, end); });
+  };
+  if (!nothing) run(kernels.backward, plan.parts * plan.blocks_per_group * p.num_groups, 3 * work);
+  run(kernels.reduce_channels, slots, plan.parts * p.width * p.num_states);
+  if (tokens) run(kernels.reduce_tokens, tokens, plan.blocks_per_group * tokens * numbers);
   return true;
 }
 

@@ -29,7 +29,8 @@ constexpr void list_all(KernelTable& t, Cells<Cell...>) {
 
 constexpr void list_selective_scan(KernelTable& t) {
   const auto add = [&]<class Kernel>(DType dtype, Kernel) {
-    t.selective_scan_forward[int(dtype)] = &Kernel::forward;
+    t.selective_scan[int(dtype)] = {
+        &Kernel::forward, &Kernel::backward, &Kernel::reduce_channels, &Kernel::reduce_tokens};
   };
   add(DType::f32, SelectiveScan<float, false>{});
   add(DType::f64, SelectiveScan<double, false>{});

@@ -456,6 +456,360 @@ struct SelectiveScan {
       store_states(p.final_state, row, block, N, states.data);
     }
   }
+
+  // ---- backward ----
+  //
+  // An item is a block of slots and a part of the sequences. From the last tile to the first: the tile's states are computed
+  // again from the one before it, a few states at a time, into L1, and walked back over. Sums over tokens (A, D, ...) gather
+  // lane by lane in the workspace, one for every part; sums over channels (B, C) gather lane by lane over the block's slots,
+  // are then added up over the lanes, and leave one number for every block. reduce_* adds up parts and blocks, in order.
+
+  static constexpr int kStates = kVectorBytes == 64 && !kComplex ? 4 : 2; // at a time, in registers
+
+  struct Gradients { // one slot's sums over tokens, in the workspace
+    H *A, *B, *C;    // N each; B and C only where they are constant
+    V *D, *delta_bias;
+    Gradients(
+        const SelectiveScanProblem& p, const SelectiveScanPlan& plan, int64_t part, int64_t group,
+        int64_t slot) {
+      const int64_t N = p.num_states,
+                    index = (part * p.num_groups + group) * plan.slots_per_group + slot;
+      D = reinterpret_cast<V*>(static_cast<char*>(plan.by_channel) + index * plan.slot_bytes);
+      delta_bias = D + 1;
+      A = reinterpret_cast<H*>(D + 2);
+      B = A + N;
+      C = B + (p.B.constant ? N : 0);
+    }
+  };
+  // The sums over one block's channels: (token, group, state) of B, and behind them those of C.
+  static State* sums_of_block(
+      const SelectiveScanProblem& p, const SelectiveScanPlan& plan, int64_t block, bool of_C) {
+    const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+    return static_cast<State*>(plan.by_token) +
+           (block * 2 + of_C) * tokens * p.num_groups * p.num_states;
+  }
+
+  struct Work { // one slot's tokens, in L1
+    V step[kTile], input[kTile], grad_y[kTile], y[kTile], grad_input[kTile];
+    H parts[kTile];
+  };
+
+  template <int NB, bool kLanes, bool kGate>
+  __attribute__((noinline)) static void backward_states(
+      Work& work, int64_t count, const H* A, const void* B, int64_t B_step, const void* C,
+      int64_t C_step, const H* start, H* grad_h, H* grad_A, H* grad_B, int64_t grad_B_step,
+      H* grad_C, int64_t grad_C_step, Ahead& ahead) {
+    H decays[kTile][NB], h[kTile + 1][NB];
+    {
+      H state[NB];
+#pragma GCC unroll 4
+      for (int j = 0; j < NB; ++j) h[0][j] = state[j] = start[j];
+      for (int64_t t = 0; t < count; ++t) {
+        const V step = work.step[t], input = work.input[t];
+        V y = work.y[t];
+#pragma GCC unroll 4
+        for (int j = 0; j < NB; ++j) {
+          const ScanStep<V, H> s =
+              scan_step(step, input, A[j], coefficient<kLanes>(B, t * B_step + j), state[j]);
+          decays[t][j] = s.decay;
+          h[t + 1][j] = state[j] = s.h;
+          if (kGate) y = add_real(s.h, coefficient<kLanes>(C, t * C_step + j), y);
+        }
+        if (kGate) work.y[t] = y;
+      }
+    }
+    H g[NB], gA[NB];
+#pragma GCC unroll 4
+    for (int j = 0; j < NB; ++j) g[j] = grad_h[j], gA[j] = grad_A[j];
+    for (int64_t t = count - 1; t >= 0; --t) {
+      const V step = work.step[t], input = work.input[t], grad_y = work.grad_y[t];
+      ScanSums<V, H> sums{work.grad_input[t], work.parts[t]};
+      H *const gB = grad_B + t * grad_B_step, *const gC = grad_C + t * grad_C_step;
+#pragma GCC unroll 4
+      for (int j = 0; j < NB; ++j)
+        scan_step_vjp(
+            step, input, A[j], coefficient<kLanes>(B, t * B_step + j),
+            coefficient<kLanes>(C, t * C_step + j), decays[t][j], h[t][j], h[t + 1][j], grad_y,
+            g[j], gA[j], gB[j], gC[j], sums);
+      work.grad_input[t] = sums.input, work.parts[t] = sums.parts;
+      ahead.fetch();
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < NB; ++j) grad_h[j] = g[j], grad_A[j] = gA[j];
+  }
+
+  // The memory of one thread for one block.
+  struct Backward {
+    const SelectiveScanBackward& p;
+    const SelectiveScanPlan& plan;
+    const int64_t N, interval;
+    Parameters parameters;
+    Tokens B, C;
+    Scratch<H> grad_h, starts, grad_B, grad_C; // starts: (tile of the interval, slot, state)
+    Scratch<R> flat;
+
+    Backward(const SelectiveScanBackward& problem, const SelectiveScanPlan& a_plan)
+        : p(problem),
+          plan(a_plan),
+          N(p.num_states),
+          interval(selective_scan_interval(N, kComplex)),
+          parameters(p, plan),
+          B(p.B, parameters.lanes, N),
+          C(p.C, parameters.lanes, N),
+          grad_h(plan.block * N),
+          starts(interval / kTile * plan.block * N),
+          grad_B(p.B.constant ? 0 : kTile * N + W),
+          grad_C(p.C.constant ? 0 : kTile * N + W),
+          flat(2 * (kTile * N + W)) {}
+
+    void load_coefficients(const Run& run, int64_t n, int64_t count, int64_t group) {
+      B.load(p.B, parameters.lanes, run, n, count, group, N);
+      C.load(p.C, parameters.lanes, run, n, count, group, N);
+    }
+
+    // What is added up over the lanes of grad_B or grad_C goes to the block's rows of those tokens.
+    void put_sums(
+        const H* lanes, State* to, const Run& run, int64_t n, int64_t count, int64_t group) {
+      constexpr int kParts = int(sizeof(H) / sizeof(V));
+      const V* vectors = reinterpret_cast<const V*>(lanes);
+      for (int64_t i = 0; i < count * N * kParts; i += W) { // beyond the last there is room
+        V r[W];
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) r[k] = vectors[i + k];
+        Stored<R>::store(flat.data + i, sums_of(r));
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t token = run.sequence * p.num_steps + run.first + (n + t) * run.direction;
+        memcpy(
+            to + (token * p.num_groups + group) * N, flat.data + t * N * kParts,
+            size_t(N) * sizeof(State));
+      }
+    }
+
+    // The state before each tile of an interval, from the one that the forward kept.
+    void restart(const Run& run, const Block& block, int64_t kept, int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < block.slots; ++i)
+        move_checkpoint<true>(
+            checkpoint(p.checkpoints, p, kept + begin / interval, block.channel + i * W),
+            starts.data + i * N, N, block.some(i));
+      Ahead nothing;
+      for (int64_t n = begin; n + kTile < end; n += kTile) {
+        H* from = starts.data + (n - begin) / kTile * plan.block * N;
+        H* to = from + plan.block * N;
+        memcpy(static_cast<void*>(to), from, size_t(block.slots * N) * sizeof(H));
+        load_coefficients(run, n, kTile, block.group);
+        for (int64_t i = 0; i < block.slots; ++i) {
+          const int64_t d = block.channel + i * W;
+          const int some = block.some(i);
+          Tile tile;
+          load_tokens(tile.step, p.delta, run, n, kTile, d, some);
+          load_tokens(tile.input, p.u, run, n, kTile, d, some);
+          const V bias = load_channels(p.delta_bias, d, some);
+          for (int t = 0; t < kTile; ++t) {
+            tile.step[t] = time_step(tile.step[t] + bias, p.delta_softplus);
+            tile.input[t] = tile.step[t] * tile.input[t];
+            tile.y[t] = V(0);
+          }
+          forward_all_states(
+              tile, kTile, N, parameters.lanes, parameters.A.data + i * N,
+              B.at(p.B, parameters.B.data + i * N), B.step, C.at(p.C, parameters.C.data + i * N),
+              C.step, to + i * N, nothing);
+        }
+      }
+    }
+
+    // One slot, one tile.
+    void slot(
+        const Run& run, const Gradients& sums, int64_t n, int64_t count, int64_t i, int64_t d,
+        int some, const H* start, Ahead& ahead) {
+      const bool gate = p.z.data;
+      Work work;
+      V delta[kTile], u[kTile], z[kTile], grad_out[kTile], slope[kTile];
+      load_tokens(delta, p.delta, run, n, count, d, some);
+      load_tokens(u, p.u, run, n, count, d, some);
+      if (gate) load_tokens(z, p.z, run, n, count, d, some);
+      if (p.grad_out.data) load_tokens(grad_out, p.grad_out, run, n, count, d, some);
+      const V bias = load_channels(p.delta_bias, d, some), D = load_channels(p.D, d, some);
+      for (int64_t t = 0; t < count; ++t) {
+        delta[t] = delta[t] + bias;
+        work.step[t] = time_step(delta[t], p.delta_softplus);
+        work.input[t] = work.step[t] * u[t];
+        if (!p.grad_out.data) grad_out[t] = V(0);
+        V grad_y = grad_out[t];
+        if (gate) {
+          const Gate<V> g = silu_with_slope(z[t]);
+          slope[t] = grad_out[t] * g.slope;
+          grad_out[t] = grad_y = grad_y * g.value;
+        }
+        work.grad_y[t] = kReadout<H> != 1 ? grad_y * kReadout<H> : grad_y;
+        work.y[t] = work.grad_input[t] = V(0);
+        memset(static_cast<void*>(work.parts + t), 0, sizeof(H));
+      }
+      const H* const A = parameters.A.data + i * N;
+      const char* const b = static_cast<const char*>(B.at(p.B, parameters.B.data + i * N));
+      const char* const c = static_cast<const char*>(C.at(p.C, parameters.C.data + i * N));
+      H* const gB = p.B.constant ? sums.B : grad_B.data;
+      H* const gC = p.C.constant ? sums.C : grad_C.data;
+      ahead.spread(count * ((N + kStates - 1) / kStates));
+      over_states<kStates>(N, [&]<int NB>(int64_t k) {
+        const auto step =
+            parameters.lanes
+                ? (gate ? backward_states<NB, true, true> : backward_states<NB, true, false>)
+                : (gate ? backward_states<NB, false, true> : backward_states<NB, false, false>);
+        const int64_t size = parameters.lanes ? sizeof(H) : sizeof(State);
+        step(
+            work, count, A + k, b + k * size, B.step, c + k * size, C.step, start + k,
+            grad_h.data + i * N + k, sums.A + k, gB + k, p.B.constant ? 0 : N, gC + k,
+            p.C.constant ? 0 : N, ahead);
+      });
+      V grad_D = *sums.D, grad_bias = *sums.delta_bias;
+      for (int64_t t = 0; t < count; ++t) {
+        const V grad_step = fused(work.grad_input[t], u[t], out_of_octaves(work.parts[t]));
+        const V grad_delta = grad_step * time_step_slope(delta[t], p.delta_softplus);
+        grad_bias = grad_bias + grad_delta;
+        grad_D = fused(grad_out[t], u[t], grad_D);
+        if (gate) {
+          const V y = kReadout<H> != 1 ? work.y[t] * kReadout<H> : work.y[t];
+          z[t] = slope[t] * fused(D, u[t], y);
+        }
+        u[t] = fused(work.grad_input[t], work.step[t], D * grad_out[t]);
+        delta[t] = grad_delta;
+      }
+      *sums.D = grad_D, *sums.delta_bias = grad_bias;
+      store_tokens(p.grad_u, run, n, count, d, some, u);
+      store_tokens(p.grad_delta, run, n, count, d, some, delta);
+      if (p.grad_z.data) store_tokens(p.grad_z, run, n, count, d, some, z);
+    }
+
+    void sequence(int64_t s, int64_t part, int64_t index, const Block& block) {
+      const Run run(p, s);
+      const int64_t kept = kept_before(p, interval, s),
+                    first_slot = index % plan.blocks_per_group * plan.block;
+      State* const sums_B = sums_of_block(p, plan, index % plan.blocks_per_group, false);
+      State* const sums_C = sums_of_block(p, plan, index % plan.blocks_per_group, true);
+      load_states(grad_h.data, p.grad_final_state, s, block, N);
+      for (int64_t begin = (run.count - 1) / interval * interval; begin >= 0 && run.count > 0;
+           begin -= interval) {
+        const int64_t end = run.count - begin < interval ? run.count : begin + interval;
+        restart(run, block, kept, begin, end);
+        for (int64_t n = begin + (end - begin - 1) / kTile * kTile; n >= begin; n -= kTile) {
+          const int64_t count = end - n < kTile ? end - n : kTile;
+          load_coefficients(run, n, count, block.group);
+          if (!p.B.constant)
+            memset(static_cast<void*>(grad_B.data), 0, size_t(count * N) * sizeof(H));
+          if (!p.C.constant)
+            memset(static_cast<void*>(grad_C.data), 0, size_t(count * N) * sizeof(H));
+          for (int64_t i = 0; i < block.slots; ++i) {
+            const int64_t d = block.channel + i * W;
+            Ahead ahead;
+            const bool turn = i + 1 == block.slots; // on to the tile before
+            const int64_t then = turn ? n - kTile : n, next = turn ? 0 : i + 1;
+            const auto add = [&](const auto& x) {
+              if (then >= 0)
+                ahead.add(
+                    x, run, then, turn ? kTile : count, block.channel + next * W, block.some(next));
+            };
+            add(p.delta), add(p.u), add(p.z), add(p.grad_out), add(p.grad_u), add(p.grad_delta),
+                add(p.grad_z);
+            slot(
+                run, Gradients(p, plan, part, block.group, first_slot + i), n, count, i, d,
+                block.some(i), starts.data + ((n - begin) / kTile * plan.block + i) * N, ahead);
+          }
+          if (!p.B.constant) put_sums(grad_B.data, sums_B, run, n, count, block.group);
+          if (!p.C.constant) put_sums(grad_C.data, sums_C, run, n, count, block.group);
+        }
+      }
+      store_states(p.grad_initial_state, s, block, N, grad_h.data);
+    }
+  };
+
+  static void backward(
+      const SelectiveScanBackward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    Backward work(p, plan);
+    int64_t loaded = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t index = item / plan.parts, part = item % plan.parts;
+      const Block block(p, plan, index);
+      if (index != loaded) work.parameters.load(p, block), loaded = index;
+      memset(
+          static_cast<void*>(
+              Gradients(p, plan, part, block.group, index % plan.blocks_per_group * plan.block).D),
+          0, size_t(block.slots * plan.slot_bytes));
+      for (int64_t s = p.num_sequences * part / plan.parts;
+           s < p.num_sequences * (part + 1) / plan.parts; ++s)
+        work.sequence(s, part, index, block);
+    }
+  }
+
+  // Slots begin .. end of all groups: the sums over tokens, from all parts.
+  static void reduce_channels(
+      const SelectiveScanBackward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    const int64_t N = p.num_states, vectors = plan.slot_bytes / int64_t(sizeof(V));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / plan.slots_per_group, slot = i % plan.slots_per_group,
+                    width = p.width / p.num_groups;
+      const int64_t d = group * width + slot * W;
+      const int some = width - slot * W < W ? int(width - slot * W) : W;
+      const Gradients all(p, plan, 0, group, slot);
+      for (int64_t part = 1; part < plan.parts; ++part) {
+        const V* more = Gradients(p, plan, part, group, slot).D;
+        for (int64_t k = 0; k < vectors; ++k) all.D[k] = all.D[k] + more[k];
+      }
+      const auto put = [&](void* data, int64_t channel, int64_t state, const H* from) {
+        if (data)
+          store_slot_states(static_cast<State*>(data) + d * channel, state, channel, from, N, some);
+      };
+      put(p.grad_A.data, p.grad_A.channel, p.grad_A.state, all.A);
+      if (p.B.constant) put(p.grad_B.data, p.grad_B.channel, p.grad_B.state, all.B);
+      if (p.C.constant) put(p.grad_C.data, p.grad_C.channel, p.grad_C.state, all.C);
+      const auto put_channels = [&](const OverChannels<void*>& x, const V* from) {
+        if (x.data)
+          store_slot(static_cast<R*>(x.data) + d * x.channel, 1, x.channel, from, 1, some);
+      };
+      put_channels(p.grad_D, all.D);
+      put_channels(p.grad_delta_bias, all.delta_bias);
+    }
+  }
+
+  // Tokens begin .. end of all rows: the sums over channels, from all blocks.
+  static void reduce_tokens(
+      const SelectiveScanBackward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    const int64_t N = p.num_states, n = p.num_groups * N,
+                  numbers = n * int64_t(sizeof(State) / sizeof(R));
+    Scratch<R> sum(numbers + W);
+    const auto reduce = [&](const Coefficient<void*>& x, bool of_C) {
+      if (!x.data || x.constant) return;
+      for (int64_t token = begin; token < end; ++token) {
+        for (int64_t block = 0; block < plan.blocks_per_group; ++block) {
+          const R* part =
+              reinterpret_cast<const R*>(sums_of_block(p, plan, block, of_C) + token * n);
+          for (int64_t k = 0; k < numbers; ++k)
+            sum.data[k] = block ? sum.data[k] + part[k] : part[k];
+        }
+        const int64_t sequence = p.cu_seqlens ? 0 : token / p.num_steps;
+        PerToken* to = static_cast<PerToken*>(x.data) + sequence * x.sequence +
+                       (token - sequence * p.num_steps) * x.time;
+        for (int64_t g = 0; g < p.num_groups; ++g) {
+          const State* from = reinterpret_cast<const State*>(sum.data) + g * N;
+          if constexpr (sizeof(PerToken) == sizeof(State)) {
+            for (int64_t k = 0; k < N; ++k) to[g * x.group + k * x.state] = from[k];
+          } else {
+            PerToken some[W];
+            for (int64_t k = 0; k < N; k += W) { // sum has room for a vector too many
+              Stored<PerToken>::store(some, Stored<R>::load(from + k));
+              for (int j = 0; j < W && k + j < N; ++j)
+                to[g * x.group + (k + j) * x.state] = some[j];
+            }
+          }
+        }
+      }
+    };
+    reduce(p.grad_B, false);
+    reduce(p.grad_C, true);
+  }
 };
 
 } // namespace torch_ext::cpu::TORCH_EXT_ISA

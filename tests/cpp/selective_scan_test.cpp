@@ -257,7 +257,7 @@ Answer formula(const Problem3& p) {
   return r;
 }
 // What gradients are of.
-[[maybe_unused]] double loss(const Problem3& p) {
+double loss(const Problem3& p) {
   const Answer r = formula(p);
   double sum = 0;
   const auto add = [&](const Dense& x, const Dense& weight) {
@@ -342,11 +342,41 @@ Result3 run(Problem3 p, int threads, bool backward = true) {
   EXPECT_TRUE(
       out.array.guards_intact() && final_state.array.guards_intact() &&
       checkpoints.guards_intact());
-  return {out.read(), final_state.read(), {}};
+  Result3 result{out.read(), final_state.read(), {}};
+  if (!backward) return result;
+
+  Memory grad_out = memory(random, types.time, p.grad_out.size, p.order, false);
+  Memory grad_final = memory(random, types.state, p.grad_final.size, p.order, false);
+  grad_out.write(p.grad_out), grad_final.write(p.grad_final);
+  std::vector<Memory> grads;
+  for (size_t i = 0; i < dtypes.size(); ++i) {
+    std::vector<int64_t> size = p.inputs()[i]->size;
+    if (i == 8) size = {p.S, p.D, p.N}; // there is a gradient of the zeros that stand for it, too
+    grads.push_back(memory(random, dtypes[i], size, p.order, true));
+  }
+  SelectiveScanBackward b;
+  describe(b);
+  b.checkpoints = checkpoints.data();
+  b.grad_out = over_time<const void*>(grad_out);
+  b.grad_final_state = over_states<const void*>(grad_final);
+  b.grad_u = over_time<void*>(grads[0]), b.grad_delta = over_time<void*>(grads[1]);
+  b.grad_z = over_time<void*>(grads[2]);
+  b.grad_A = over_states<void*>(grads[3]);
+  b.grad_B = coefficient<void*>(grads[4]), b.grad_C = coefficient<void*>(grads[5]);
+  b.grad_D = {grads[6].data(), grads[6].step(0)},
+  b.grad_delta_bias = {grads[7].data(), grads[7].step(0)};
+  b.grad_initial_state = over_states<void*>(grads[8]);
+  EXPECT_TRUE(cpu::selective_scan_backward(p.dtype, b, parallel(threads)));
+  for (const Memory& each : grads) {
+    EXPECT_TRUE(each.size.empty() || each.array.guards_intact()) << "writes out of bounds";
+    result.grads.push_back(each.read());
+  }
+  return result;
 }
 
-// `stored`: relative error of what the dtype can hold. The rest are rounding errors of sums, of the size of the largest.
-void expect_close(const Dense& got, const Dense& want, DType dtype, const std::string& what) {
+// Besides what the dtype can hold: rounding errors of sums, relative to the largest number.
+void expect_close(
+    const Dense& got, const Dense& want, DType dtype, double terms, const std::string& what) {
   ASSERT_EQ(got.size, want.size) << what;
   double largest = 1;
   for (const Value& each : want.at) largest = std::max(largest, abs(each));
@@ -354,8 +384,37 @@ void expect_close(const Dense& got, const Dense& want, DType dtype, const std::s
   for (size_t i = 0; i < want.at.size(); ++i)
     ASSERT_LE(
         abs(got.at[i] - want.at[i]),
-        400 * info.state_epsilon * largest + info.epsilon * abs(want.at[i]))
+        terms * info.state_epsilon * largest + info.epsilon * abs(want.at[i]))
         << what << " at " << i << ": " << got.at[i] << " instead of " << want.at[i];
+}
+
+// Some gradients of each input against central differences of the plain loop.
+void check_differences(Problem3 p, const Result3& result) {
+  Random random;
+  if (p.S * p.T * p.D * p.N > 40000) return;
+  if (!p.initial) p.initial = zeros({p.S, p.D, p.N});
+  for (size_t i = 0; i < result.grads.size(); ++i) {
+    Dense& x = *p.inputs()[i];
+    ASSERT_EQ(result.grads[i].size, x.size) << Problem3::name(i);
+    for (int sample = 0; sample < 3 && !x.at.empty(); ++sample) {
+      const size_t at = size_t(random.integer(0, int64_t(x.at.size()) - 1));
+      const bool complex = p.complex() && (i == 3 || i == 4 || i == 5 || i == 8);
+      const Value before = x.at[at];
+      const auto slope = [&](Value direction) {
+        constexpr double kEpsilon = 1e-5;
+        x.at[at] = before + kEpsilon * direction;
+        const double high = loss(p);
+        x.at[at] = before - kEpsilon * direction;
+        const double low = loss(p);
+        x.at[at] = before;
+        return (high - low) / (2 * kEpsilon);
+      };
+      const Value want(slope(1), complex ? slope(Value(0, 1)) : 0);
+      ASSERT_LE(abs(result.grads[i].at[at] - want), 2e-6 * (1 + abs(want) + 1e-2 * fabs(loss(p))))
+          << "gradient of " << Problem3::name(i) << " at " << at << ": " << result.grads[i].at[at]
+          << " instead of " << want;
+    }
+  }
 }
 
 std::vector<std::string> isas() {
@@ -381,11 +440,28 @@ class SelectiveScan : public ::testing::TestWithParam<Setting> {
 
   void check(const Problem3& p) {
     SCOPED_TRACE(p.text());
+    const double terms = 300 + 5 * double(p.T + p.N);
     const Result3 got = run(p, 1);
     const Answer want = formula(p);
-    ASSERT_NO_FATAL_FAILURE(expect_close(got.out, want.out, types_of(p.dtype).time, "out"));
-    ASSERT_NO_FATAL_FAILURE(
-        expect_close(got.final_state, want.final_state, types_of(p.dtype).state, "final state"));
+    ASSERT_NO_FATAL_FAILURE(expect_close(got.out, want.out, types_of(p.dtype).time, terms, "out"));
+    ASSERT_NO_FATAL_FAILURE(expect_close(
+        got.final_state, want.final_state, types_of(p.dtype).state, terms, "final state"));
+    Problem3 precise = p;
+    precise.dtype = p.complex() ? DType::c128 : DType::f64;
+    const bool is_precise = p.dtype == precise.dtype;
+    const Result3 gradients = is_precise ? got : run(precise, 1);
+    ASSERT_NO_FATAL_FAILURE(check_differences(precise, gradients));
+    const Types types = types_of(p.dtype);
+    for (size_t i = 0; i < got.grads.size() && !is_precise; ++i) {
+      const bool parameter =
+          i == 3 || i > 5 || ((i == 4 || i == 5) && precise.constant(*precise.inputs()[i]));
+      ASSERT_NO_FATAL_FAILURE(expect_close(
+          got.grads[i], gradients.grads[i],
+          parameter ? types.state
+          : i < 3   ? types.time
+                    : types.per_token,
+          terms, std::string("gradient of ") + Problem3::name(i)));
+    }
     for (int threads : {2, 3})
       ASSERT_TRUE(same(got, run(p, threads))) << "depends on the number of threads";
   }
