@@ -16,6 +16,12 @@ from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, l
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
 from .min_rnn import MinRNNBlock, MinRNNLM
+from .selective_scan import (
+    selective_scan,
+    selective_scan_reference,
+    selective_scan_step,
+    selective_scan_step_,
+)
 
 __version__ = build_info.version
 
@@ -43,4 +49,8 @@ __all__ = [
     "min_lstm_reference",
     "min_lstm_step",
     "min_lstm_step_",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_scan_step",
+    "selective_scan_step_",
 ]

@@ -95,3 +95,76 @@ for _name in DIAGONAL:
     _register(_name, "cu_seqlens")
     _register(_name + "_backward", "cu_seqlens")
     _register(_name + "_step", "state_indices")
+
+
+def _register_selective_scan(name: str, index: str) -> None:
+    """The dimension always goes into the channels: then parameters may have it or not. B and C that
+    had one group of channels, or a number of them, have one or as many for each that vmap runs
+    over."""
+    operator = getattr(torch.ops.torch_ext, name)
+    arguments = [argument.name for argument in operator.default._schema.arguments]
+    index_at = arguments.index(index)
+    step, backward = name.endswith("_step"), name.endswith("_backward")
+    time_dims = 1 if step else 2  # B and T
+    # Where the channels are, counted from the end.
+    channels = dict.fromkeys(("grad_y", "u", "delta", "z", "D", "delta_bias"), 1)
+    channels |= dict.fromkeys(("A", "grad_final_state", "initial_state", "state"), 2)
+
+    def rule(info, in_dims, *args):
+        given = dict(zip(arguments, args, strict=False))
+        if given.get(index) is not None and in_dims[index_at] is not None:
+            raise ValueError(
+                f"{name}: {index} has a vmap dimension, expected none: "
+                "it has to be the same for all that vmap runs over"
+            )
+        size = info.batch_size
+
+        def fold(argument: str, x: Tensor, dim: int | None) -> Tensor:
+            if argument == "kept":  # of the folded call, or else made again
+                return x if dim is None else x.new_empty(0)
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            place = channels.get(argument)
+            if place is None:  # B or C
+                if x.dim() - 1 == 2 and not step:
+                    return x.flatten(0, 1)
+                grouped = x.dim() - 1 == time_dims + 2
+                x = x.movedim(0, time_dims)
+                return x.flatten(time_dims, time_dims + 1) if grouped else x
+            at = x.dim() - 1 - place
+            return x.movedim(0, at).flatten(at, at + 1)
+
+        def unfold(x: Tensor, place: int) -> tuple[Tensor, int]:
+            at = x.dim() - place
+            return x.unflatten(at, (size, -1)), at
+
+        def unfold_gradient(x: Tensor, argument: str) -> tuple[Tensor, int | None]:
+            if argument == "z" and given["z"] is None:
+                return x, None
+            if argument not in ("B", "C"):
+                return unfold(x, channels[argument])
+            original = given[argument]
+            dims = original.dim() - (in_dims[arguments.index(argument)] is not None)
+            if dims == 3:
+                return x, 2
+            return x.unflatten(dims - 2, (size, -1)), dims - 2
+
+        folded = [
+            fold(argument, x, dim) if isinstance(x, Tensor) and argument != index else x
+            for argument, x, dim in zip(arguments, args, in_dims, strict=False)
+        ]
+        outputs = operator(*folded)
+        if backward:
+            of = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+            pairs = [unfold_gradient(x, a) for x, a in zip(outputs, of, strict=True)]
+        else:
+            pairs = [unfold(outputs[0], 1), unfold(outputs[1], 2)]
+            pairs += [(x, None) for x in outputs[2:]]
+        unfolded, dims = zip(*pairs, strict=True)
+        return unfolded, dims
+
+    torch.library.register_vmap(f"torch_ext::{name}", rule)
+
+
+_register_selective_scan("selective_scan", "cu_seqlens")
+_register_selective_scan("selective_scan_backward", "cu_seqlens")
+_register_selective_scan("selective_scan_step", "state_indices")

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 
 #include "../cells/all.h"
@@ -154,7 +155,122 @@ void run(
   }
 }
 
+// ---- selective scan ----
+
+// Runs body(begin, end) over items that make `work` state updates together.
+template <class Body>
+void run_items(int64_t items, int64_t work, Parallel parallel, const Body& body) {
+  constexpr int64_t kWorth = 50000; // a thread is worth waking for some ten microseconds of work
+  const int64_t grain = 1 + kWorth * items / (work + 1);
+  if (parallel.run && parallel.threads > 1 && items > grain) {
+    parallel.run(
+        items, grain,
+        [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const Body*>(ctx))(begin, end); },
+        const_cast<Body*>(&body));
+  } else {
+    body(0, items);
+  }
+}
+
+// Slots of a group, and bytes of one state of a slot.
+int64_t slots_of(const SelectiveScanProblem& p, DType dtype, const KernelTable& t) {
+  const int64_t lanes = t.vector_bytes / (dtype == DType::f64 || dtype == DType::c128 ? 8 : 4);
+  return (p.width / p.num_groups + lanes - 1) / lanes;
+}
+
+SelectiveScanPlan forward_plan(
+    const SelectiveScanForward& p, DType dtype, const KernelTable& t, int threads) {
+  SelectiveScanPlan plan;
+  const int64_t slots = slots_of(p, dtype, t);
+  // Every thread gets some channels of all sequences, unless there are sequences enough that differ little.
+  const bool split = p.cu_seqlens || (p.num_sequences % threads && p.num_sequences < 8 * threads);
+  const int64_t blocks = split ? (threads + p.num_groups - 1) / p.num_groups : 1;
+  plan.block = (slots + blocks - 1) / blocks;
+  // A block's A and states stay in L2.
+  const int64_t state_bytes =
+      t.vector_bytes * (dtype == DType::c64 || dtype == DType::c128 ? 2 : 1);
+  plan.block =
+      std::min(plan.block, std::max<int64_t>(8, l2_bytes() / (3 * p.num_states * state_bytes)));
+  // A few steps: scratch memory that a call does not have to ask the system for.
+  const int64_t steps = p.cu_seqlens ? p.num_steps / p.num_sequences : p.num_steps;
+  if (steps < 8) plan.block = std::min<int64_t>(plan.block, 8);
+  plan.blocks_per_group = (slots + plan.block - 1) / plan.block;
+  plan.columns = p.num_steps > 1 && p.u.channel != 1 && p.delta.channel != 1;
+  return plan;
+}
+
+SelectiveScanPlan backward_plan(const SelectiveScanBackward& p, DType dtype, const KernelTable& t) {
+  SelectiveScanPlan plan;
+  const int64_t number = dtype == DType::f64 || dtype == DType::c128 ? 8 : 4,
+                lanes = t.vector_bytes / number;
+  const int64_t numbers = dtype == DType::c64 || dtype == DType::c128 ? 2 : 1; // of a state
+  const int64_t width = p.width / p.num_groups;
+  plan.slots_per_group = slots_of(p, dtype, t);
+  // Each block has its own sums over channels, N for every token: wide enough that they are a quarter of u at most, and that
+  // adding up the lanes takes no time; but so that there are eight blocks.
+  const int64_t channels = std::max<int64_t>(256, std::min(8 * p.num_states, (width + 7) / 8));
+  plan.block = std::min(plan.slots_per_group, (channels + lanes - 1) / lanes);
+  plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
+  plan.block =
+      (plan.slots_per_group + plan.blocks_per_group - 1) / plan.blocks_per_group; // of like size
+  plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
+  plan.parts = std::min<int64_t>(p.num_sequences, 16);
+  plan.slot_bytes =
+      t.vector_bytes * (2 + p.num_states * numbers * (1 + p.B.constant + p.C.constant));
+  return plan;
+}
+
 } // namespace
+
+bool selective_scan_forward(DType dtype, const SelectiveScanForward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const SelectiveScanKernels& kernels = t.selective_scan[int(dtype)];
+  if (!kernels.forward) return false;
+  if (p.num_sequences == 0 || p.width == 0) return true;
+  const SelectiveScanPlan plan = forward_plan(p, dtype, t, parallel.threads);
+  const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  run_items(
+      p.num_sequences * plan.blocks_per_group * p.num_groups, tokens * p.width * p.num_states,
+      parallel, [&](int64_t begin, int64_t end) { kernels.forward(p, plan, begin, end); });
+  return true;
+}
+
+bool selective_scan_backward(DType dtype, const SelectiveScanBackward& p, Parallel parallel) {
+  const KernelTable& t = table();
+  const SelectiveScanKernels& kernels = t.selective_scan[int(dtype)];
+  if (!kernels.backward) return false;
+  if (p.width == 0) return true;
+  SelectiveScanPlan plan = backward_plan(p, dtype, t);
+  const int64_t tokens = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  const int64_t slots = plan.slots_per_group * p.num_groups;
+  const int64_t number = dtype == DType::f64 || dtype == DType::c128 ? 8 : 4;
+  const int64_t numbers =
+      p.num_groups * p.num_states * (dtype == DType::c64 || dtype == DType::c128 ? 2 : 1);
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  const auto allocate = [](int64_t bytes) {
+    void* memory = std::aligned_alloc(64, size_t(round_up(bytes + 64, 64)));
+    if (!memory) throw std::bad_alloc();
+    return std::unique_ptr<void, Free>(memory);
+  };
+  // Without sequences there is one part, which is zero.
+  const bool nothing = p.num_sequences == 0;
+  plan.parts = std::max<int64_t>(plan.parts, 1);
+  const auto by_channel = allocate(plan.parts * slots * plan.slot_bytes);
+  const auto by_token = allocate(plan.blocks_per_group * 2 * tokens * numbers * number);
+  plan.by_channel = by_channel.get(), plan.by_token = by_token.get();
+  if (nothing) std::memset(plan.by_channel, 0, size_t(slots * plan.slot_bytes));
+  const int64_t work = tokens * p.width * p.num_states;
+  const auto run = [&](SelectiveScanBackwardKernel kernel, int64_t items, int64_t updates) {
+    run_items(
+        items, updates, parallel, [&](int64_t begin, int64_t end) { kernel(p, plan, begin, end); });
+  };
+  if (!nothing) run(kernels.backward, plan.parts * plan.blocks_per_group * p.num_groups, 3 * work);
+  run(kernels.reduce_channels, slots, plan.parts * p.width * p.num_states);
+  if (tokens) run(kernels.reduce_tokens, tokens, plan.blocks_per_group * tokens * numbers);
+  return true;
+}
 
 bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Parallel parallel) {
   const KernelTable& t = table();

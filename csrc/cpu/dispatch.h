@@ -24,6 +24,10 @@ bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, P
 bool causal_conv1d_forward(DType dtype, const CausalConv1dForward& problem, Parallel parallel);
 bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& problem, Parallel parallel);
 
+// dtype: see core/selective_scan_problem.h.
+bool selective_scan_forward(DType dtype, const SelectiveScanForward& problem, Parallel parallel);
+bool selective_scan_backward(DType dtype, const SelectiveScanBackward& problem, Parallel parallel);
+
 // Instruction sets: those compiled in, the one in use ("generic", "avx2", "avx512"). ATEN_CPU_CAPABILITY (default, avx2,
 // avx512) limits the choice as it does torch's. force_isa("") goes back to the automatic choice; false when the set was
 // not built or this machine lacks it.

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
 #include "causal_conv1d_isa.h"
 #include "diagonal.h"
+#include "selective_scan.h"
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
 namespace {
@@ -25,6 +26,19 @@ template <class... Cell>
 constexpr void list_all(KernelTable& t, Cells<Cell...>) {
   static_assert(sizeof...(Cell) <= kMaxCells);
   (list<Cell>(t), ...);
+}
+
+constexpr void list_selective_scan(KernelTable& t) {
+  const auto add = [&]<class Kernel>(DType dtype, Kernel) {
+    t.selective_scan[int(dtype)] = {
+        &Kernel::forward, &Kernel::backward, &Kernel::reduce_channels, &Kernel::reduce_tokens};
+  };
+  add(DType::f32, SelectiveScan<float, false>{});
+  add(DType::f64, SelectiveScan<double, false>{});
+  add(DType::bf16, SelectiveScan<BFloat16, false>{});
+  add(DType::f16, SelectiveScan<Half, false>{});
+  add(DType::c64, SelectiveScan<float, true>{});
+  add(DType::c128, SelectiveScan<double, true>{});
 }
 
 using V = Vec<float>;
@@ -81,6 +95,7 @@ constexpr KernelTable make_table() {
       multiply_adds};
   list_all(t, DiagonalCells{});
   list_causal_conv1d(t);
+  list_selective_scan(t);
   return t;
 }
 

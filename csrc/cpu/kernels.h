@@ -5,6 +5,7 @@
 
 #include "../core/causal_conv1d_problem.h"
 #include "../core/diagonal_problem.h"
+#include "../core/selective_scan_problem.h"
 
 namespace torch_ext::cpu {
 
@@ -57,6 +58,28 @@ using CausalConv1dForwardKernel =
 using CausalConv1dBackwardKernel =
     void (*)(const CausalConv1dBackward&, const CausalConv1dPlan&, int64_t begin, int64_t end);
 
+// How a selective scan is cut up: a slot is a vector of channels of one group, an item a block of slots and some sequences.
+// Backward, blocks and parts follow from shapes alone, as the order of sums depends on them.
+struct SelectiveScanPlan {
+  int64_t block = 0, blocks_per_group = 0; // slots of a block; the last of a group may be smaller
+  int64_t slots_per_group = 0;
+  bool columns = false; // tokens lie side by side: one slot after the other
+  int64_t parts = 1;    // backward: of the sequences
+  // Backward: sums over tokens, slot_bytes of vectors for every part and slot; and sums over channels.
+  int64_t slot_bytes = 0;
+  void *by_channel = nullptr, *by_token = nullptr;
+};
+using SelectiveScanForwardKernel =
+    void (*)(const SelectiveScanForward&, const SelectiveScanPlan&, int64_t begin, int64_t end);
+using SelectiveScanBackwardKernel =
+    void (*)(const SelectiveScanBackward&, const SelectiveScanPlan&, int64_t begin, int64_t end);
+struct SelectiveScanKernels {
+  SelectiveScanForwardKernel forward = nullptr;
+  // Over items (block by block, in it part by part), then over slots, and over tokens.
+  SelectiveScanBackwardKernel backward = nullptr, reduce_channels = nullptr,
+                              reduce_tokens = nullptr;
+};
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
@@ -69,6 +92,7 @@ struct KernelTable {
   void (*triad)(float* to, const float* x, const float* y, int64_t n, bool stream);
   void (*exponentials)(float* to, const float* x, int64_t n); // for calibration
   void (*multiply_adds)(float* x, int64_t repeats); // repeats * kMultiplyAdds vector multiply-adds
+  SelectiveScanKernels selective_scan[int(DType::count)] = {};
 };
 inline constexpr int kMultiplyAdds = 16;
 

@@ -126,6 +126,15 @@ TORCH_EXT_HD Vec<float> reciprocal(Vec<float> x) {
 }
 TORCH_EXT_HD Vec<double> reciprocal(Vec<double> x) { return Vec<double>(1.).v / x.v; }
 
+#if defined(__AVX512F__)
+// 2^(j/32), less j << 18: a shift by 18 of a number of 32nds carries the whole of it, j included.
+inline constexpr uint32_t kPowersOf32nds[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+#endif
+
 // e^x = 2^n e^r, n the integer nearest to x log2(e) and r = x - n log(2); with AVX-512 n counts 32nds of an octave, and
 // 2^(n/32) comes from a table. A fused multiply-add makes r exact but for the rounding of log(2) itself, which costs
 // 3e-9 |x|; without one log(2) comes in two parts. sign = -1 yields e^-x. For sign * x in [-87, 88].
@@ -134,18 +143,11 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
   // 1.5 * 2^23: adding it rounds to an integer, held in the low bits.
   constexpr float kMagic = 12582912.f;
 #if defined(__AVX512F__)
-  // 2^(j/32), less j << 18: the shift by 18 below carries the whole of n, j included.
-  static constexpr uint32_t kPowers[32] = {
-      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
-      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
-      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
-      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
-      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
   const V shifted = fused(x, V(sign * 46.16624130844683f), V(kMagic));
   const V r = fused(shifted - V(kMagic), V(-0.021660849392498290f), x * V(sign));
   const __m512i n = (__m512i)shifted.v;
-  const __m512i power =
-      _mm512_permutex2var_epi32(_mm512_loadu_si512(kPowers), n, _mm512_loadu_si512(kPowers + 16));
+  const __m512i power = _mm512_permutex2var_epi32(
+      _mm512_loadu_si512(kPowersOf32nds), n, _mm512_loadu_si512(kPowersOf32nds + 16));
   const V t = V::Raw(_mm512_add_epi32(power, _mm512_slli_epi32(n, 18)));
   // e^r - 1; the relative error of t p + t is 5.4e-8
   const V p = r * fused(r, V(0.5f), V(1.0000146627426147f));
@@ -176,6 +178,22 @@ TORCH_EXT_HD Vec<float> sigmoid(Vec<float> x) {
   return reciprocal(1 + exp_bounded(at_most(at_least(x, -80), 87), -1));
 }
 
+inline constexpr double kInverseFactorial[] = {
+    1. / 6227020800,
+    1. / 479001600,
+    1. / 39916800,
+    1. / 3628800,
+    1. / 362880,
+    1. / 40320,
+    1. / 5040,
+    1. / 720,
+    1. / 120,
+    1. / 24,
+    1. / 6,
+    1. / 2,
+    1.,
+    1.}; // of 13, 12, .. 0
+
 // e^x, saturated at e^700; below -708 it stops near 2^-1022. Error: at most 2 ULP. Taylor's series of degree 13 on
 // |x - n log(2)| <= log(2) / 2, whose remainder there is 4e-18.
 TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
@@ -184,24 +202,98 @@ TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
   constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
   const V shifted = fused(x, V(1.4426950408889634), V(kMagic)), n = shifted - V(kMagic);
   const V f = fused(n, V(-1.90821492927058770002e-10), fused(n, V(-0.693147180369123816490), x));
-  constexpr double kFactorial[] = {1. / 6227020800,
-                                   1. / 479001600,
-                                   1. / 39916800,
-                                   1. / 3628800,
-                                   1. / 362880,
-                                   1. / 40320,
-                                   1. / 5040,
-                                   1. / 720,
-                                   1. / 120,
-                                   1. / 24,
-                                   1. / 6,
-                                   1. / 2,
-                                   1.,
-                                   1.};
-  V p = V(kFactorial[0]);
+  V p = V(kInverseFactorial[0]);
 #pragma GCC unroll 13
-  for (int i = 1; i < 14; ++i) p = fused(p, f, V(kFactorial[i]));
+  for (int i = 1; i < 14; ++i) p = fused(p, f, V(kInverseFactorial[i]));
   return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
+}
+
+// 2^x, saturated at 2^115 (2^1009 in double), 0 or near it below -126 (-1022). Error: at most 2 ULP for |x| <= 30.
+TORCH_EXT_HD Vec<float> exp2(Vec<float> x) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  // As exp_bounded. The bounds are set to the bits of `shifted`, which are in order: instructions that find a free port.
+  const V shifted = x + V(393216.f), r = x - (shifted - V(393216.f));
+  const __m512i n = _mm512_max_epi32(
+      _mm512_min_epi32((__m512i)shifted.v, (__m512i)V(393216.f + 115).v),
+      (__m512i)V(393216.f - 126).v);
+  const __m512i power = _mm512_permutex2var_epi32(
+      _mm512_loadu_si512(kPowersOf32nds), n, _mm512_loadu_si512(kPowersOf32nds + 16));
+  const V t = V::Raw(_mm512_add_epi32(power, _mm512_slli_epi32(n, 18)));
+  const V p = r * fused(r, V(0.24022650695910072f), V(0.6931573439986479f));
+  return fused(t, p, t);
+#else
+  x = at_least(at_most(x, 115), -126);
+  const V shifted = x + V(12582912.f), r = x - (shifted - V(12582912.f));
+  // exp_bounded's polynomial, its argument in octaves
+  V p = V(0.0013264727727616567f);
+  p = fused(p, r, V(0.009671512849267927f));
+  p = fused(p, r, V(0.05550733591408644f));
+  p = fused(p, r, V(0.240222426153651f));
+  p = fused(p, r, V(0.6931470153007794f));
+  p = fused(p, r, V(1.f));
+  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 23));
+#endif
+}
+TORCH_EXT_HD Vec<double> exp2(Vec<double> x) {
+  using V = Vec<double>;
+  x = at_least(at_most(x, 1009), -1022);
+  constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
+  const V shifted = x + V(kMagic), f = (x - (shifted - V(kMagic))) * V(0.69314718055994530942);
+  V p = V(kInverseFactorial[0]);
+#pragma GCC unroll 13
+  for (int i = 1; i < 14; ++i) p = fused(p, f, V(kInverseFactorial[i]));
+  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
+}
+
+// ---- lanes against registers ----
+
+// Half of the exchange between rows x and y that a transposition makes at distance s: pieces of s lanes, of x and y in
+// turn, kHigh: those that lie s further on.
+template <int... I>
+struct Places {};
+template <int s, bool kHigh, class S, int... I>
+TORCH_EXT_HD Vec<S> exchange(Vec<S> x, Vec<S> y, Places<I...>) {
+  return __builtin_shufflevector(
+      x.v, y.v, ((I & s) ? (I & ~s) + (kHigh ? s : 0) + Vec<S>::kLanes : I + (kHigh ? s : 0))...);
+}
+template <int n, int... I>
+TORCH_EXT_HD auto places() {
+  if constexpr (n == 0) {
+    return Places<I...>{};
+  } else {
+    return places<n - 1, n - 1, I...>();
+  }
+}
+
+// r[i] lane j becomes r[j] lane i, for kLanes registers.
+template <class S, int s = Vec<S>::kLanes / 2>
+TORCH_EXT_HD void transpose(Vec<S>* r) {
+  constexpr auto kPlaces = decltype(places<Vec<S>::kLanes>()){};
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec<S>::kLanes; ++i) {
+    if (i & s) continue;
+    const Vec<S> x = r[i], y = r[i + s];
+    r[i] = exchange<s, false>(x, y, kPlaces);
+    r[i + s] = exchange<s, true>(x, y, kPlaces);
+  }
+  if constexpr (s > 1) transpose<S, s / 2>(r);
+}
+
+// The sums of kLanes registers, the i-th in lane i: the rows of the transposition, added up as soon as they may be.
+template <class S, int s = Vec<S>::kLanes / 2>
+TORCH_EXT_HD Vec<S> sums_of(Vec<S>* r) {
+  constexpr auto kPlaces = decltype(places<Vec<S>::kLanes>()){};
+#pragma GCC unroll 8
+  for (int i = 0; i < s; ++i) {
+    const Vec<S> x = r[i], y = r[i + s];
+    r[i] = exchange<s, false>(x, y, kPlaces) + exchange<s, true>(x, y, kPlaces);
+  }
+  if constexpr (s > 1) {
+    return sums_of<S, s / 2>(r);
+  } else {
+    return r[0];
+  }
 }
 
 // ---- memory: the lane type of a stored type, and conversion on the way ----

@@ -592,12 +592,6 @@ Tensor bump_version_step_(
   return y;
 }
 
-void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, op.schema().operator_name().name.substr(strlen("torch_ext::")),
-      ": x is on a CUDA device, for which there is no kernel yet; expected cpu");
-}
-
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(

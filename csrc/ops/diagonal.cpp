@@ -188,6 +188,12 @@ void check_no_overlap(const char* op, const Tensor& state) {
       ", expected memory in which no two elements share a place, since it is written");
 }
 
+void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().operator_name().name.substr(strlen("torch_ext::")),
+      ": its inputs are on a CUDA device, for which there is no kernel yet; expected cpu");
+}
+
 Strided strided(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return {

@@ -74,6 +74,9 @@ void check_step(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     const Tensor& state, const Opt& state_indices);
 
+// The CUDA kernel of an operator that has none yet: says so.
+void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
+
 Strided strided(const Tensor& x); // (B, T, D) or (B, D)
 Strided strided(const Opt& x);
 DType kernel_dtype(at::ScalarType dtype);

@@ -67,4 +67,23 @@ TORCH_EXT_API at::Tensor causal_conv1d_step_(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, at::Tensor& state,
     const OptionalTensor& state_indices = {}, std::optional<std::string_view> activation = {});
 
+// d = softplus(delta + delta_bias) or delta + delta_bias; h[t] = exp(d[t] A) h[t-1] + d[t] B[t] u[t];
+// y[t] = (sum over the states of C[t] h[t] + D u[t]) silu(z[t]). u, delta, z (B, T, D); A (D, N), real or complex; B, C
+// (B, T, N), (B, T, G, N) or (D, N); D, delta_bias (D,); states (B, D, N). A step takes B, C as (B, N) or (B, G, N).
+TORCH_EXT_API TensorPair selective_scan(
+    const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& C, const OptionalTensor& D = {}, const OptionalTensor& z = {},
+    const OptionalTensor& delta_bias = {}, const OptionalTensor& initial_state = {},
+    bool delta_softplus = false, const OptionalTensor& cu_seqlens = {}, bool reverse = false);
+TORCH_EXT_API TensorPair selective_scan_step(
+    const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, const at::Tensor& state,
+    const OptionalTensor& state_indices = {}, bool delta_softplus = false);
+TORCH_EXT_API at::Tensor selective_scan_step_(
+    const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+    const OptionalTensor& delta_bias, at::Tensor& state, const OptionalTensor& state_indices = {},
+    bool delta_softplus = false);
+
 } // namespace torch_ext
