@@ -198,6 +198,60 @@ class ConvolutionCase(Case):
         return bound
 
 
+class SelectiveScanCase(Case):
+    """Its leaves: what runs over time, the parameters, the state; its functions take them in that
+    order."""
+
+    states = 3
+    inputs = 8
+    order = ("u", "delta", "B", "C", "z", "A", "D", "delta_bias")
+
+    def shape(self, name, B, T, D):
+        if name in ("B", "C"):
+            return (B, T, self.states)
+        return {"A": (D, self.states), "D": (D,), "delta_bias": (D,)}.get(name, (B, T, D))
+
+    def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
+        out = [self.sample(a, self.shape(a, B, T, D), dtype, generator) for a in self.order]
+        if state is not False and state is not None:
+            shape = self.state_shape(B if state is True else state, D)
+            out.append(self.sample("state", shape, state_dtype(dtype), generator))
+        return [x.to(device).requires_grad_(grad) for x in out]
+
+    def state_shape(self, rows, D):
+        return (rows, D, self.states)
+
+    def ordered(self, function):
+        def of_leaves(u, delta, B, C, z, A, D, delta_bias, *rest, **options):
+            return function(u, delta, A, B, C, D, z, delta_bias, *rest, **options)
+
+        return of_leaves
+
+    @property
+    def function(self):
+        return self.ordered(super().function)
+
+    @property
+    def reference(self):
+        return self.ordered(super().reference)
+
+    @property
+    def step(self):
+        return self.ordered(super().step)
+
+    @property
+    def step_(self):
+        return self.ordered(super().step_)
+
+    def bind(self, function=None, **options):
+        function, n = function or self.function, self.inputs
+
+        def bound(*leaves):
+            return function(*leaves[:n], leaves[n] if len(leaves) > n else None, **options)
+
+        return bound
+
+
 def normal(argument, shape, generator, dtype):
     return torch.randn(shape, generator=generator, dtype=dtype)
 
@@ -226,6 +280,12 @@ def draw_gates(argument, shape, generator, dtype):
     x = normal(argument, shape, generator, dtype)
     shift = {"gate": -6, "forget_gate": 3, "input_gate": -3}.get(argument)
     return x if shift is None else 2 * x + torch.where(remembers(shape), shift, 0)
+
+
+def draw_selective_scan(argument, shape, generator, dtype):
+    """States that fade within a step and others that stay for hundreds."""
+    x = normal(argument, shape, generator, dtype)
+    return -torch.exp(2 * x - 2) if argument == "A" else x
 
 
 class Layer(nn.Module):
@@ -282,6 +342,29 @@ class CausalConv1dLayer(nn.Module):
         return self.out(y), (before[..., 0] - before[..., 1] + 2 * before[..., 2]).float()
 
 
+class SelectiveScanLayer(nn.Module):
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.inp = nn.Linear(size, 3 * size + 4)
+        self.A = nn.Parameter(-torch.rand(size, 2))
+        self.D = nn.Parameter(torch.randn(size))
+        self.bias = nn.Parameter(torch.randn(size))
+        self.out = nn.Linear(size, size)
+        self.size = size
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The state is (B, size) here as for the other layers: two are made of it."""
+        D = self.size
+        u, delta, z, B, C = self.inp(x).split([D, D, D, 2, 2], -1)
+        before: Tensor | None = None
+        if state is not None:
+            before = torch.stack([state, -state], -1)
+        y, before = torch_ext.selective_scan(
+            u, delta, self.A, B, C, self.D, z, self.bias, before, True
+        )
+        return self.out(y), before[..., 0] + 2 * before[..., 1]
+
+
 CASES = (
     Case("linear_scan", ("a", "b"), draw_scan, LinearScanLayer, dtypes=REAL + COMPLEX),
     Case(
@@ -313,6 +396,13 @@ OTHERS = (
         normal,
         CausalConv1dLayer,
         ({"activation": None}, {"activation": "silu"}),
+    ),
+    SelectiveScanCase(
+        "selective_scan",
+        ("u", "delta", "B", "C", "z"),
+        draw_selective_scan,
+        SelectiveScanLayer,
+        ({"delta_softplus": True}, {"delta_softplus": False}),
     ),
 )
 ALL = CASES + OTHERS

@@ -1,0 +1,268 @@
+"""What is special to selective_scan: its forms of B and C, complex states, its parameters' dtypes.
+The rest it shares with the other operators' suites."""
+
+import itertools
+
+import pytest
+import torch
+from cases import close, cotangents
+
+import torch_ext
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+FORMS = ("token", "groups", "constant")
+
+
+def draw(
+    generator,
+    B=2,
+    T=17,
+    D=6,
+    N=3,
+    form_b="token",
+    form_c="token",
+    complex_states=False,
+    optional=True,
+    dtype=torch.float64,
+    sequences=None,
+):
+    """A dictionary of the tensors that selective_scan takes."""
+    state_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    if complex_states:
+        state_dtype = {torch.float64: torch.complex128, torch.float32: torch.complex64}[dtype]
+
+    def normal(*shape, dtype=torch.float64):
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+
+    def coefficient(form):
+        if form == "constant":
+            return normal(D, N, dtype=state_dtype)
+        shape = (B, T, N) if form == "token" else (B, T, 2, N)
+        return normal(*shape, dtype=state_dtype if complex_states else dtype)
+
+    A = -torch.rand(D, N, generator=generator, dtype=torch.float64) * 2
+    if complex_states:
+        A = torch.complex(A, 3 * torch.randn(D, N, generator=generator, dtype=torch.float64))
+    x = {
+        "u": normal(B, T, D, dtype=dtype),
+        "delta": normal(B, T, D, dtype=dtype),
+        "A": A.to(state_dtype),
+        "B": coefficient(form_b),
+        "C": coefficient(form_c),
+    }
+    if optional:
+        x["D"] = normal(D, dtype=dtype)
+        x["z"] = normal(B, T, D, dtype=dtype)
+        x["delta_bias"] = normal(D, dtype=dtype)
+        x["initial_state"] = normal(sequences or B, D, N, dtype=state_dtype)
+    return x
+
+
+def grads(f, x, weights, **options):
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in x.items()}
+    outputs = f(**leaves, **options)
+    pairs = [(y, w) for y, w in zip(outputs, weights, strict=True) if y.requires_grad]
+    g = torch.autograd.grad(
+        [y for y, _ in pairs], list(leaves.values()), [w for _, w in pairs], allow_unused=True
+    )
+    return outputs, {
+        k: torch.zeros_like(v) if one is None else one
+        for (k, v), one in zip(leaves.items(), g, strict=True)
+    }
+
+
+def check_against_reference(x, generator, **options):
+    wants = torch_ext.selective_scan_reference(**x, **options)
+    weights = cotangents(wants, generator)
+    wants, want = grads(torch_ext.selective_scan_reference, x, weights, **options)
+    gots, got = grads(torch_ext.selective_scan, x, weights, **options)
+    for name, one, other in zip(("y", "final_state"), gots, wants, strict=True):
+        close(one.detach(), other.detach(), name=name)
+    for name in x:
+        close(got[name], want[name], grad=True, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("softplus", [False, True], ids=["raw", "softplus"])
+@pytest.mark.parametrize("complex_states", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("form_c", FORMS)
+@pytest.mark.parametrize("form_b", FORMS)
+def test_forms(form_b, form_c, complex_states, softplus, generator):
+    x = draw(generator, form_b=form_b, form_c=form_c, complex_states=complex_states)
+    check_against_reference(x, generator, delta_softplus=softplus)
+    check_against_reference(x, generator, delta_softplus=softplus, reverse=True)
+
+
+@pytest.mark.parametrize("left_out", [*itertools.combinations(NAMES[5:], 1), NAMES[5:]])
+def test_optional_arguments(left_out, generator):
+    x = draw(generator)
+    x = {k: v for k, v in x.items() if k not in left_out}
+    check_against_reference(x, generator, delta_softplus=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed(form, generator):
+    lengths = [3, 0, 7, 1, 6]
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    x = draw(generator, B=1, form_b=form, form_c=form, sequences=len(lengths))
+    for reverse in (False, True):
+        check_against_reference(x, generator, cu_seqlens=offsets, reverse=reverse)
+
+
+@pytest.mark.parametrize("N", [1, 2, 5, 16, 17, 64, 256])
+def test_numbers_of_states(N, generator):
+    check_against_reference(draw(generator, T=21, D=5, N=N), generator, delta_softplus=True)
+
+
+def test_time_contiguous(generator):
+    """(B, D, T) and (B, N, T) in memory, as mamba_ssm has them."""
+    x = draw(generator)
+    turned = dict(x)
+    for name in ("u", "delta", "z", "B", "C"):
+        turned[name] = x[name].transpose(1, 2).contiguous().transpose(1, 2)
+    for one, other in zip(
+        torch_ext.selective_scan(**turned), torch_ext.selective_scan(**x), strict=True
+    ):
+        close(one, other)
+    check_against_reference(turned, generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_float32(dtype, generator):
+    """Beside half-precision activations; and parameters in half precision, too."""
+    x = draw(generator, dtype=dtype)
+    for name in ("A", "D", "delta_bias"):
+        x[name] = torch.randn(x[name].shape, generator=generator)
+    x["A"] = -x["A"].abs()
+    check_against_reference(x, generator, delta_softplus=True)
+    x |= {name: x[name].to(dtype) for name in ("A", "D", "delta_bias")}
+    check_against_reference(x, generator, delta_softplus=True)
+
+
+@pytest.mark.parametrize("complex_states", [False, True], ids=["real", "complex"])
+def test_second_derivatives(complex_states, generator):
+    x = draw(generator, B=1, T=3, D=2, N=2, complex_states=complex_states)
+    names, leaves = zip(*((k, v.requires_grad_()) for k, v in x.items()), strict=True)
+
+    def f(*leaves):
+        return torch_ext.selective_scan(
+            **dict(zip(names, leaves, strict=True)), delta_softplus=True
+        )
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+    assert torch.autograd.gradcheck(
+        f, leaves, check_forward_ad=True, check_backward_ad=False, check_batched_grad=False
+    )
+
+
+def test_many_tokens_in_float32(generator):
+    x = draw(generator, B=1, T=100_000, D=3, N=4)
+    x["delta"] -= 4  # remembers hundreds of tokens
+    y, final_state = torch_ext.selective_scan(**x, delta_softplus=True)
+    narrow = {k: v.float() for k, v in x.items()}
+    got, got_final = torch_ext.selective_scan(**narrow, delta_softplus=True)
+    close(got, y, factor=4)
+    close(got_final, final_state, factor=4)
+
+
+def test_extremes(generator):
+    """Decays at 0 and 1, steps on both sides of softplus' threshold: nothing that the exact answer
+    does not have."""
+    x = draw(generator, T=8)
+    x["delta"] = torch.tensor([-1e4, -30, 0, 19.9, 20.1, 1e4, -1e4, 50]).double()[None, :, None]
+    x["delta"] = x["delta"].expand(2, 8, 6).contiguous()
+    x["A"][:, 0] = 0
+    x["A"][:, 1] = -1e4
+    check_against_reference(x, generator, delta_softplus=True)
+    narrow = {k: v.float() for k, v in x.items()}
+    for y in torch_ext.selective_scan(**narrow, delta_softplus=True):
+        assert y.isfinite().all()
+
+
+def test_step_by_step_with_constant_coefficients(generator):
+    x = draw(generator, form_b="constant", form_c="groups")
+    want, want_final = torch_ext.selective_scan(**x)
+    state, outputs = x["initial_state"], []
+    for t in range(want.shape[1]):
+        y, state = torch_ext.selective_scan_step(
+            x["u"][:, t],
+            x["delta"][:, t],
+            x["A"],
+            x["B"].expand(2, 6, 3),
+            x["C"][:, t],
+            x["D"],
+            x["z"][:, t],
+            x["delta_bias"],
+            state,
+        )
+        outputs.append(y)
+    close(torch.stack(outputs, 1), want)
+    close(state, want_final)
+
+
+@pytest.mark.parametrize("batched", [*NAMES, "all"])
+def test_vmap(batched, generator):
+    x = draw(generator, T=5, form_c="groups")
+    many = draw(generator, T=5, form_c="groups"), draw(generator, T=5, form_c="groups")
+    chosen = NAMES if batched == "all" else (batched,)
+    stacked = {k: torch.stack([m[k] for m in many]) if k in chosen else x[k] for k in x}
+    dims = {k: 0 if k in chosen else None for k in x}
+
+    def loss(x):
+        y, final_state = torch_ext.selective_scan(**x, delta_softplus=True)
+        return y.sin().sum() + final_state.cos().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(dims,))(stacked)
+    for i in range(2):
+        one = {k: many[i][k] if k in chosen else x[k] for k in x}
+        want = torch.func.grad(loss)(one)
+        for name in x:
+            close(got[name][i], want[name], grad=True, name=name)
+
+
+def test_the_backward_needs_no_checkpoints(generator):
+    """Called without those that the forward keeps, it makes them itself."""
+    x = draw(generator)
+    arguments = [x.get(name) for name in NAMES]
+    y, final_state, kept = torch.ops.torch_ext.selective_scan(*arguments, None, True, False, True)
+    assert kept.numel() == 2 * 2 * 6 * 3  # 17 tokens: two intervals
+    weights = cotangents((y, final_state), generator)
+    with_kept, without = (
+        torch.ops.torch_ext.selective_scan_backward(
+            *weights, *arguments, one, None, True, False
+        )
+        for one in (kept, kept.new_empty(0))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_kept, without, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"A": (5, 3)}, ValueError, r"A has shape \(5, 3\), expected \(D=6, N\)"),
+        ({"A": (6, 0)}, ValueError, r"A has shape \(6, 0\).*N >= 1"),
+        ({"delta": (2, 16, 6)}, ValueError, r"delta has shape \(2, 16, 6\)"),
+        ({"B": (2, 17, 4)}, ValueError, r"B has shape \(2, 17, 4\), expected \(B=2, T=17, N=3\)"),
+        ({"B": (2, 17, 4, 3)}, ValueError, r"number of groups, G=4, that divides D=6"),
+        ({"C": (5, 3)}, ValueError, r"C has shape \(5, 3\), expected \(D=6, N=3\)"),
+        ({"C": (2,)}, ValueError, r"C has shape \(2,\), expected \(B, T, N\), \(B, T, G, N\)"),
+        ({"D": (5,)}, ValueError, r"D has shape \(5,\), expected \(D=6\)"),
+        ({"z": (2, 17, 5)}, ValueError, r"z has shape \(2, 17, 5\)"),
+        ({"delta_bias": (1,)}, ValueError, r"delta_bias has shape \(1,\)"),
+        ({"initial_state": (2, 6)}, ValueError, r"initial_state has shape \(2, 6\)"),
+        ({"A": torch.float16}, TypeError, r"A has dtype float16, expected float64 or complex128"),
+        ({"B": torch.float32}, TypeError, r"B has dtype float32, expected float64"),
+        ({"u": torch.int64}, TypeError, r"u has dtype int64"),
+        ({"D": torch.float32}, TypeError, r"D has dtype float32, expected float64"),
+        ({"initial_state": torch.float32}, TypeError, r"initial_state has dtype float32"),
+        ({"A": torch.complex128}, TypeError, r"B has dtype float64, expected complex128"),
+    ],
+    ids=str,
+)
+def test_errors(change, error, message, generator):
+    x = draw(generator)
+    for name, to in change.items():
+        x[name] = x[name].to(to) if isinstance(to, torch.dtype) else torch.zeros(to).double()
+    with pytest.raises(error, match="selective_scan: " + message):
+        torch_ext.selective_scan(**x)
