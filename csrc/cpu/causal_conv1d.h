@@ -374,7 +374,8 @@ struct CausalConv1d {
           Lane tap[n], g[n - 1 + R], v[n - 1 + R];
 #pragma GCC unroll 8
           for (int k = 0; k < n; ++k)
-            tap[k] = Wide::load(w + k * kLanes); // stores might change it, says the compiler
+            tap[k] = Wide::load(
+                w + k * kLanes); // once: for all that the compiler knows, stores change it
 #pragma GCC unroll 8
           for (int i = 0; i < n - 1; ++i) g[i] = Wide::load(before + i * kLanes);
 #pragma GCC unroll 11
@@ -382,7 +383,7 @@ struct CausalConv1d {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             g[n - 1 + r] = get<kSome>(grad_y + r * grad_y_step + d, some);
-            // A block is too narrow for the machine to see which rows come next. An address beyond the end is harmless.
+            // A block is too narrow for the machine to see which rows come next; an address beyond them is harmless.
             __builtin_prefetch(grad_y + (R + r) * grad_y_step + d);
             __builtin_prefetch(x[n - 1 + R - 1] + (r + 1) * (x[n - 1 + R - 1] - x[n - 2 + R]) + d);
           }
