@@ -374,8 +374,7 @@ struct CausalConv1d {
           Lane tap[n], g[n - 1 + R], v[n - 1 + R];
 #pragma GCC unroll 8
           for (int k = 0; k < n; ++k)
-            tap[k] = Wide::load(
-                w + k * kLanes); // once: for all that the compiler knows, stores change it
+            tap[k] = Wide::load(w + k * kLanes); // once: stores below might change them
 #pragma GCC unroll 8
           for (int i = 0; i < n - 1; ++i) g[i] = Wide::load(before + i * kLanes);
 #pragma GCC unroll 11
@@ -418,8 +417,8 @@ struct CausalConv1d {
           for (int i = 0; i < n - 1; ++i) Wide::store(before + i * kLanes, g[R + i]);
         });
   }
-  // One row, of any window. x null: beyond the sequence's end, where g is 0 and grad_final_state adds to grad_x. grad_x null:
-  // it is another item's. count: the row's share of the weight's gradient is this item's.
+  // One row, of any window. x null: beyond the sequence's end, where g is 0 and grad_final_state adds to grad_x. grad_x
+  // null: it is another item's. count: the row's share of the weight's gradient is this item's.
   static void backward_row(
       const S* const* x, const S* grad_y, const Carried& c, bool count, S* grad_x, const S* add,
       int64_t width) {
