@@ -18,7 +18,7 @@ template <class T>
 TORCH_EXT_HD T silu_derivative(T x) {
   const T bounded = at_least(at_most(x, kExpLimit<T>), -kExpLimit<T>);
   const T power = exp(-bounded), s = reciprocal(1 + power);
-  return s * (1 + bounded * (power * s));
+  return s * fused(bounded, power * s, T(1));
 }
 
 } // namespace torch_ext

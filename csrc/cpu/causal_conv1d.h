@@ -16,6 +16,9 @@
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
 
+using torch_ext::silu; // of any lane, beside simd.h's of float lanes
+using torch_ext::silu_derivative;
+
 // ---- time-contiguous arrays, turned into rows of channels by squares of 16 bytes' side ----
 
 template <int kBytes>
@@ -249,7 +252,7 @@ struct CausalConv1d {
   template <int W, int R, bool kStream>
   static void forward_rows(
       const S* const* x, const Scalar* weight, S* y, int64_t y_step, int64_t width, int64_t window,
-      bool silu) {
+      bool activate) {
     const int n = W ? W : int(window);
     over_vectors(
         width, [&]<bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
@@ -265,9 +268,9 @@ struct CausalConv1d {
               if (i - r >= 0 && i - r < n)
                 sum[r] = fused(Wide::load(w + (i - r) * kLanes), v, sum[r]);
           }
-          if (silu) {
+          if (activate) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sum[r] = torch_ext::silu(sum[r]);
+            for (int r = 0; r < R; ++r) sum[r] = silu(sum[r]);
           }
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) put<kSome, kStream>(y + r * y_step + d, sum[r], some);
@@ -359,7 +362,7 @@ struct CausalConv1d {
     bool silu;
   };
   // kRows rows: x as in forward_rows, grad_y of each; grad_x is that of the inputs n - 1 rows before.
-  template <int W>
+  template <int W, bool kStream>
   static void backward_rows(
       const S* const* x, const S* grad_y, int64_t grad_y_step, const Carried& c, S* grad_x,
       int64_t grad_x_step, int64_t width) {
@@ -368,19 +371,27 @@ struct CausalConv1d {
         width, [&]<bool kSome>(int64_t d, int some) __attribute__((always_inline)) {
           const Scalar* w = c.weight + d * (n + 1);
           Scalar *before = c.before + d * (n - 1), *sums = c.sums + d * (n + 1);
-          Lane g[n - 1 + R], v[n - 1 + R];
+          Lane tap[n], g[n - 1 + R], v[n - 1 + R];
+#pragma GCC unroll 8
+          for (int k = 0; k < n; ++k)
+            tap[k] = Wide::load(w + k * kLanes); // once: stores below might change them
 #pragma GCC unroll 8
           for (int i = 0; i < n - 1; ++i) g[i] = Wide::load(before + i * kLanes);
 #pragma GCC unroll 11
           for (int i = 0; i < n - 1 + R; ++i) v[i] = get<kSome>(x[i] + d, some);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) g[n - 1 + r] = get<kSome>(grad_y + r * grad_y_step + d, some);
+          for (int r = 0; r < R; ++r) {
+            g[n - 1 + r] = get<kSome>(grad_y + r * grad_y_step + d, some);
+            // A block is too narrow for the machine to see which rows come next; an address beyond them is harmless.
+            __builtin_prefetch(grad_y + (R + r) * grad_y_step + d);
+            __builtin_prefetch(x[n - 1 + R - 1] + (r + 1) * (x[n - 1 + R - 1] - x[n - 2 + R]) + d);
+          }
           if (c.silu) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
               Lane sum = Wide::load(w + n * kLanes);
 #pragma GCC unroll 8
-              for (int k = 0; k < n; ++k) sum = fused(Wide::load(w + k * kLanes), v[r + k], sum);
+              for (int k = 0; k < n; ++k) sum = fused(tap[k], v[r + k], sum);
               g[n - 1 + r] = g[n - 1 + r] * silu_derivative(sum);
             }
           }
@@ -397,18 +408,17 @@ struct CausalConv1d {
           Wide::store(sums + n * kLanes, total);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            Lane sum = Wide::load(w) * g[n - 1 + r];
+            Lane sum = tap[0] * g[n - 1 + r];
 #pragma GCC unroll 8
-            for (int k = 1; k < n; ++k)
-              sum = fused(Wide::load(w + k * kLanes), g[n - 1 + r - k], sum);
-            put<kSome>(grad_x + r * grad_x_step + d, sum, some);
+            for (int k = 1; k < n; ++k) sum = fused(tap[k], g[n - 1 + r - k], sum);
+            put<kSome, kStream>(grad_x + r * grad_x_step + d, sum, some);
           }
 #pragma GCC unroll 8
           for (int i = 0; i < n - 1; ++i) Wide::store(before + i * kLanes, g[R + i]);
         });
   }
-  // One row, of any window. x null: beyond the sequence's end, where g is 0 and grad_final_state adds to grad_x. grad_x null:
-  // it is another item's. count: the row's share of the weight's gradient is this item's.
+  // One row, of any window. x null: beyond the sequence's end, where g is 0 and grad_final_state adds to grad_x. grad_x
+  // null: it is another item's. count: the row's share of the weight's gradient is this item's.
   static void backward_row(
       const S* const* x, const S* grad_y, const Carried& c, bool count, S* grad_x, const S* add,
       int64_t width) {
@@ -507,8 +517,15 @@ struct CausalConv1d {
               const bool many = W && count && t + kRows <= t1 && u >= first && u >= 0;
               for (int64_t k = 0; k < n - 1 + (many ? kRows : 1); ++k) rows[k] = x(u + k);
               if (many) {
-                backward_rows<W ? W : 1>(
-                    rows, grad_y(t), grad_y.step, carried, grad_x + u * p.width, p.width, i.width);
+                if (plan.stream) {
+                  backward_rows<W ? W : 1, true>(
+                      rows, grad_y(t), grad_y.step, carried, grad_x + u * p.width, p.width,
+                      i.width);
+                } else {
+                  backward_rows<W ? W : 1, false>(
+                      rows, grad_y(t), grad_y.step, carried, grad_x + u * p.width, p.width,
+                      i.width);
+                }
                 t += kRows;
               } else {
                 S* to = u < first ? nullptr
@@ -552,6 +569,7 @@ struct CausalConv1d {
           to[k * p.width + d] =
               item_sums.data[d / kLanes * (n + 1) * kLanes + k * kLanes + d % kLanes];
     }
+    if (plan.stream) fence_streams();
   }
 };
 

@@ -311,6 +311,16 @@ CausalConv1dPlan plan_of(
   return plan;
 }
 
+// Whether `out` is too large to stay in the cache, and its vectors are aligned.
+bool streams(
+    const CausalConv1dProblem& p, const CausalConv1dPlan& plan, DType dtype, const void* out,
+    const KernelTable& t, int threads) {
+  const int64_t row = p.width * size_of(dtype);
+  const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 ? 8 : 4);
+  return plan.num_rows * row / std::max(threads, 1) > l2_bytes() && row % store == 0 &&
+         aligned(out, store);
+}
+
 template <class Problem>
 void run(
     void (*kernel)(const Problem&, const CausalConv1dPlan&, int64_t, int64_t), const Problem& p,
@@ -354,10 +364,7 @@ bool causal_conv1d_forward(DType dtype, const CausalConv1dForward& p, Parallel p
   const CausalConv1dForwardKernel kernel = t.conv_forward[int(dtype)];
   if (!kernel) return false;
   CausalConv1dPlan plan = plan_of(p, dtype, 16, 8192, t);
-  const int64_t bytes = plan.num_rows * p.width * size_of(dtype);
-  const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 ? 8 : 4);
-  plan.stream = bytes / std::max(parallel.threads, 1) > l2_bytes() &&
-                p.width * size_of(dtype) % store == 0 && aligned(p.y, store);
+  plan.stream = streams(p, plan, dtype, p.y, t, parallel.threads);
   run(kernel, p, plan, 20000, parallel);
   return true;
 }
@@ -366,7 +373,8 @@ bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& p, Parallel
   const KernelTable& t = table();
   const CausalConv1dBackwardKernel kernel = t.conv_backward[int(dtype)];
   if (!kernel) return false;
-  CausalConv1dPlan plan = plan_of(p, dtype, 64, 2048, t);
+  CausalConv1dPlan plan = plan_of(p, dtype, 64, 1024, t);
+  plan.stream = streams(p, plan, dtype, p.grad_x, t, parallel.threads);
   const auto with_shares = [&]<class Scalar>(Scalar) {
     std::vector<Scalar> shares(size_t(plan.num_groups * (p.window + 1) * p.width));
     plan.shares = shares.data();

@@ -61,6 +61,18 @@ void functions() {
       "min_lstm",
       [&](const Tensor& y) { return torch_ext::min_lstm(y, c, y, s, "identity", false); },
       [&](const Tensor& y) { return loop(y.sigmoid(), c.sigmoid() * y, s); }, x);
+  auto weight = torch::randn({3, 4}, options), before = torch::randn({2, 3, 3}, options);
+  check(
+      "causal_conv1d",
+      [&](const Tensor& y) { return torch_ext::causal_conv1d(y, weight, {}, before, {}, "silu"); },
+      [&](const Tensor& y) {
+        auto seen = torch::cat({before, y.transpose(1, 2)}, -1);
+        auto sum = torch::zeros_like(y);
+        for (int64_t k = 0; k < 4; ++k)
+          sum = sum + weight.select(1, k) * seen.narrow(2, k, 5).transpose(1, 2);
+        return Outputs{torch::silu(sum), seen.narrow(2, 5, 3)};
+      },
+      x);
 
   // Defaults, packed sequences and the other direction.
   auto row = torch::randn({1, 5, 3}, options), states = torch::randn({2, 3}, options);

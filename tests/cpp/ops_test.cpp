@@ -301,6 +301,85 @@ TEST(Complex, GradientIsThatOfALoop) {
   }
 }
 
+// torch's own convolution of the state and x, side by side.
+TensorPair convolution(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
+  const Tensor seen = torch::cat({state, x.transpose(1, 2)}, -1);
+  const Tensor y =
+      torch::conv1d(seen, weight.unsqueeze(1), bias, 1, torch::IntArrayRef(0), 1, weight.size(0));
+  return {
+      (silu ? torch::silu(y) : y).transpose(1, 2), seen.narrow(2, x.size(1), weight.size(1) - 1)};
+}
+
+TEST(CausalConv1d, IsTorchsConvolution) {
+  torch::manual_seed(seed());
+  for (const int64_t window : {1, 2, 4, 9}) {
+    for (const bool silu : {false, true}) {
+      const auto draw = [](torch::IntArrayRef shape) {
+        return torch::randn(shape, torch::kDouble).requires_grad_();
+      };
+      const Tensors leaves = {
+          draw({2, 7, 5}), draw({5, window}), draw({5}), draw({2, 5, window - 1})};
+      const std::optional<std::string_view> activation =
+          silu ? std::optional<std::string_view>("silu") : std::nullopt;
+      const auto got = causal_conv1d(leaves[0], leaves[1], leaves[2], leaves[3], {}, activation);
+      const auto want = convolution(leaves[0], leaves[1], leaves[2], leaves[3], silu);
+      expect_close(std::get<0>(got), std::get<0>(want));
+      expect_close(std::get<1>(got), std::get<1>(want));
+      const Tensors first = gradients(got, leaves, true),
+                    first_want = gradients(want, leaves, true);
+      const auto second = [&](const Tensors& grad) {
+        Tensor sum = torch::zeros({}, torch::kDouble);
+        for (const Tensor& each : grad) sum = sum + (each * each).sum();
+        return torch::autograd::grad({sum}, {leaves[0], leaves[1]});
+      };
+      for (size_t i = 0; i < leaves.size(); ++i) expect_close(first[i], first_want[i]);
+      const Tensors twice = second(first), twice_want = second(first_want);
+      for (size_t i = 0; i < 2; ++i) expect_close(twice[i], twice_want[i], 1e-8);
+    }
+  }
+}
+
+TEST(CausalConv1d, StepsAndPackedSequences) {
+  torch::manual_seed(seed());
+  const Tensor x = torch::randn({2, 6, 5}), weight = torch::randn({5, 4}), bias = torch::randn({5});
+  const auto [y, final_state] = causal_conv1d(x, weight, bias);
+  Tensor state = torch::zeros({2, 5, 3}), pool = torch::randn({4, 5, 3});
+  const Tensor slots = torch::tensor({3, 1}), before = pool.clone();
+  pool.index_fill_(0, slots, 0);
+  for (int64_t t = 0; t < 6; ++t) {
+    Tensor y_t;
+    std::tie(y_t, state) = causal_conv1d_step(x.select(1, t), weight, bias, state);
+    expect_close(y_t, y.select(1, t), 1e-6);
+    expect_close(
+        causal_conv1d_step_(x.select(1, t), weight, bias, pool, slots), y.select(1, t), 1e-6);
+  }
+  EXPECT_TRUE(torch::equal(state, final_state));
+  EXPECT_TRUE(torch::equal(pool.index({slots}), final_state));
+  EXPECT_TRUE(torch::equal(pool[0], before[0]) && torch::equal(pool[2], before[2]));
+  const auto cu_seqlens = torch::tensor({0, 6, 6, 12}, torch::kInt);
+  const auto [packed, finals] =
+      causal_conv1d(x.reshape({1, 12, 5}), weight, bias, {}, cu_seqlens, {});
+  expect_close(packed.view({2, 6, 5}), y, 1e-6);
+  EXPECT_TRUE(torch::equal(finals[0], final_state[0]) && torch::equal(finals[2], final_state[1]));
+  EXPECT_TRUE(torch::equal(finals[1], torch::zeros({5, 3})));
+}
+
+TEST(CausalConv1d, MessagesNameTheArgument) {
+  const Tensor x = torch::randn({4, 8, 6}), weight = torch::randn({6, 3});
+  EXPECT_MESSAGE(causal_conv1d(x[0], weight), "causal_conv1d: x has shape (8, 6)");
+  EXPECT_MESSAGE(causal_conv1d(x, weight.t()), "causal_conv1d: weight has shape (3, 6)");
+  EXPECT_MESSAGE(causal_conv1d(x, weight, x[0]), "causal_conv1d: bias has shape (8, 6)");
+  EXPECT_MESSAGE(
+      causal_conv1d(x, weight, {}, torch::zeros({4, 6})),
+      "causal_conv1d: initial_state has shape (4, 6)");
+  EXPECT_MESSAGE(
+      causal_conv1d(x, weight, {}, {}, {}, "relu"), "causal_conv1d: activation is 'relu'");
+  EXPECT_MESSAGE(
+      causal_conv1d_step(x.select(1, 0), weight, {}, torch::zeros({5, 6, 2})),
+      "causal_conv1d_step: state has shape (5, 6, 2)");
+}
+
 TEST(Library, HasAVersion) { EXPECT_NE(std::string(version()), ""); }
 
 } // namespace
