@@ -215,6 +215,11 @@ SelectiveScanPlan backward_plan(const SelectiveScanBackward& p, DType dtype, con
       (plan.slots_per_group + plan.blocks_per_group - 1) / plan.blocks_per_group; // of like size
   plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
   plan.parts = std::min<int64_t>(p.num_sequences, 16);
+  plan.columns = p.u.channel != 1 && p.delta.channel != 1;
+  // What blocks walked together keep (A, states, their gradients) stays in L2.
+  const int64_t kept = 4 * plan.block * p.num_states * numbers * t.vector_bytes;
+  plan.blocks_together =
+      plan.columns ? 1 : std::clamp<int64_t>(l2_bytes() / kept, 1, plan.blocks_per_group);
   plan.slot_bytes =
       t.vector_bytes * (2 + p.num_states * numbers * (1 + p.B.constant + p.C.constant));
   return plan;
