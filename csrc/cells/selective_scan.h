@@ -3,7 +3,7 @@
 // over a real lane T for what a channel has one of, and a lane H for its states: T itself or Complex<T>. The gradient of a
 // step is written out; dual numbers over the functions before it are its oracle.
 #pragma once
-#include "numerics.h"
+#include "dual.h"
 
 namespace torch_ext {
 
@@ -32,6 +32,11 @@ template <class T>
 inline constexpr double kExp2Limit = kExpLimit<T> > 100 ? 1009 : 115;
 TORCH_EXT_HD float exp2(float x) { return ::exp2f(at_most(x, kExp2Limit<float>)); }
 TORCH_EXT_HD double exp2(double x) { return ::exp2(at_most(x, kExp2Limit<double>)); }
+template <class T, int N>
+TORCH_EXT_HD Dual<T, N> exp2(Dual<T, N> x) {
+  const T power = exp2(x.v), slope = power * kOctave * (1 - nonnegative(x.v - kExp2Limit<T>));
+  return Dual<T, N>::make(power, [&](int i) { return slope * x.d[i]; });
+}
 
 // log(1 + e^x); x itself beyond 20, as torch and mamba_ssm have it. log(1 + e) = 2 artanh(e / (2 + e)), by its series in
 // s = e / (2 + e) <= 1/3: the first term left out is below the last place.
