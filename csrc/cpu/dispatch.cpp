@@ -195,6 +195,11 @@ SelectiveScanPlan forward_plan(
   const int64_t steps = p.cu_seqlens ? p.num_steps / p.num_sequences : p.num_steps;
   if (steps < 8) plan.block = std::min<int64_t>(plan.block, 8);
   plan.blocks_per_group = (slots + plan.block - 1) / plan.block;
+  const bool complex = dtype == DType::c64 || dtype == DType::c128;
+  plan.stream = p.checkpoints &&
+                selective_scan_checkpoints(p, complex) *
+                        size_of(dtype == DType::bf16 || dtype == DType::f16 ? DType::f32 : dtype) >
+                    l2_bytes();
   plan.columns = p.num_steps > 1 && p.u.channel != 1 && p.delta.channel != 1;
   return plan;
 }

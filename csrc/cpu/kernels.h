@@ -39,6 +39,7 @@ struct SelectiveScanPlan {
   int64_t block = 0, blocks_per_group = 0; // slots of a block; the last of a group may be smaller
   int64_t slots_per_group = 0;
   bool columns = false;        // tokens lie side by side: one slot after the other
+  bool stream = false;         // forward: checkpoints are stored around the cache
   int64_t parts = 1;           // backward: of the sequences
   int64_t blocks_together = 1; // backward: walked by one thread at once, at most
   // Backward: sums over tokens, slot_bytes of vectors for every part and slot; and sums over channels.

@@ -251,16 +251,19 @@ struct SelectiveScan {
       const void* all, const SelectiveScanProblem& p, int64_t index, int64_t channel) {
     return static_cast<State*>(const_cast<void*>(all)) + (index * p.width + channel) * p.num_states;
   }
-  template <bool kLoad>
-  static void move_checkpoint(State* memory, H* states, int64_t N, int some) {
+  static constexpr int64_t kVectorsOfState = int64_t(sizeof(H) / sizeof(V));
+  static void load_checkpoint(H* states, const State* memory, int64_t N, int some) {
+    load_slot(
+        reinterpret_cast<V*>(states), reinterpret_cast<const R*>(memory), some, 1,
+        N * kVectorsOfState, some);
+  }
+  // `stream`: around the cache, where the memory is aligned. Nothing reads it before the backward.
+  static void store_checkpoint(State* memory, const H* states, int64_t N, int some, bool stream) {
     R* at = reinterpret_cast<R*>(memory);
-    V* vectors = reinterpret_cast<V*>(states);
-    const int64_t n = N * int64_t(sizeof(H) / sizeof(V));
-    if constexpr (kLoad) {
-      load_slot(vectors, at, some, 1, n, some);
-    } else {
-      store_slot(at, some, 1, vectors, n, some);
-    }
+    const V* vectors = reinterpret_cast<const V*>(states);
+    if (!stream || some != W || reinterpret_cast<uintptr_t>(at) % kVectorBytes != 0)
+      return store_slot(at, some, 1, vectors, N * kVectorsOfState, some);
+    for (int64_t i = 0; i < N * kVectorsOfState; ++i) Stored<R>::stream(at + i * W, vectors[i]);
   }
 
   // What stays the same over a block's tokens. Constant B and C are needed as vectors; and then the other one too, so that
@@ -447,8 +450,9 @@ struct SelectiveScan {
             const int64_t d = block.channel + i * W;
             H* h = states.data + i * N;
             if (keep)
-              move_checkpoint<false>(
-                  checkpoint(p.checkpoints, p, kept + n / interval, d), h, N, block.some(i));
+              store_checkpoint(
+                  checkpoint(p.checkpoints, p, kept + n / interval, d), h, N, block.some(i),
+                  plan.stream);
             Ahead ahead;
             const bool turn = i + 1 == last; // on to the next tile
             const int64_t then = turn ? n + kTile : n, next = turn ? first : i + 1;
@@ -463,6 +467,7 @@ struct SelectiveScan {
       }
       store_states(p.final_state, row, block, N, states.data);
     }
+    if (plan.stream) fence_streams();
   }
 
   // ---- backward ----
@@ -607,8 +612,7 @@ struct SelectiveScan {
     void restart(const Run& run, const Block& block, int64_t kept, int64_t begin, int64_t end) {
       if (end - begin <= kTile) return;
       for (int64_t i = 0; i < block.slots; ++i)
-        move_checkpoint<true>(
-            kept_state(block, kept, begin, i), starts.data + i * N, N, block.some(i));
+        load_checkpoint(starts.data + i * N, kept_state(block, kept, begin, i), N, block.some(i));
       Ahead nothing;
       for (int64_t n = begin; n + kTile < end; n += kTile) {
         H* from = starts.data + (n - begin) / kTile * most * N;
@@ -742,8 +746,8 @@ struct SelectiveScan {
             H* const start = starts.data + ((n - begin) / kTile * most + i) * N;
             if (end - begin <= kTile)
               for (int64_t k = 0; k < many; ++k)
-                move_checkpoint<true>(
-                    kept_state(block, kept, n, i + k), start + k * N, N, block.some(i + k));
+                load_checkpoint(
+                    start + k * N, kept_state(block, kept, n, i + k), N, block.some(i + k));
             Ahead ahead;
             const bool turn = i + many == block.slots; // on to the tile before
             const int64_t then = turn ? n - kTile : n, tokens = turn ? kTile : count;

@@ -519,6 +519,15 @@ TEST_P(SelectiveScan, ManyStatesAndSteps) {
     ASSERT_NO_FATAL_FAILURE(check(draw_problem(random, dtype(), S, T, D, N, 1)));
 }
 
+// Checkpoints beyond L2 are stored around the cache; several blocks of channels.
+TEST_P(SelectiveScan, LargeProblem) {
+  if (dtype() != DType::f32) GTEST_SKIP() << "the same for all";
+  Random random;
+  Problem3 p = draw_problem(random, dtype(), 2, 450, 560, 16, 1);
+  p.order = kNatural;
+  ASSERT_NO_FATAL_FAILURE(check(p));
+}
+
 // A pool of states: rows in any order, some skipped, written in place. And one step: what generation does.
 TEST_P(SelectiveScan, StatePool) {
   Random random;
