@@ -3,7 +3,7 @@
 // over a real lane T for what a channel has one of, and a lane H for its states: T itself or Complex<T>. The gradient of a
 // step is written out; dual numbers over the functions before it are its oracle.
 #pragma once
-#include "numerics.h"
+#include "dual.h"
 
 namespace torch_ext {
 
@@ -27,22 +27,42 @@ TORCH_EXT_HD T out_of_octaves(Complex<T> sum) {
   return fused(sum.re, T(kOctave), sum.im * T(kHalfTurn));
 }
 
+template <class T>
+inline constexpr bool kDouble = 100 < kExpLimit<T>;
+
+// The same number in every lane.
+template <class T>
+TORCH_EXT_HD T number(double x) {
+  if constexpr (requires(T dual) { dual.d; }) {
+    return T{number<typename T::Scalar>(x), {}};
+  } else if constexpr (requires { typename T::Scalar; }) {
+    return T(typename T::Scalar(x));
+  } else {
+    return T(x);
+  }
+}
+
 // 2^x, but never infinite: constant from exp's limit on.
 template <class T>
-inline constexpr double kExp2Limit = kExpLimit<T> > 100 ? 1009 : 115;
+inline constexpr double kExp2Limit = kDouble<T> ? 1009 : 115;
 TORCH_EXT_HD float exp2(float x) { return ::exp2f(at_most(x, kExp2Limit<float>)); }
 TORCH_EXT_HD double exp2(double x) { return ::exp2(at_most(x, kExp2Limit<double>)); }
+template <class T, int N>
+TORCH_EXT_HD Dual<T, N> exp2(Dual<T, N> x) {
+  const T power = exp2(x.v), slope = power * kOctave * (1 - nonnegative(x.v - kExp2Limit<T>));
+  return Dual<T, N>::make(power, [&](int i) { return slope * x.d[i]; });
+}
 
 // log(1 + e^x); x itself beyond 20, as torch and mamba_ssm have it. log(1 + e) = 2 artanh(e / (2 + e)), by its series in
 // s = e / (2 + e) <= 1/3: the first term left out is below the last place.
 template <class T>
 TORCH_EXT_HD T softplus(T x) {
-  constexpr int kTerms = kExpLimit < T >> 100 ? 17 : 8;
+  constexpr int kTerms = kDouble<T> ? 17 : 8;
   const T e = exp(at_most(x, 0) - at_least(x, 0)); // e^-|x|
   const T s = e * reciprocal(2 + e), square = s * s;
-  T sum = square * 0 + 2. / (2 * kTerms - 1);
+  T sum = number<T>(2. / (2 * kTerms - 1));
 #pragma GCC unroll 17
-  for (int i = kTerms - 2; i >= 0; --i) sum = fused(sum, square, square * 0 + 2. / (2 * i + 1));
+  for (int i = kTerms - 2; i >= 0; --i) sum = fused(sum, square, number<T>(2. / (2 * i + 1)));
   return fused(nonnegative(20 - x) * s, sum, at_least(x, 0));
 }
 
@@ -53,7 +73,7 @@ TORCH_EXT_HD T time_step(T delta, bool through_softplus) {
 }
 template <class T>
 TORCH_EXT_HD T time_step_slope(T delta, bool through_softplus) {
-  if (!through_softplus) return delta * 0 + 1;
+  if (!through_softplus) return number<T>(1);
   const T below = nonnegative(20 - delta);
   return fused(below, sigmoid(delta), 1 - below);
 }
@@ -65,13 +85,12 @@ TORCH_EXT_HD T decay(T time_step, T A) {
 // e^(i pi x): x is an even number of half turns and an odd or even one more, and a rest of at most half of one.
 template <class T>
 TORCH_EXT_HD Complex<T> decay(T time_step, Complex<T> A) {
-  constexpr bool kDouble = kExpLimit < T >> 100;
-  constexpr int kTerms = kDouble ? 12 : 7;
-  const T magic = T(kDouble ? 6755399441055744. : 12582912.); // adding it rounds to an integer
+  constexpr int kTerms = kDouble<T> ? 12 : 7;
+  const T magic = T(kDouble<T> ? 6755399441055744. : 12582912.); // adding it rounds to an integer
   const T x = time_step * A.im, n = (x + magic) - magic;
   const T half = n * T(0.5), odd = half - ((half + magic) - magic), sign = 1 - 8 * (odd * odd);
   const T r = at_most(at_least(x - n, -0.5), 0.5) * T(kHalfTurn), square = r * r;
-  T sine = square * 0 + 1, cosine = sine;
+  T sine = number<T>(1), cosine = sine;
 #pragma GCC unroll 12
   for (int i = kTerms - 1; i > 0; --i) {
     sine = fused(sine * square, T(-1. / (2 * i * (2 * i + 1))), T(1));
@@ -147,7 +166,7 @@ struct Gate {
 template <class T>
 TORCH_EXT_HD Gate<T> silu_with_slope(T z) {
   const T s = sigmoid(z);
-  return {z * s, s * fused(z, 1 - s, z * 0 + 1)};
+  return {z * s, s * fused(z, 1 - s, number<T>(1))};
 }
 
 // The gradient of one state's step. The sums are those of a token, over its states: `input` the gradient of time_step u,

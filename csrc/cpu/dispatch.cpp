@@ -195,6 +195,11 @@ SelectiveScanPlan forward_plan(
   const int64_t steps = p.cu_seqlens ? p.num_steps / p.num_sequences : p.num_steps;
   if (steps < 8) plan.block = std::min<int64_t>(plan.block, 8);
   plan.blocks_per_group = (slots + plan.block - 1) / plan.block;
+  const bool complex = dtype == DType::c64 || dtype == DType::c128;
+  plan.stream = p.checkpoints &&
+                selective_scan_checkpoints(p, complex) *
+                        size_of(dtype == DType::bf16 || dtype == DType::f16 ? DType::f32 : dtype) >
+                    l2_bytes();
   plan.columns = p.num_steps > 1 && p.u.channel != 1 && p.delta.channel != 1;
   return plan;
 }
@@ -215,6 +220,11 @@ SelectiveScanPlan backward_plan(const SelectiveScanBackward& p, DType dtype, con
       (plan.slots_per_group + plan.blocks_per_group - 1) / plan.blocks_per_group; // of like size
   plan.blocks_per_group = (plan.slots_per_group + plan.block - 1) / plan.block;
   plan.parts = std::min<int64_t>(p.num_sequences, 16);
+  plan.columns = p.u.channel != 1 && p.delta.channel != 1;
+  // What blocks walked together keep (A, states, their gradients) stays in L2.
+  const int64_t kept = 4 * plan.block * p.num_states * numbers * t.vector_bytes;
+  plan.blocks_together =
+      plan.columns ? 1 : std::clamp<int64_t>(l2_bytes() / kept, 1, plan.blocks_per_group);
   plan.slot_bytes =
       t.vector_bytes * (2 + p.num_states * numbers * (1 + p.B.constant + p.C.constant));
   return plan;

@@ -63,8 +63,10 @@ using CausalConv1dBackwardKernel =
 struct SelectiveScanPlan {
   int64_t block = 0, blocks_per_group = 0; // slots of a block; the last of a group may be smaller
   int64_t slots_per_group = 0;
-  bool columns = false; // tokens lie side by side: one slot after the other
-  int64_t parts = 1;    // backward: of the sequences
+  bool columns = false;        // tokens lie side by side: one slot after the other
+  bool stream = false;         // forward: checkpoints are stored around the cache
+  int64_t parts = 1;           // backward: of the sequences
+  int64_t blocks_together = 1; // backward: walked by one thread at once, at most
   // Backward: sums over tokens, slot_bytes of vectors for every part and slot; and sums over channels.
   int64_t slot_bytes = 0;
   void *by_channel = nullptr, *by_token = nullptr;
@@ -75,7 +77,7 @@ using SelectiveScanBackwardKernel =
     void (*)(const SelectiveScanBackward&, const SelectiveScanPlan&, int64_t begin, int64_t end);
 struct SelectiveScanKernels {
   SelectiveScanForwardKernel forward = nullptr;
-  // Over items (block by block, in it part by part), then over slots, and over tokens.
+  // Over items (part by part, in it block by block), then over slots, and over tokens.
   SelectiveScanBackwardKernel backward = nullptr, reduce_channels = nullptr,
                               reduce_tokens = nullptr;
 };

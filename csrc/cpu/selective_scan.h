@@ -149,12 +149,16 @@ struct SelectiveScan {
 
   struct Block { // some slots of one group
     int64_t group, channel, slots, channels;
-    Block(const SelectiveScanProblem& p, const SelectiveScanPlan& plan, int64_t i) {
+    // The i-th block of the plan, and as many of those that follow in its group.
+    Block(
+        const SelectiveScanProblem& p, const SelectiveScanPlan& plan, int64_t i,
+        int64_t blocks = 1) {
       const int64_t width = p.width / p.num_groups,
                     first = i % plan.blocks_per_group * plan.block * W;
+      const int64_t most = blocks * plan.block * W;
       group = i / plan.blocks_per_group;
       channel = group * width + first;
-      channels = width - first < plan.block * W ? width - first : plan.block * W;
+      channels = width - first < most ? width - first : most;
       slots = (channels + W - 1) / W;
     }
     int some(int64_t slot) const { return channels - slot * W < W ? int(channels - slot * W) : W; }
@@ -185,7 +189,7 @@ struct SelectiveScan {
   // What the next slot will need, fetched little by little while this one computes: the machine follows a few streams by
   // itself, but not a row per token, and fetched all at once they would fill its queue of misses.
   struct Ahead {
-    static constexpr int kMost = 8 * kTile;
+    static constexpr int kMost = 16 * kTile;
     const void* at[kMost];
     int count = 0, next = 0, per_step = 0;
     template <class Data>
@@ -197,6 +201,10 @@ struct SelectiveScan {
       const bool rows = x.channel == 1;
       const int64_t lines = rows ? tokens : some, step = rows ? run.direction * x.time : x.channel;
       for (int64_t i = 0; i < lines && count < kMost; ++i) at[count++] = data + i * step;
+    }
+    void add(const void* first, int64_t bytes) {
+      for (int64_t i = 0; i < bytes && count < kMost; i += 64)
+        at[count++] = static_cast<const char*>(first) + i;
     }
     TORCH_EXT_HD void fetch() {
       for (int i = 0; i < per_step && next < count; ++i) __builtin_prefetch(at[next++], 0, 3);
@@ -243,16 +251,19 @@ struct SelectiveScan {
       const void* all, const SelectiveScanProblem& p, int64_t index, int64_t channel) {
     return static_cast<State*>(const_cast<void*>(all)) + (index * p.width + channel) * p.num_states;
   }
-  template <bool kLoad>
-  static void move_checkpoint(State* memory, H* states, int64_t N, int some) {
+  static constexpr int64_t kVectorsOfState = int64_t(sizeof(H) / sizeof(V));
+  static void load_checkpoint(H* states, const State* memory, int64_t N, int some) {
+    load_slot(
+        reinterpret_cast<V*>(states), reinterpret_cast<const R*>(memory), some, 1,
+        N * kVectorsOfState, some);
+  }
+  // `stream`: around the cache, where the memory is aligned. Nothing reads it before the backward.
+  static void store_checkpoint(State* memory, const H* states, int64_t N, int some, bool stream) {
     R* at = reinterpret_cast<R*>(memory);
-    V* vectors = reinterpret_cast<V*>(states);
-    const int64_t n = N * int64_t(sizeof(H) / sizeof(V));
-    if constexpr (kLoad) {
-      load_slot(vectors, at, some, 1, n, some);
-    } else {
-      store_slot(at, some, 1, vectors, n, some);
-    }
+    const V* vectors = reinterpret_cast<const V*>(states);
+    if (!stream || some != W || reinterpret_cast<uintptr_t>(at) % kVectorBytes != 0)
+      return store_slot(at, some, 1, vectors, N * kVectorsOfState, some);
+    for (int64_t i = 0; i < N * kVectorsOfState; ++i) Stored<R>::stream(at + i * W, vectors[i]);
   }
 
   // What stays the same over a block's tokens. Constant B and C are needed as vectors; and then the other one too, so that
@@ -261,12 +272,12 @@ struct SelectiveScan {
     int64_t N;
     bool lanes; // B and C come as vectors
     Scratch<H> A, B, C;
-    Parameters(const SelectiveScanProblem& p, const SelectiveScanPlan& plan)
+    Parameters(const SelectiveScanProblem& p, int64_t slots)
         : N(p.num_states),
           lanes(p.B.constant || p.C.constant),
-          A(plan.block * N),
-          B(p.B.constant ? plan.block * N : 0),
-          C(p.C.constant ? plan.block * N : 0) {}
+          A(slots * N),
+          B(p.B.constant ? slots * N : 0),
+          C(p.C.constant ? slots * N : 0) {}
     void load(const SelectiveScanProblem& p, const Block& b) {
       load_states(A.data, p.A, 0, b, N);
       for (int64_t i = 0; i < b.slots * N; ++i) A.data[i] = in_octaves(A.data[i]);
@@ -407,7 +418,7 @@ struct SelectiveScan {
       const SelectiveScanForward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
     const int64_t N = p.num_states, interval = selective_scan_interval(N, kComplex);
-    Parameters parameters(p, plan);
+    Parameters parameters(p, plan.block);
     Scratch<H> states(plan.block * N);
     Tokens B(p.B, parameters.lanes, N), C(p.C, parameters.lanes, N);
     int64_t loaded = -1;
@@ -439,8 +450,9 @@ struct SelectiveScan {
             const int64_t d = block.channel + i * W;
             H* h = states.data + i * N;
             if (keep)
-              move_checkpoint<false>(
-                  checkpoint(p.checkpoints, p, kept + n / interval, d), h, N, block.some(i));
+              store_checkpoint(
+                  checkpoint(p.checkpoints, p, kept + n / interval, d), h, N, block.some(i),
+                  plan.stream);
             Ahead ahead;
             const bool turn = i + 1 == last; // on to the next tile
             const int64_t then = turn ? n + kTile : n, next = turn ? first : i + 1;
@@ -455,16 +467,22 @@ struct SelectiveScan {
       }
       store_states(p.final_state, row, block, N, states.data);
     }
+    if (plan.stream) fence_streams();
   }
 
   // ---- backward ----
   //
-  // An item is a block of slots and a part of the sequences. From the last tile to the first: the tile's states are computed
+  // An item is a block of slots and a part of the sequences; neighbouring
+  // blocks are walked together, row by row. From the last tile to the first: the tile's states are computed
   // again from the one before it, a few states at a time, into L1, and walked back over. Sums over tokens (A, D, ...) gather
   // lane by lane in the workspace, one for every part; sums over channels (B, C) gather lane by lane over the block's slots,
   // are then added up over the lanes, and leave one number for every block. reduce_* adds up parts and blocks, in order.
 
   static constexpr int kStates = kVectorBytes == 64 && !kComplex ? 4 : 2; // at a time, in registers
+
+  // Slots that take turns with the same few states: the sums over channels pass through L1 once for all of them. More would
+  // push each other out of it.
+  static constexpr int64_t kTogether = 2;
 
   struct Gradients { // one slot's sums over tokens, in the workspace
     H *A, *B, *C;    // N each; B and C only where they are constant
@@ -542,7 +560,7 @@ struct SelectiveScan {
   struct Backward {
     const SelectiveScanBackward& p;
     const SelectiveScanPlan& plan;
-    const int64_t N, interval;
+    const int64_t N, interval, most; // slots
     Parameters parameters;
     Tokens B, C;
     Scratch<H> grad_h, starts, grad_B, grad_C; // starts: (tile of the interval, slot, state)
@@ -553,11 +571,12 @@ struct SelectiveScan {
           plan(a_plan),
           N(p.num_states),
           interval(selective_scan_interval(N, kComplex)),
-          parameters(p, plan),
+          most(plan.block * plan.blocks_together),
+          parameters(p, most),
           B(p.B, parameters.lanes, N),
           C(p.C, parameters.lanes, N),
-          grad_h(plan.block * N),
-          starts(interval / kTile * plan.block * N),
+          grad_h(most * N),
+          starts(interval / kTile * most * N),
           grad_B(p.B.constant ? 0 : kTile * N + W),
           grad_C(p.C.constant ? 0 : kTile * N + W),
           flat(2 * (kTile * N + W)) {}
@@ -586,16 +605,18 @@ struct SelectiveScan {
       }
     }
 
-    // The state before each tile of an interval, from the one that the forward kept.
+    State* kept_state(const Block& block, int64_t kept, int64_t n, int64_t i) const {
+      return checkpoint(p.checkpoints, p, kept + n / interval, block.channel + i * W);
+    }
+    // The state before each tile but the first of an interval, from the one that the forward kept.
     void restart(const Run& run, const Block& block, int64_t kept, int64_t begin, int64_t end) {
+      if (end - begin <= kTile) return;
       for (int64_t i = 0; i < block.slots; ++i)
-        move_checkpoint<true>(
-            checkpoint(p.checkpoints, p, kept + begin / interval, block.channel + i * W),
-            starts.data + i * N, N, block.some(i));
+        load_checkpoint(starts.data + i * N, kept_state(block, kept, begin, i), N, block.some(i));
       Ahead nothing;
       for (int64_t n = begin; n + kTile < end; n += kTile) {
-        H* from = starts.data + (n - begin) / kTile * plan.block * N;
-        H* to = from + plan.block * N;
+        H* from = starts.data + (n - begin) / kTile * most * N;
+        H* to = from + most * N;
         memcpy(static_cast<void*>(to), from, size_t(block.slots * N) * sizeof(H));
         load_coefficients(run, n, kTile, block.group);
         for (int64_t i = 0; i < block.slots; ++i) {
@@ -618,75 +639,93 @@ struct SelectiveScan {
       }
     }
 
-    // One slot, one tile.
-    void slot(
-        const Run& run, const Gradients& sums, int64_t n, int64_t count, int64_t i, int64_t d,
-        int some, const H* start, Ahead& ahead) {
-      const bool gate = p.z.data;
+    // One slot's tokens: everything but the sums over its states.
+    struct Prepared {
       Work work;
       V delta[kTile], u[kTile], z[kTile], grad_out[kTile], slope[kTile];
-      load_tokens(delta, p.delta, run, n, count, d, some);
-      load_tokens(u, p.u, run, n, count, d, some);
-      if (gate) load_tokens(z, p.z, run, n, count, d, some);
-      if (p.grad_out.data) load_tokens(grad_out, p.grad_out, run, n, count, d, some);
-      const V bias = load_channels(p.delta_bias, d, some), D = load_channels(p.D, d, some);
+    };
+    void prepare(Prepared& x, const Run& run, int64_t n, int64_t count, int64_t d, int some) {
+      const bool gate = p.z.data;
+      load_tokens(x.delta, p.delta, run, n, count, d, some);
+      load_tokens(x.u, p.u, run, n, count, d, some);
+      if (gate) load_tokens(x.z, p.z, run, n, count, d, some);
+      if (p.grad_out.data) load_tokens(x.grad_out, p.grad_out, run, n, count, d, some);
+      const V bias = load_channels(p.delta_bias, d, some);
       for (int64_t t = 0; t < count; ++t) {
-        delta[t] = delta[t] + bias;
-        work.step[t] = time_step(delta[t], p.delta_softplus);
-        work.input[t] = work.step[t] * u[t];
-        if (!p.grad_out.data) grad_out[t] = V(0);
-        V grad_y = grad_out[t];
+        x.delta[t] = x.delta[t] + bias;
+        x.work.step[t] = time_step(x.delta[t], p.delta_softplus);
+        x.work.input[t] = x.work.step[t] * x.u[t];
+        if (!p.grad_out.data) x.grad_out[t] = V(0);
         if (gate) {
-          const Gate<V> g = silu_with_slope(z[t]);
-          slope[t] = grad_out[t] * g.slope;
-          grad_out[t] = grad_y = grad_y * g.value;
+          const Gate<V> g = silu_with_slope(x.z[t]);
+          x.slope[t] = x.grad_out[t] * g.slope;
+          x.grad_out[t] = x.grad_out[t] * g.value;
         }
-        work.grad_y[t] = kReadout<H> != 1 ? grad_y * kReadout<H> : grad_y;
-        work.y[t] = work.grad_input[t] = V(0);
-        memset(static_cast<void*>(work.parts + t), 0, sizeof(H));
+        x.work.grad_y[t] = kReadout<H> != 1 ? x.grad_out[t] * kReadout<H> : x.grad_out[t];
+        x.work.y[t] = x.work.grad_input[t] = V(0);
+        memset(static_cast<void*>(x.work.parts + t), 0, sizeof(H));
       }
-      const H* const A = parameters.A.data + i * N;
-      const char* const b = static_cast<const char*>(B.at(p.B, parameters.B.data + i * N));
-      const char* const c = static_cast<const char*>(C.at(p.C, parameters.C.data + i * N));
-      H* const gB = p.B.constant ? sums.B : grad_B.data;
-      H* const gC = p.C.constant ? sums.C : grad_C.data;
-      ahead.spread(count * ((N + kStates - 1) / kStates));
-      over_states<kStates>(N, [&]<int NB>(int64_t k) {
-        const auto step =
-            parameters.lanes
-                ? (gate ? backward_states<NB, true, true> : backward_states<NB, true, false>)
-                : (gate ? backward_states<NB, false, true> : backward_states<NB, false, false>);
-        const int64_t size = parameters.lanes ? sizeof(H) : sizeof(State);
-        step(
-            work, count, A + k, b + k * size, B.step, c + k * size, C.step, start + k,
-            grad_h.data + i * N + k, sums.A + k, gB + k, p.B.constant ? 0 : N, gC + k,
-            p.C.constant ? 0 : N, ahead);
-      });
+    }
+    void finish(
+        Prepared& x, const Gradients& sums, const Run& run, int64_t n, int64_t count, int64_t d,
+        int some) {
+      const V D = load_channels(p.D, d, some);
       V grad_D = *sums.D, grad_bias = *sums.delta_bias;
       for (int64_t t = 0; t < count; ++t) {
-        const V grad_step = fused(work.grad_input[t], u[t], out_of_octaves(work.parts[t]));
-        const V grad_delta = grad_step * time_step_slope(delta[t], p.delta_softplus);
+        const V grad_step = fused(x.work.grad_input[t], x.u[t], out_of_octaves(x.work.parts[t]));
+        const V grad_delta = grad_step * time_step_slope(x.delta[t], p.delta_softplus);
         grad_bias = grad_bias + grad_delta;
-        grad_D = fused(grad_out[t], u[t], grad_D);
-        if (gate) {
-          const V y = kReadout<H> != 1 ? work.y[t] * kReadout<H> : work.y[t];
-          z[t] = slope[t] * fused(D, u[t], y);
+        grad_D = fused(x.grad_out[t], x.u[t], grad_D);
+        if (p.z.data) {
+          const V y = kReadout<H> != 1 ? x.work.y[t] * kReadout<H> : x.work.y[t];
+          x.z[t] = x.slope[t] * fused(D, x.u[t], y);
         }
-        u[t] = fused(work.grad_input[t], work.step[t], D * grad_out[t]);
-        delta[t] = grad_delta;
+        x.u[t] = fused(x.work.grad_input[t], x.work.step[t], D * x.grad_out[t]);
+        x.delta[t] = grad_delta;
       }
       *sums.D = grad_D, *sums.delta_bias = grad_bias;
-      store_tokens(p.grad_u, run, n, count, d, some, u);
-      store_tokens(p.grad_delta, run, n, count, d, some, delta);
-      if (p.grad_z.data) store_tokens(p.grad_z, run, n, count, d, some, z);
+      store_tokens(p.grad_u, run, n, count, d, some, x.u);
+      store_tokens(p.grad_delta, run, n, count, d, some, x.delta);
+      if (p.grad_z.data) store_tokens(p.grad_z, run, n, count, d, some, x.z);
+    }
+
+    // The slots i .. i + many, one tile. starts: of the first slot.
+    void slots(
+        const Run& run, const Block& block, int64_t part, int64_t first_slot, int64_t n,
+        int64_t count, int64_t i, int64_t many, const H* start, Ahead& ahead) {
+      Prepared prepared[kTogether];
+      for (int64_t k = 0; k < many; ++k)
+        prepare(prepared[k], run, n, count, block.channel + (i + k) * W, block.some(i + k));
+      const bool lanes = parameters.lanes, gate = p.z.data;
+      ahead.spread(many * count * ((N + kStates - 1) / kStates));
+      over_states<kStates>(N, [&]<int NB>(int64_t j) {
+        const auto step =
+            lanes ? (gate ? backward_states<NB, true, true> : backward_states<NB, true, false>)
+                  : (gate ? backward_states<NB, false, true> : backward_states<NB, false, false>);
+        const int64_t size = lanes ? sizeof(H) : sizeof(State);
+        for (int64_t k = 0; k < many; ++k) {
+          const Gradients sums(p, plan, part, block.group, first_slot + i + k);
+          const int64_t at = (i + k) * N + j;
+          step(
+              prepared[k].work, count, parameters.A.data + at,
+              static_cast<const char*>(B.at(p.B, parameters.B.data + (i + k) * N)) + j * size,
+              B.step,
+              static_cast<const char*>(C.at(p.C, parameters.C.data + (i + k) * N)) + j * size,
+              C.step, start + k * N + j, grad_h.data + at, sums.A + j,
+              (p.B.constant ? sums.B : grad_B.data) + j, p.B.constant ? 0 : N,
+              (p.C.constant ? sums.C : grad_C.data) + j, p.C.constant ? 0 : N, ahead);
+        }
+      });
+      for (int64_t k = 0; k < many; ++k)
+        finish(
+            prepared[k], Gradients(p, plan, part, block.group, first_slot + i + k), run, n, count,
+            block.channel + (i + k) * W, block.some(i + k));
     }
 
     void sequence(int64_t s, int64_t part, int64_t index, const Block& block) {
       const Run run(p, s);
-      const int64_t kept = kept_before(p, interval, s),
-                    first_slot = index % plan.blocks_per_group * plan.block;
-      State* const sums_B = sums_of_block(p, plan, index % plan.blocks_per_group, false);
-      State* const sums_C = sums_of_block(p, plan, index % plan.blocks_per_group, true);
+      const int64_t kept = kept_before(p, interval, s), first_block = index % plan.blocks_per_group;
+      const int64_t first_slot = first_block * plan.block;
       load_states(grad_h.data, p.grad_final_state, s, block, N);
       for (int64_t begin = (run.count - 1) / interval * interval; begin >= 0 && run.count > 0;
            begin -= interval) {
@@ -695,28 +734,41 @@ struct SelectiveScan {
         for (int64_t n = begin + (end - begin - 1) / kTile * kTile; n >= begin; n -= kTile) {
           const int64_t count = end - n < kTile ? end - n : kTile;
           load_coefficients(run, n, count, block.group);
-          if (!p.B.constant)
-            memset(static_cast<void*>(grad_B.data), 0, size_t(count * N) * sizeof(H));
-          if (!p.C.constant)
-            memset(static_cast<void*>(grad_C.data), 0, size_t(count * N) * sizeof(H));
-          for (int64_t i = 0; i < block.slots; ++i) {
-            const int64_t d = block.channel + i * W;
+          for (int64_t i = 0, many; i < block.slots; i += many) {
+            const int64_t past = (i / plan.block + 1) * plan.block; // this block's slots
+            const int64_t left = (past < block.slots ? past : block.slots) - i;
+            many = left < kTogether ? left : kTogether;
+            if (i % plan.block == 0) {
+              const size_t bytes = size_t(count * N) * sizeof(H);
+              if (!p.B.constant) memset(static_cast<void*>(grad_B.data), 0, bytes);
+              if (!p.C.constant) memset(static_cast<void*>(grad_C.data), 0, bytes);
+            }
+            H* const start = starts.data + ((n - begin) / kTile * most + i) * N;
+            if (end - begin <= kTile)
+              for (int64_t k = 0; k < many; ++k)
+                load_checkpoint(
+                    start + k * N, kept_state(block, kept, n, i + k), N, block.some(i + k));
             Ahead ahead;
-            const bool turn = i + 1 == block.slots; // on to the tile before
-            const int64_t then = turn ? n - kTile : n, next = turn ? 0 : i + 1;
-            const auto add = [&](const auto& x) {
-              if (then >= 0)
-                ahead.add(
-                    x, run, then, turn ? kTile : count, block.channel + next * W, block.some(next));
-            };
-            add(p.delta), add(p.u), add(p.z), add(p.grad_out), add(p.grad_u), add(p.grad_delta),
-                add(p.grad_z);
-            slot(
-                run, Gradients(p, plan, part, block.group, first_slot + i), n, count, i, d,
-                block.some(i), starts.data + ((n - begin) / kTile * plan.block + i) * N, ahead);
+            const bool turn = i + many == block.slots; // on to the tile before
+            const int64_t then = turn ? n - kTile : n, tokens = turn ? kTile : count;
+            const int64_t next = turn ? 0 : i + many;
+            for (int64_t k = next; k < next + kTogether && k < block.slots && then >= 0; ++k) {
+              const auto add = [&](const auto& x) {
+                ahead.add(x, run, then, tokens, block.channel + k * W, block.some(k));
+              };
+              if (interval == kTile)
+                ahead.add(kept_state(block, kept, then, k), N * int64_t(sizeof(H)));
+              add(p.delta), add(p.u), add(p.grad_out), add(p.z);
+              add(p.grad_u), add(p.grad_delta), add(p.grad_z);
+            }
+            slots(run, block, part, first_slot, n, count, i, many, start, ahead);
+            if (many < left) continue;
+            const int64_t b = first_block + i / plan.block;
+            if (!p.B.constant)
+              put_sums(grad_B.data, sums_of_block(p, plan, b, false), run, n, count, block.group);
+            if (!p.C.constant)
+              put_sums(grad_C.data, sums_of_block(p, plan, b, true), run, n, count, block.group);
           }
-          if (!p.B.constant) put_sums(grad_B.data, sums_B, run, n, count, block.group);
-          if (!p.C.constant) put_sums(grad_C.data, sums_C, run, n, count, block.group);
         }
       }
       store_states(p.grad_initial_state, s, block, N, grad_h.data);
@@ -727,18 +779,21 @@ struct SelectiveScan {
       const SelectiveScanBackward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
     Backward work(p, plan);
-    int64_t loaded = -1;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t index = item / plan.parts, part = item % plan.parts;
-      const Block block(p, plan, index);
-      if (index != loaded) work.parameters.load(p, block), loaded = index;
+    const int64_t blocks = plan.blocks_per_group * p.num_groups;
+    for (int64_t item = begin, many; item < end; item += many) {
+      const int64_t part = item / blocks, index = item % blocks;
+      many = plan.blocks_per_group - index % plan.blocks_per_group;
+      if (many > plan.blocks_together) many = plan.blocks_together;
+      if (many > end - item) many = end - item;
+      const Block block(p, plan, index, many);
+      work.parameters.load(p, block);
       memset(
           static_cast<void*>(
               Gradients(p, plan, part, block.group, index % plan.blocks_per_group * plan.block).D),
           0, size_t(block.slots * plan.slot_bytes));
-      for (int64_t s = p.num_sequences * part / plan.parts;
-           s < p.num_sequences * (part + 1) / plan.parts; ++s)
-        work.sequence(s, part, index, block);
+      const int64_t first = p.num_sequences * part / plan.parts,
+                    last = p.num_sequences * (part + 1) / plan.parts;
+      for (int64_t s = first; s < last; ++s) work.sequence(s, part, index, block);
     }
   }
 

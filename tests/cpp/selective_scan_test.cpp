@@ -223,6 +223,30 @@ Problem3 draw_problem(
   return p;
 }
 
+// The same options without packing: arrays over time drawn anew.
+Problem3 reshaped(Random& random, Problem3 p) {
+  for (Dense* x : {&p.u, &p.delta, &p.z, &p.B, &p.C, &p.grad_out}) {
+    if (x->size.size() < 3) continue;
+    std::vector<int64_t> size = x->size;
+    size[0] = p.S;
+    const DType dtype = size.size() == 4 ? types_of(p.dtype).per_token : types_of(p.dtype).time;
+    *x = draw(random, dtype, size, [&] { return random.uniform(0, 1); });
+  }
+  return p;
+}
+Dense tokens_of(const Dense& x, int64_t begin, int64_t end) {
+  std::vector<int64_t> size = x.size;
+  int64_t inner = 1;
+  for (size_t d = 2; d < size.size(); ++d) inner *= size[d];
+  size[1] = end - begin;
+  Dense piece = zeros(size);
+  for (int64_t row = 0; row < size[0]; ++row)
+    for (int64_t i = 0; i < size[1] * inner; ++i)
+      piece.at[size_t(row * size[1] * inner + i)] =
+          x.at[size_t((row * x.size[1] + begin) * inner + i)];
+  return piece;
+}
+
 // ---- the formulas in a plain loop ----
 
 struct Answer {
@@ -300,36 +324,44 @@ Coefficient<Data> coefficient(Memory& m) {
   return {m.data(), false, m.step(0), m.step(1), m.step(2), 0, m.step(3)};
 }
 
-// Problem, forward and backward share the inputs; layouts are drawn anew by every call with the same seed.
-Result3 run(Problem3 p, int threads, bool backward = true) {
-  Random random;
-  const Types types = types_of(p.dtype);
-  const std::vector<DType> dtypes = {
-      types.time,
-      types.time,
-      types.time,
-      types.state,
-      p.constant(p.B) ? types.state : types.per_token,
-      p.constant(p.C) ? types.state : types.per_token,
-      types.parameter,
-      types.parameter,
-      types.state};
+// The inputs in memory.
+struct Inputs {
+  Problem3 p;
+  std::vector<DType> dtypes;
   std::vector<Memory> in;
-  for (size_t i = 0; i < dtypes.size(); ++i) {
-    in.push_back(memory(random, dtypes[i], p.inputs()[i]->size, p.order, false));
-    in.back().write(*p.inputs()[i]);
+
+  Inputs(Random& random, const Problem3& problem) : p(problem) {
+    const Types types = types_of(p.dtype);
+    const DType of_B = p.constant(p.B) ? types.state : types.per_token;
+    const DType of_C = p.constant(p.C) ? types.state : types.per_token;
+    dtypes = {types.time, types.time,      types.time,      types.state, of_B,
+              of_C,       types.parameter, types.parameter, types.state};
+    for (size_t i = 0; i < dtypes.size(); ++i) {
+      in.push_back(memory(random, dtypes[i], p.inputs()[i]->size, p.order, false));
+      in.back().write(*p.inputs()[i]);
+    }
   }
-  const auto describe = [&](SelectiveScanProblem& q) {
+  void describe(SelectiveScanProblem& q) {
     q.num_sequences = p.S, q.num_steps = p.T, q.width = p.D, q.num_states = p.N, q.num_groups = p.G;
     q.cu_seqlens = p.packed() ? p.cu_seqlens.data() : nullptr;
     q.reverse = p.reverse, q.delta_softplus = p.softplus;
-    q.u = over_time<const void*>(in[0]), q.delta = over_time<const void*>(in[1]),
+    q.u = over_time<const void*>(in[0]), q.delta = over_time<const void*>(in[1]);
     q.z = over_time<const void*>(in[2]);
     q.A = over_states<const void*>(in[3]);
     q.B = coefficient<const void*>(in[4]), q.C = coefficient<const void*>(in[5]);
     q.D = {in[6].data(), in[6].step(0)}, q.delta_bias = {in[7].data(), in[7].step(0)};
     q.initial_state = over_states<const void*>(in[8]);
-  };
+  }
+};
+
+// `few`: of the gradients only those that are always wanted.
+Result3 run(const Problem3& problem, int threads, bool backward = true, bool few = false) {
+  Random random;
+  Inputs inputs(random, problem);
+  Problem3& p = inputs.p;
+  const std::vector<DType>& dtypes = inputs.dtypes;
+  const Types types = types_of(p.dtype);
+  const auto describe = [&](SelectiveScanProblem& q) { inputs.describe(q); };
   Memory out = memory(random, types.time, p.u.size, p.order, true);
   Memory final_state = memory(random, types.state, {p.S, p.D, p.N}, p.order, true);
   SelectiveScanForward f;
@@ -360,12 +392,14 @@ Result3 run(Problem3 p, int threads, bool backward = true) {
   b.grad_out = over_time<const void*>(grad_out);
   b.grad_final_state = over_states<const void*>(grad_final);
   b.grad_u = over_time<void*>(grads[0]), b.grad_delta = over_time<void*>(grads[1]);
-  b.grad_z = over_time<void*>(grads[2]);
-  b.grad_A = over_states<void*>(grads[3]);
-  b.grad_B = coefficient<void*>(grads[4]), b.grad_C = coefficient<void*>(grads[5]);
-  b.grad_D = {grads[6].data(), grads[6].step(0)},
-  b.grad_delta_bias = {grads[7].data(), grads[7].step(0)};
-  b.grad_initial_state = over_states<void*>(grads[8]);
+  if (!few) {
+    b.grad_z = over_time<void*>(grads[2]);
+    b.grad_A = over_states<void*>(grads[3]);
+    b.grad_B = coefficient<void*>(grads[4]), b.grad_C = coefficient<void*>(grads[5]);
+    b.grad_D = {grads[6].data(), grads[6].step(0)},
+    b.grad_delta_bias = {grads[7].data(), grads[7].step(0)};
+    b.grad_initial_state = over_states<void*>(grads[8]);
+  }
   EXPECT_TRUE(cpu::selective_scan_backward(p.dtype, b, parallel(threads)));
   for (const Memory& each : grads) {
     EXPECT_TRUE(each.size.empty() || each.array.guards_intact()) << "writes out of bounds";
@@ -488,6 +522,120 @@ TEST_P(SelectiveScan, ManyStatesAndSteps) {
     ASSERT_NO_FATAL_FAILURE(check(draw_problem(random, dtype(), S, T, D, N, 1)));
 }
 
+// Checkpoints beyond L2 are stored around the cache; several blocks of channels.
+TEST_P(SelectiveScan, LargeProblem) {
+  if (dtype() != DType::f32) GTEST_SKIP() << "the same for all";
+  Random random;
+  Problem3 p = draw_problem(random, dtype(), 2, 450, 560, 16, 1);
+  p.order = kNatural;
+  ASSERT_NO_FATAL_FAILURE(check(p));
+}
+
+TEST_P(SelectiveScan, UnwantedGradientsAreLeftOut) {
+  Random random;
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    const Problem3 p = draw_problem(random, dtype(), 2, 40, 36, 5, 2);
+    SCOPED_TRACE(p.text());
+    const Result3 all = run(p, 1), few = run(p, 1, true, true);
+    ASSERT_TRUE(same(all.grads[0], few.grads[0]) && same(all.grads[1], few.grads[1]));
+  }
+}
+
+// A pool of states: rows in any order, some skipped, written in place. And one step: what generation does.
+TEST_P(SelectiveScan, StatePool) {
+  Random random;
+  const std::vector<int64_t> rows = {5, -1, 0, 6, -3};
+  const int64_t S = int64_t(rows.size()), slots = 7;
+  for (const int64_t T : {1, 3}) {
+    for (const int64_t D : {3, 64, 150}) {
+      Problem3 p = draw_problem(random, dtype(), S, T, D, 16, 1);
+      p.cu_seqlens.clear();
+      p = reshaped(random, p);
+      SCOPED_TRACE(p.text());
+      const Types types = types_of(dtype());
+      p.initial = draw(random, types.state, {S, D, p.N}, [&] { return random.normal(); });
+      const Result3 want = run(p, 1, false);
+      Inputs in(random, p);
+      Memory out = memory(random, types.time, p.u.size, kNatural, true);
+      Memory pool = memory(random, types.state, {slots, D, p.N}, kNatural, true);
+      Dense before = draw(random, types.state, pool.size, [&] { return random.normal(); });
+      for (int64_t s = 0; s < S; ++s)
+        for (int64_t i = 0; i < D * p.N && rows[size_t(s)] >= 0; ++i)
+          before.at[size_t(rows[size_t(s)] * D * p.N + i)] = p.initial.at[size_t(s * D * p.N + i)];
+      pool.write(before);
+      SelectiveScanForward f;
+      in.describe(f);
+      f.state_rows = rows.data();
+      f.initial_state = over_states<const void*>(pool);
+      f.final_state = over_states<void*>(pool);
+      f.out = over_time<void*>(out);
+      ASSERT_TRUE(cpu::selective_scan_forward(dtype(), f, parallel(1)));
+      Dense want_out = want.out, want_pool = before;
+      for (int64_t s = 0; s < S; ++s) {
+        const int64_t row = rows[size_t(s)];
+        for (int64_t i = 0; i < T * D && row < 0; ++i) want_out.at[size_t(s * T * D + i)] = 0;
+        for (int64_t i = 0; i < D * p.N && row >= 0; ++i)
+          want_pool.at[size_t(row * D * p.N + i)] = want.final_state.at[size_t(s * D * p.N + i)];
+      }
+      ASSERT_TRUE(same(out.read(), want_out));
+      ASSERT_TRUE(same(pool.read(), want_pool));
+      ASSERT_TRUE(out.array.guards_intact() && pool.array.guards_intact());
+    }
+  }
+}
+
+// A sequence in pieces, the state handed on, is the sequence: bit by bit.
+TEST_P(SelectiveScan, PiecesAreTheWhole) {
+  Random random;
+  for (int repeat = 0; repeat < 6; ++repeat) {
+    Problem3 p = draw_problem(random, dtype(), 2, 50, 37, 9, 1);
+    p.cu_seqlens.clear();
+    p = reshaped(random, p);
+    p.reverse = false;
+    SCOPED_TRACE(p.text());
+    const Result3 whole = run(p, 1, false);
+    Dense state = p.initial;
+    int64_t begin = 0;
+    for (const int64_t end : {1, 2, 18, 34, 50}) {
+      Problem3 piece = p;
+      piece.T = end - begin;
+      piece.initial = state;
+      for (Dense* x : {&piece.u, &piece.delta, &piece.z, &piece.B, &piece.C})
+        if (x->size.size() > 2) *x = tokens_of(*x, begin, end);
+      const Result3 part = run(piece, 1, false);
+      ASSERT_TRUE(same(part.out, tokens_of(whole.out, begin, end))) << begin << " to " << end;
+      state = part.final_state;
+      begin = end;
+    }
+    ASSERT_TRUE(same(state, whole.final_state));
+  }
+}
+
+// Gates far out: nothing becomes infinite or NaN that the formulas leave finite.
+TEST_P(SelectiveScan, ExtremesStayFinite) {
+  Random random;
+  const std::vector<double> far = {-1e4, -300, -88, -20, 0, 20, 88, 300, 1e4};
+  for (int repeat = 0; repeat < 4; ++repeat) {
+    Problem3 p = draw_problem(random, dtype(), 1, 40, 20, 5, 1);
+    p.softplus = true;
+    const DType time = types_of(dtype()).time;
+    p.delta = draw(random, time, p.delta.size, [&] { return pick(random, far); });
+    p.z = draw(random, time, p.u.size, [&] { return pick(random, far); });
+    p.A = draw(random, types_of(dtype()).state, p.A.size, [&] { return -fabs(pick(random, far)); });
+    if (p.complex())
+      for (Value& each : p.A.at) each = each.real();
+    SCOPED_TRACE(p.text());
+    const Result3 got = run(p, 1);
+    const Answer want = formula(p);
+    const bool half = time == DType::f16; // overflows, as it must
+    for (size_t i = 0; i < want.out.at.size() && !half; ++i)
+      ASSERT_LE(abs(got.out.at[i] - want.out.at[i]), 2e-2 * abs(want.out.at[i]) + 1e-2 * 1e4) << i;
+    for (const Dense& each : got.grads)
+      for (size_t i = 0; i < each.at.size() && !half; ++i)
+        ASSERT_TRUE(isfinite(abs(each.at[i]))) << i;
+  }
+}
+
 std::vector<Setting> settings() {
   std::vector<Setting> all;
   for (const std::string& isa : isas())
@@ -498,6 +646,70 @@ INSTANTIATE_TEST_SUITE_P(
     Sets, SelectiveScan, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
       return each.param.isa + "_" + info_of(each.param.dtype).name;
     });
+
+// ---- the cell: its gradients against dual numbers, and where it is complex, differences ----
+
+TEST(SelectiveScanCell, SlopesAreThoseOfDualNumbers) {
+  using D1 = Dual<double, 1>;
+  Random random;
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    const double x = repeat < 5 ? std::vector<double>{20, 19.999, 20.001, -700, 700}[size_t(repeat)]
+                                : random.normal(8);
+    const D1 seeded{x, {1}};
+    const D1 step = time_step(seeded, true), gate = silu(seeded);
+    EXPECT_NEAR(step.v, x > 20 ? x : log1p(::exp(x)), 1e-15 * (1 + fabs(x)));
+    EXPECT_NEAR(step.d[0], time_step_slope(x, true), x == 20 ? 1e-8 : 1e-13);
+    EXPECT_NEAR(gate.v, silu_with_slope(x).value, 1e-14 * (1 + fabs(x)));
+    EXPECT_NEAR(gate.d[0], silu_with_slope(x).slope, 1e-13 * (1 + fabs(x)));
+    EXPECT_EQ(time_step(x, false), x);
+    EXPECT_EQ(time_step_slope(x, false), 1);
+  }
+}
+
+TEST(SelectiveScanCell, GradientOfAStepIsThatOfDualNumbers) {
+  using D6 = Dual<double, 6>;
+  Random random;
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    double v[6]; // time step, time step u, A, B, C, h before
+    for (double& each : v) each = random.normal();
+    const double grad_y = random.normal(), grad_after = random.normal();
+    D6 x[6];
+    for (int i = 0; i < 6; ++i) x[i] = D6::make(v[i], [&](int j) { return i == j ? 1. : 0.; });
+    const D6 h = scan_step(x[0], x[1], x[2] * (1 / kOctave), x[3], x[5]).h;
+    const D6 loss = h * grad_after + x[4] * h * grad_y;
+
+    const double A = in_octaves(v[2]);
+    const auto forward = scan_step(v[0], v[1], A, v[3], v[5]);
+    EXPECT_NEAR(
+        forward.h, ::exp(v[0] * v[2]) * v[5] + v[1] * v[3],
+        1e-14 * (1 + fabs(forward.h)) * (1 + fabs(v[5])) * 10);
+    double grad_h = grad_after, grad_A = 0, grad_B = 0, grad_C = 0;
+    ScanSums<double, double> sums{0, 0};
+    scan_step_vjp(
+        v[0], v[1], A, v[3], v[4], forward.decay, v[5], forward.h, grad_y, grad_h, grad_A, grad_B,
+        grad_C, sums);
+    const double got[] = {out_of_octaves(sums.parts), sums.input, grad_A, grad_B, grad_C, grad_h};
+    for (int i = 0; i < 6; ++i)
+      EXPECT_NEAR(got[i], loss.d[i], 1e-12 * (1 + fabs(loss.d[i]))) << "input " << i;
+  }
+}
+
+TEST(SelectiveScanCell, ComplexDecayIsTheExponential) {
+  Random random;
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    const double step = random.uniform(0, 2), re = random.uniform(-3, 0),
+                 im = random.normal(repeat % 2 ? 3 : 100);
+    const Value want = std::exp(step * Value(re, im));
+    const auto in_double = decay(step, in_octaves(torch_ext::Complex<double>{re, im}));
+    EXPECT_NEAR(in_double.re, want.real(), 1e-15 * (4 + fabs(step * im)));
+    EXPECT_NEAR(in_double.im, want.imag(), 1e-15 * (4 + fabs(step * im)));
+    const float s = float(step), r = float(re), i = float(im);
+    const Value rounded = std::exp(double(s) * Value(r, i));
+    const auto in_float = decay(s, in_octaves(torch_ext::Complex<float>{r, i}));
+    EXPECT_NEAR(in_float.re, rounded.real(), 2e-7 * (4 + fabs(step * im)));
+    EXPECT_NEAR(in_float.im, rounded.imag(), 2e-7 * (4 + fabs(step * im)));
+  }
+}
 
 } // namespace
 } // namespace torch_ext::test
