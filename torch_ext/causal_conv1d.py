@@ -24,8 +24,8 @@ def causal_conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Causal depthwise convolution with bias and SiLU in one pass.
 
@@ -44,11 +44,11 @@ def causal_conv1d(
         bias: ``(D,)``, dtypes as for ``weight``. Zeros if omitted.
         initial_state: the ``W - 1`` inputs before the first, oldest first, ``(B, D, W - 1)``, the
             dtype of ``x``. Zeros if omitted.
+        activation: None, or ``"silu"``: ``act(v) = v sigmoid(v)``.
         cu_seqlens: where several sequences stand end to end in the one row (``B`` is 1): sequence
             ``s`` is the steps ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``, and sees no other. int32
             or int64, ``(num_sequences + 1,)``, from 0 to ``T``, never descending. States then have
             ``num_sequences`` rows.
-        activation: None, or ``"silu"``: ``act(v) = v sigmoid(v)``.
 
     Returns:
         ``y``, ``(B, T, D)``, contiguous, the dtype of ``x``, and the final state: the last
@@ -155,8 +155,8 @@ def causal_conv1d_reference(
     weight: Tensor,
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`causal_conv1d` computes, as a plain PyTorch loop over time.
 

@@ -156,17 +156,14 @@ template <class H>
 inline constexpr double kReadout = kComplexLane<H> ? 2 : 1;
 
 template <class T>
-TORCH_EXT_HD T silu(T z) {
-  return z * sigmoid(z);
-}
-template <class T>
 struct Gate {
   T value, slope;
 };
 template <class T>
-TORCH_EXT_HD Gate<T> silu_with_slope(T z) {
-  const T s = sigmoid(z);
-  return {z * s, s * fused(z, 1 - s, number<T>(1))};
+TORCH_EXT_HD Gate<T> silu_with_slope(T z) { // silu and silu_derivative, which say why there are bounds
+  const T bounded = at_least(z, -kExpLimit<T>), both = at_most(bounded, kExpLimit<T>);
+  const T power = exp(-both), s = reciprocal(1 + power);
+  return {bounded * s, s * fused(both, power * s, z * 0 + 1)};
 }
 
 // The gradient of one state's step. The sums are those of a token, over its states: `input` the gradient of time_step u,
