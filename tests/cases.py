@@ -188,11 +188,11 @@ class ConvolutionCase(Case):
 
         def bound(x, weight, bias, state=None):
             if not reverse:
-                return function(x, weight, bias, state, cu_seqlens, **options)
+                return function(x, weight, bias, state, cu_seqlens=cu_seqlens, **options)
             cu = None if cu_seqlens is None else x.shape[1] - cu_seqlens.flip(0)
             packed = cu is not None
             state = state.flip(0) if packed and state is not None else state
-            y, final = function(x.flip(1), weight, bias, state, cu, **options)
+            y, final = function(x.flip(1), weight, bias, state, cu_seqlens=cu, **options)
             return y.flip(1), final.flip(0) if packed else final
 
         return bound
@@ -338,7 +338,7 @@ class CausalConv1dLayer(nn.Module):
         before: Tensor | None = None
         if state is not None:
             before = torch.stack([state, -state, state / 2], -1).to(x.dtype)
-        y, before = torch_ext.causal_conv1d(x, self.weight, self.bias, before, None, "silu")
+        y, before = torch_ext.causal_conv1d(x, self.weight, self.bias, before, "silu")
         return self.out(y), (before[..., 0] - before[..., 1] + 2 * before[..., 2]).float()
 
 

@@ -349,10 +349,10 @@ def test_long_sequence(generator):
 def test_sequences_do_not_see_each_other(generator):
     x, weight, bias, state = leaves(1, 40, 19, 4, generator, torch.float32, rows=3)
     cu = torch.tensor([0, 11, 29, 40])
-    clean = causal_conv1d(x, weight, bias, state, cu)
+    clean = causal_conv1d(x, weight, bias, state, cu_seqlens=cu)
     x[:, 11:29] = torch.nan
     x.requires_grad_()
-    y, final = causal_conv1d(x, weight, bias, state, cu)
+    y, final = causal_conv1d(x, weight, bias, state, cu_seqlens=cu)
     for part in (slice(0, 11), slice(29, 40)):
         assert torch.equal(y[:, part], clean[0][:, part])
     (g,) = torch.autograd.grad(y[:, :11].sum() + y[:, 29:].sum(), x)
@@ -374,10 +374,10 @@ def test_gradcheck(activation, W, kind, generator):
         rows=3 if kind == "packed" else 2,
         requires=True,
     )
-    f = lambda *y: causal_conv1d(*y, cu, activation)  # noqa: E731
+    f = lambda *y: causal_conv1d(*y, activation, cu)  # noqa: E731
     x = x if W > 1 else x[:3]
     if W == 1:  # a state without columns has no derivative
-        f = lambda *y: causal_conv1d(*y, None, cu, activation)[0]  # noqa: E731
+        f = lambda *y: causal_conv1d(*y, None, activation, cu)[0]  # noqa: E731
     torch.autograd.gradcheck(
         f, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
     )
@@ -529,7 +529,7 @@ def test_script_of_functions(generator):
     script = torch.jit.script
     for got, want in (
         (script(causal_conv1d)(*x), causal_conv1d(*x)),
-        (script(causal_conv1d)(*x, None, "silu"), causal_conv1d(*x, None, "silu")),
+        (script(causal_conv1d)(*x, None, "silu"), causal_conv1d(*x, "silu")),
         (script(causal_conv1d_step)(*one), causal_conv1d_step(*one)),
     ):
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

@@ -653,8 +653,8 @@ TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
 
 TensorPair causal_conv1d(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-    std::optional<std::string_view> activation) {
+    const OptionalTensor& initial_state, std::optional<std::string_view> activation,
+    const OptionalTensor& cu_seqlens) {
   return call(x, weight, bias, initial_state, cu_seqlens, activation);
 }
 TensorPair causal_conv1d_step(

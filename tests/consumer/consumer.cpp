@@ -64,7 +64,7 @@ void functions() {
   auto weight = torch::randn({3, 4}, options), before = torch::randn({2, 3, 3}, options);
   check(
       "causal_conv1d",
-      [&](const Tensor& y) { return torch_ext::causal_conv1d(y, weight, {}, before, {}, "silu"); },
+      [&](const Tensor& y) { return torch_ext::causal_conv1d(y, weight, {}, before, "silu"); },
       [&](const Tensor& y) {
         auto seen = torch::cat({before, y.transpose(1, 2)}, -1);
         auto sum = torch::zeros_like(y);

@@ -322,7 +322,7 @@ TEST(CausalConv1d, IsTorchsConvolution) {
           draw({2, 7, 5}), draw({5, window}), draw({5}), draw({2, 5, window - 1})};
       const std::optional<std::string_view> activation =
           silu ? std::optional<std::string_view>("silu") : std::nullopt;
-      const auto got = causal_conv1d(leaves[0], leaves[1], leaves[2], leaves[3], {}, activation);
+      const auto got = causal_conv1d(leaves[0], leaves[1], leaves[2], leaves[3], activation);
       const auto want = convolution(leaves[0], leaves[1], leaves[2], leaves[3], silu);
       expect_close(std::get<0>(got), std::get<0>(want));
       expect_close(std::get<1>(got), std::get<1>(want));
@@ -359,7 +359,7 @@ TEST(CausalConv1d, StepsAndPackedSequences) {
   EXPECT_TRUE(torch::equal(pool[0], before[0]) && torch::equal(pool[2], before[2]));
   const auto cu_seqlens = torch::tensor({0, 6, 6, 12}, torch::kInt);
   const auto [packed, finals] =
-      causal_conv1d(x.reshape({1, 12, 5}), weight, bias, {}, cu_seqlens, {});
+      causal_conv1d(x.reshape({1, 12, 5}), weight, bias, {}, {}, cu_seqlens);
   expect_close(packed.view({2, 6, 5}), y, 1e-6);
   EXPECT_TRUE(torch::equal(finals[0], final_state[0]) && torch::equal(finals[2], final_state[1]));
   EXPECT_TRUE(torch::equal(finals[1], torch::zeros({5, 3})));
@@ -374,7 +374,7 @@ TEST(CausalConv1d, MessagesNameTheArgument) {
       causal_conv1d(x, weight, {}, torch::zeros({4, 6})),
       "causal_conv1d: initial_state has shape (4, 6)");
   EXPECT_MESSAGE(
-      causal_conv1d(x, weight, {}, {}, {}, "relu"), "causal_conv1d: activation is 'relu'");
+      causal_conv1d(x, weight, {}, {}, "relu"), "causal_conv1d: activation is 'relu'");
   EXPECT_MESSAGE(
       causal_conv1d_step(x.select(1, 0), weight, {}, torch::zeros({5, 6, 2})),
       "causal_conv1d_step: state has shape (5, 6, 2)");

@@ -57,8 +57,8 @@ TORCH_EXT_API at::Tensor min_lstm_step_(
 // state, (B, D, W - 1), is the inputs before the first, oldest first.
 TORCH_EXT_API TensorPair causal_conv1d(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {},
-    const OptionalTensor& initial_state = {}, const OptionalTensor& cu_seqlens = {},
-    std::optional<std::string_view> activation = {});
+    const OptionalTensor& initial_state = {}, std::optional<std::string_view> activation = {},
+    const OptionalTensor& cu_seqlens = {});
 TORCH_EXT_API TensorPair causal_conv1d_step(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
     const at::Tensor& state, const OptionalTensor& state_indices = {},
