@@ -199,13 +199,13 @@ def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
         elif one.opcode == sass.LOAD_SHARED and at not in inner:
             weight[at] = -1000
         elif one.opcode == sass.LOAD_GLOBAL and copies:
-            weight[at] = 500
+            weight[at] = 10**5
     # Some jumps leave out the end of a sequence: a state is stored, at an address that takes a product.
     loading = flow.before(loop, {at for at, one in enumerate(flow.code) if _loads(one)})
     for first, part in flow.skippable(loop).items():
         codes = [flow.code[at] for at in part]
         stores = sum(one.opcode == sass.STORE_GLOBAL for one in codes)
-        if first not in loading and stores == 1 and any(one.is_wide_product for one in codes):
+        if first not in loading and 1 <= stores <= 2 and any(one.is_wide_product for one in codes):
             weight[first] = weight.get(first, 0) + 10**5
     counted = frozenset(at for at in loop.body if flow.code[at].opcode == sass.COPY_ASYNC)
     return flow.way(loop, weight, counted, copies)
