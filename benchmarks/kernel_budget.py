@@ -5,6 +5,8 @@
     python benchmarks/kernel_budget.py --check                compiles and compares; exit status 1 if more is taken
     python benchmarks/kernel_budget.py --check --arch 90a     the same for one architecture
     python benchmarks/kernel_budget.py --write                compiles and writes the file
+    python benchmarks/kernel_budget.py --library              a full build as well, of its --check or --write: the size
+                                                              of the library, and how long the build takes
 
 Needs nvcc and a C++ compiler, no GPU. Registers, spilled bytes and shared memory are the compiler's own figures;
 threads and dynamic shared memory come from the kernels' sources (tests/emulator/kernel_shapes.cpp);
@@ -36,7 +38,8 @@ ARCHITECTURES = ("80", "90a", "100", "120")
 GROWTH = 0.05  # what may be added without a new file
 ABOUT = (
     "Written by benchmarks/kernel_budget.py --write. Registers of a thread, bytes of a block, occupancy as a share "
-    "of the warps that a multiprocessor can hold; loop, way, mufu: instructions per element, as `per_element` says."
+    "of the warps that a multiprocessor can hold; loop, way, mufu: instructions per element, as `per_element` says; "
+    "library: a full build of the package for one architecture (Linux, x86-64, GCC)."
 )
 
 # ---- what an architecture has --------------------------------------------------------------------
@@ -199,13 +202,13 @@ def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
         elif one.opcode == sass.LOAD_SHARED and at not in inner:
             weight[at] = -1000
         elif one.opcode == sass.LOAD_GLOBAL and copies:
-            weight[at] = 500
+            weight[at] = 10**5
     # Some jumps leave out the end of a sequence: a state is stored, at an address that takes a product.
     loading = flow.before(loop, {at for at, one in enumerate(flow.code) if _loads(one)})
     for first, part in flow.skippable(loop).items():
         codes = [flow.code[at] for at in part]
         stores = sum(one.opcode == sass.STORE_GLOBAL for one in codes)
-        if first not in loading and stores == 1 and any(one.is_wide_product for one in codes):
+        if first not in loading and 1 <= stores <= 2 and any(one.is_wide_product for one in codes):
             weight[first] = weight.get(first, 0) + 10**5
     counted = frozenset(at for at in loop.body if flow.code[at].opcode == sass.COPY_ASYNC)
     return flow.way(loop, weight, counted, copies)
@@ -375,6 +378,41 @@ def measure_all(nvcc: str, architectures: list[str], jobs: int) -> tuple[dict, d
             return launch, dict(zip(architectures, results, strict=True))
 
 
+# ---- the whole library --------------------------------------------------------------------------------------
+
+LIBRARY_ARCHITECTURE = "90a"
+
+
+def build_library() -> dict:
+    """A full build of the package for one architecture, from nothing, against this Python's torch."""
+    with tempfile.TemporaryDirectory() as name:
+        source, out = Path(name, "source"), Path(name, "out")
+        leave = shutil.ignore_patterns("build", ".git", "__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT, source, ignore=leave)
+        environment = os.environ | {"TORCH_CUDA_ARCH_LIST": "9.0a", "TORCH_EXT_CUDA": "1"}
+        started = time.monotonic()
+        command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(out)]
+        run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        seconds = time.monotonic() - started
+        libraries = list(out.rglob("libtorch_ext.so"))
+        if run.returncode or len(libraries) != 1:
+            sys.exit(f"kernel_budget.py: the library does not build:\n{run.stdout}{run.stderr}")
+        return {
+            "architecture": LIBRARY_ARCHITECTURE,
+            "bytes": libraries[0].stat().st_size,
+            "build_seconds": round(seconds),
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+
+def library_offences(budget: dict, library: dict) -> list[str]:
+    """Its size alone: how long a build takes says as much about the machine."""
+    allowed, found = budget.get("library", {}).get("bytes", 0), library["bytes"]
+    if found <= allowed * (1 + GROWTH):
+        return []
+    return [f"the library, sm_{library['architecture']}: bytes: {allowed} allowed, {found} found"]
+
+
 # ---- the file ---------------------------------------------------------------------------------------------
 
 
@@ -401,6 +439,7 @@ def merged(budget: dict, compiler: str, launch: dict, measured: dict[str, dict])
     return {
         "about": ABOUT,
         "compiler": compiler,
+        "library": budget.get("library", {}),
         "architectures": {a: architectures[a] for a in order},
         "total": {
             "object_bytes": sum(x["object_bytes"] for x in architectures.values()),
@@ -416,7 +455,7 @@ def merged(budget: dict, compiler: str, launch: dict, measured: dict[str, dict])
 def to_text(budget: dict) -> str:
     """JSON with a line per kernel and architecture, so that differences can be read."""
     lines = ["{"]
-    for key in ("about", "compiler", "total"):
+    for key in ("about", "compiler", "library", "total"):
         lines.append(f" {json.dumps(key)}: {json.dumps(budget[key])},")
     lines.append(' "architectures": {')
     rows = [f"  {json.dumps(a)}: {json.dumps(x)}" for a, x in budget["architectures"].items()]
@@ -517,6 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--write", action="store_true", help="compile and write the file")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="ARCH")
     add("--jobs", type=int, choices=(1, 2), default=1, help="architectures compiled at once")
+    add("--library", action="store_true", help="build the whole library, too: takes minutes")
     add("--nvcc", default="nvcc")
     add("--file", type=Path, default=BUDGET)
     args = parser.parse_args(argv)
@@ -529,12 +569,21 @@ def main(argv: list[str] | None = None) -> int:
     version = subprocess.run([args.nvcc, "--version"], capture_output=True, text=True, check=True)
     compiler = re.search(r"V([\d.]+)", version.stdout)[1]
     launch, measured = measure_all(args.nvcc, args.arch, args.jobs)
+    library = build_library() if args.library else None
     if args.write:
         budget = merged(budget, compiler, launch, measured)
+        if library:
+            budget["library"] = library
         args.file.write_text(to_text(budget))
     elif compiler != budget.get("compiler"):
         print(f"The file is of nvcc {budget.get('compiler')}, this is nvcc {compiler}.")
     bad = offences(budget, launch, measured)
+    if library:
+        bad += library_offences(budget, library)
+        print(
+            f"The library for sm_{library['architecture']}: {library['bytes']} bytes, "
+            f"built in {library['build_seconds']} s on {library['cores']} cores."
+        )
     print("\n".join(bad) or f"All kernels keep to the budget: sm_{', sm_'.join(args.arch)}.")
     return 1 if bad else 0
 

@@ -525,7 +525,7 @@ def draw_ratios(result: dict, path: Path) -> Path:
         where = f", {shape_text(row['shape'])}, {row['dtype']}" if on_gpu(result) else ""
         labels.append(f"{row['what']}{where}\nbeside {row['peer']}{note}")
     ax.annotate(
-        "peer -> ours", (1.01, 1.015), xycoords="axes fraction", fontsize=7.5, color="#666666"
+        "peer -> ours", (1.01, 1.0), xycoords="axes fraction", fontsize=7.5, color="#666666"
     )
     ax.set_xscale("log")
     lowest = min(1.0, *(row["ratio_min"] for row in rows))
@@ -559,6 +559,7 @@ def draw_ratios(result: dict, path: Path) -> Path:
         ),
         loc="left",
         fontsize=10,
+        pad=14,
     )
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     _caption(figure, result)

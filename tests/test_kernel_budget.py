@@ -328,12 +328,23 @@ def test_writing_keeps_other_architectures():
     assert json.loads(budget.to_text(file)) == file
 
 
+def test_the_library_is_held_to_its_size_and_not_to_its_time():
+    library = {"architecture": "90a", "bytes": 1000, "build_seconds": 100, "cores": 2}
+    file = FILE | {"library": library}
+    assert budget.library_offences(file, library | {"bytes": 1050, "build_seconds": 999}) == []
+    (line,) = budget.library_offences(file, library | {"bytes": 1051})
+    assert line == "the library, sm_90a: bytes: 1000 allowed, 1051 found"
+    assert budget.library_offences(FILE, library) != []
+    assert budget.merged(file, "13.0.88", LAUNCH, MEASURED)["library"] == library
+
+
 def test_the_file():
     """Complete, and of the shape that this program writes."""
     text = budget.BUDGET.read_text()
     file = json.loads(text)
     assert budget.to_text(file) == text
     assert list(file["architectures"]) == list(budget.ARCHITECTURES)
+    assert file["library"]["bytes"] > 10**6 and file["library"]["build_seconds"] > 0
     for name, row in file["kernels"].items():
         assert row.keys() == {"launch", *budget.ARCHITECTURES}, name
         for architecture in budget.ARCHITECTURES:

@@ -8,6 +8,7 @@
 //   template <class T> Affine<T> affine(Input<T> x) const;
 // and, where it saves instructions, the backward of one step:
 //   template <class T> Gradient<T, Input> vjp(Input<T> x, T h_before, T dh) const;
+//   static constexpr unsigned gradient_reads;      bit i: do `vjp` and the `a` of `affine` depend on input i? All: leave out
 // It has no loop, no pointer and no tensor library. Without `vjp`, dual numbers differentiate `affine`.
 #pragma once
 #include "dual.h"
@@ -28,6 +29,15 @@ struct Gradient {
 
 template <class Cell>
 constexpr int num_inputs = int(sizeof(typename Cell::template Input<float>) / sizeof(float));
+
+// Does the gradient of a step depend on input i? Backward drivers do not load those on which it does not.
+template <class Cell>
+TORCH_EXT_HD constexpr bool gradient_reads(int i) {
+  if constexpr (requires { Cell::gradient_reads; })
+    return Cell::gradient_reads >> i & 1;
+  else
+    return true;
+}
 
 // Fields to array and back, so that cells use names and drivers use loops.
 template <class Cell, class T>

@@ -7,6 +7,7 @@ namespace torch_ext {
 struct LinearScan {
   static constexpr const char* name = "linear_scan";
   static constexpr bool complex = true;
+  static constexpr unsigned gradient_reads = 1; // a, not b
   TORCH_EXT_HD explicit LinearScan(unsigned /*flags*/ = 0) {}
 
   template <class T>

@@ -253,6 +253,10 @@ struct Diagonal {
       Lane v[N];
       const int64_t ahead = tile.dx_step < 0 ? -512 : 512;
       for (int i = 0; i < N; ++i) {
+        if (!gradient_reads<Cell>(i)) {
+          v[i] = Lane{};
+          continue;
+        }
         v[i] = get<kSome>(in[i] + k * kLanes, some);
         fetch_ahead<kStream, 2>(in[i] + k * kLanes, k, ahead);
       }
@@ -331,7 +335,9 @@ struct Diagonal {
           return rows_of<S>(
               p, x, i.sequence, tokens, n, count, true, i.d0, i.width, scratch.data + slot * piece);
         };
-        for (int k = 0; k < N; ++k) tile.x[k] = rows(p.inputs[k], last - 1, tile.count, k);
+        for (int k = 0; k < N; ++k)
+          tile.x[k] = gradient_reads<Cell>(k) ? rows(p.inputs[k], last - 1, tile.count, k)
+                                              : Rows<S>{zeros.data, 0};
         const int64_t with_row = tile.count - (first ? 0 : 1);
         tile.h_before = with_row ? rows(p.h, last - 2, with_row, N) : Rows<S>{zeros.data, 0};
         tile.grad_h =

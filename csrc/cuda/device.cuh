@@ -62,24 +62,15 @@ TORCH_EXT_DEVICE Shared<T> shared_memory(int byte_offset = 0) {
   return {reinterpret_cast<T*>(dynamic_shared + byte_offset)};
 }
 
-// 16 bytes from global memory to element `index`, of which those after valid_bytes are zeros and not read. They arrive at
-// the latest when copy_async_wait<N> returns with the group among all but the thread's N latest.
+// 16 bytes from global memory to element `index`. They arrive at the latest when copy_async_wait<N> returns with the group
+// among all but the thread's N latest.
 template <class T>
-TORCH_EXT_DEVICE void copy_async16(Shared<T> to, int index, const void* from, int valid_bytes) {
+TORCH_EXT_DEVICE void copy_async16(Shared<T> to, int index, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const unsigned address = unsigned(__cvta_generic_to_shared(to.data + index));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(valid_bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 #else
-  int4 x{0, 0, 0, 0};
-  if (valid_bytes == 16) {
-    x = *static_cast<const int4*>(from);
-  } else {
-    for (int i = 0; i < valid_bytes; ++i)
-      reinterpret_cast<char*>(&x)[i] = static_cast<const char*>(from)[i];
-  }
-  *reinterpret_cast<int4*>(to.data + index) = x;
+  *reinterpret_cast<int4*>(to.data + index) = *static_cast<const int4*>(from);
 #endif
 }
 TORCH_EXT_DEVICE void copy_async_commit() {
@@ -144,6 +135,23 @@ TORCH_EXT_DEVICE BFloat16 to_bfloat16(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 TORCH_EXT_DEVICE Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+// Two neighbours in a word, the first in its low half: one instruction.
+template <class S>
+TORCH_EXT_DEVICE uint32_t pack_pair(float first, float second);
+template <>
+TORCH_EXT_DEVICE uint32_t pack_pair<BFloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <>
+TORCH_EXT_DEVICE uint32_t pack_pair<Half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
 
 // ---- launches ----
 

@@ -135,8 +135,9 @@ TORCH_EXT_DEVICE State state_at(const Strided& x, int64_t row, int64_t d) {
 
 // ---- inputs on their way into shared memory ----
 
-// One array of the tile: its element of position 0 and channel 0, strides in elements, positions that it has. A block
-// computes it once and keeps it in shared memory: in registers it would crowd out the steps.
+// One array from some position on: its element of that position and channel 0, strides in elements, positions that it has
+// from there on. For the next tile to be fetched a block keeps it in shared memory, where one thread takes it from tile to
+// tile: in registers it would crowd out the steps.
 inline constexpr int kSourceWords = 5;
 template <class S>
 struct Source {
@@ -153,6 +154,7 @@ struct Source {
         reinterpret_cast<const S*>(from.load(0)), from.load(1), from.load(2), from.load(3),
         Path(from.load(4))};
   }
+  TORCH_EXT_DEVICE void advance(int64_t positions) { data += positions * time, count -= positions; }
 };
 
 template <class S>
@@ -166,36 +168,34 @@ TORCH_EXT_DEVICE Source<S> source(
   s.width = x.width;
   s.count = x.data ? time.count - positions_ahead : 0;
   const bool aligned = reinterpret_cast<uintptr_t>(s.data) % 16 == 0 &&
-                       s.time * int64_t(sizeof(S)) % 16 == 0 && x.width == 1;
+                       s.time * int64_t(sizeof(S)) % 16 == 0 && x.width == 1 &&
+                       p.width * int64_t(sizeof(S)) % 16 == 0;
   s.path = aligned                                         ? Source<S>::vectors
            : x.width != 1 && (x.time == 1 || p.width == 1) ? Source<S>::along_time
                                                            : Source<S>::elements;
   return s;
 }
 
-// Rows position .. position + kTime of channels d0 .. d0 + kChannels; what lies outside of the array stays as it is, but for
-// the second channel of a lane's pair.
+// The first kTime rows, or as many as there are, of channels d0 .. d0 + channels; what lies outside of the array stays as it
+// is, but for the second channel of a lane's pair.
 template <class Layout, class S>
 TORCH_EXT_DEVICE void fetch(
-    Shared<unsigned char> to, const Source<S>& from, int64_t position, int64_t d0, int64_t width) {
+    Shared<unsigned char> to, const Source<S>& from, int64_t d0, int channels) {
   const int thread = int(threadIdx.x);
-  const int64_t left = from.count - position;
-  const int steps = int(left < Layout::kTime ? left : Layout::kTime);
-  const int channels = int(width - d0 < Layout::kChannels ? width - d0 : Layout::kChannels);
-  const S* data = from.data + position * from.time + d0 * from.width;
+  const int steps = int(from.count < Layout::kTime ? from.count : Layout::kTime);
+  const S* data = from.data + d0 * from.width;
   if (from.path == Source<S>::vectors) {
     // A thread's pieces lie in one column.
     constexpr int kInVector = 16 / int(sizeof(S)), kVectors = Layout::kRowBytes / 16,
                   kRows = Layout::kThreads / kVectors;
     const int d = thread % kVectors * kInVector, first = thread / kVectors;
-    const int valid = channels - d < kInVector ? channels - d : kInVector;
-    if (valid <= 0) return;
+    if (d >= channels) return;
     const S* piece = data + first * from.time + d;
     const int64_t next = kRows * from.time;
     int place = first * Layout::kPitch + d * int(sizeof(S));
 #pragma unroll
     for (int t = 0; t < Layout::kTime; t += kRows) {
-      if (first + t < steps) copy_async16(to, place, piece, valid * int(sizeof(S)));
+      if (first + t < steps) copy_async16(to, place, piece);
       piece += next, place += kRows * Layout::kPitch;
     }
     return;
@@ -215,10 +215,23 @@ TORCH_EXT_DEVICE void fetch(
   }
 }
 
-// A lane's channels of one row.
+// A lane's channels of one row: one word.
 template <class S, int kPerLane>
-struct alignas(sizeof(S) * kPerLane) Channels {
-  S x[kPerLane];
+struct Channels {
+  static_assert(kPerLane == 1);
+  using Lane = typename Stored<S>::Lane;
+  S x;
+  TORCH_EXT_DEVICE S get(int) const { return x; }
+  TORCH_EXT_DEVICE Lane widen(int) const { return Stored<S>::widen(x); }
+  TORCH_EXT_DEVICE static Channels narrow(const Lane* x) { return {Stored<S>::narrow(x[0])}; }
+};
+template <class S>
+struct Channels<S, 2> {
+  static_assert(sizeof(S) == 2);
+  uint32_t pair;
+  TORCH_EXT_DEVICE S get(int v) const { return {uint16_t(pair >> (16 * v))}; }
+  TORCH_EXT_DEVICE float widen(int v) const { return Stored<S>::widen(get(v)); }
+  TORCH_EXT_DEVICE static Channels narrow(const float* x) { return {pack_pair<S>(x[0], x[1])}; }
 };
 
 // ---- the two directions ----
@@ -267,8 +280,14 @@ struct BackwardWalk {
   using S = S_;
   using Lane = typename Stored<S>::Lane;
   static constexpr bool kBackward = true;
-  static constexpr int kInputs = num_inputs<Cell>, kArrays = kInputs + 2, kOutputs = kInputs;
-  static constexpr int kBefore = kInputs, kGrad = kInputs + 1;
+  static constexpr int kInputs = num_inputs<Cell>, kOutputs = kInputs;
+  // The arrays: the inputs that the gradient reads, h before the step, the gradient of h.
+  static constexpr int kRead = [] {
+    int count = 0;
+    for (int i = 0; i < kInputs; ++i) count += gradient_reads<Cell>(i);
+    return count;
+  }();
+  static constexpr int kArrays = kRead + 2, kBefore = kRead, kGrad = kRead + 1;
 
   const Problem& p;
   Cell cell;
@@ -277,8 +296,22 @@ struct BackwardWalk {
 
   TORCH_EXT_DEVICE Source<S> find_source(int i, int64_t sequence, const Time& time) const {
     if (i == kGrad) return source<S>(p, p.grad_h, sequence, time);
-    if (i < kInputs) return source<S>(p, p.inputs[i], sequence, time);
-    return source<S>(p, p.h, sequence, time, 1); // h before a step stands at the next position
+    if (i == kBefore)
+      return source<S>(p, p.h, sequence, time, 1); // h before a step stands at the next position
+    int input = 0;
+    for (int k = 0; k < kInputs; ++k) {
+      if (!gradient_reads<Cell>(k)) continue;
+      if (i-- == 0) input = k;
+    }
+    return source<S>(p, p.inputs[input], sequence, time);
+  }
+  // The inputs of the cell; one that is not read is 0.
+  TORCH_EXT_DEVICE typename Cell::template Input<Lane> inputs_of(const Lane* x) const {
+    Lane all[kInputs];
+    int slot = 0;
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) all[k] = gradient_reads<Cell>(k) ? x[slot++] : Lane{};
+    return pack<Cell, Lane>(all);
   }
   TORCH_EXT_DEVICE bool present(int i) const { return i != kGrad || p.grad_h.data; }
   TORCH_EXT_DEVICE int64_t missing(int i) const { return i == kBefore ? 1 : 0; }
@@ -290,7 +323,7 @@ struct BackwardWalk {
     static_cast<Lane*>(p.grad_initial_state)[sequence * p.width + d] = carry;
   }
   TORCH_EXT_DEVICE Affine<Lane> effect(const Lane* x) const {
-    const Lane a = conj(cell.affine(pack<Cell, Lane>(x)).a);
+    const Lane a = conj(cell.affine(inputs_of(x)).a);
     return {a, a * x[kGrad]};
   }
   // ends: the sequence's first step in time.
@@ -298,7 +331,7 @@ struct BackwardWalk {
       const Lane* x, Affine<Lane>, Lane carry, bool ends, int64_t sequence, int64_t d,
       Lane* out) const {
     const Lane before = ends ? state_at<Lane>(p.initial_state, sequence, d) : x[kBefore];
-    const auto g = step_vjp(cell, pack<Cell, Lane>(x), before, x[kGrad] + carry);
+    const auto g = step_vjp(cell, inputs_of(x), before, x[kGrad] + carry);
     unpack<Cell, Lane>(g.dx, out);
     return g.dh_before;
   }
@@ -419,19 +452,29 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
                    : p.width - d > 0 ? int(p.width - d)
                                      : 0; // this lane's channels
   const Time time(p, batch, Walk::kBackward);
-  if (threadIdx.x < kArrays)
-    walk.find_source(int(threadIdx.x), batch, time).put(sources + int(threadIdx.x) * kSourceWords);
+  const int channels = int(p.width - d0 < L::kChannels ? p.width - d0 : L::kChannels);
+  const Shared<int64_t> my_source = sources + int(threadIdx.x) * kSourceWords;
+  if (threadIdx.x < kArrays) {
+    Source<S> first = walk.find_source(int(threadIdx.x), batch, time);
+    first.advance(first_tile * L::kTime);
+    first.put(my_source);
+  }
   if (threadIdx.x == 0) restarts.store(0, 0);
   block_sync();
-  const auto fetch_tile = [&](int64_t tile, int stage) {
-    if (tile <= last_tile) {
+  const auto fetch_tile = [&](int stage) {
 #pragma unroll 1
-      for (int i = 0; i < kArrays; ++i)
-        fetch<L>(
-            inputs + (stage * L::kStageBytes + i * L::kArrayBytes),
-            Source<S>::get(sources + i * kSourceWords), tile * L::kTime, d0, p.width);
-    }
+    for (int i = 0; i < kArrays; ++i)
+      fetch<L>(
+          inputs + (stage * L::kStageBytes + i * L::kArrayBytes),
+          Source<S>::get(sources + i * kSourceWords), d0, channels);
     copy_async_commit();
+  };
+  const auto next_sources = [&] {
+    if (threadIdx.x < kArrays) {
+      Source<S> next = Source<S>::get(my_source);
+      next.advance(L::kTime);
+      next.put(my_source);
+    }
   };
   S* out[kOutputs]; // of the warp's first position in the tile
 #pragma unroll
@@ -448,14 +491,20 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
   int stage = 0, next_stage = 0;
   for (int64_t tile = first_tile - (stages - 1); tile <= last_tile; ++tile) {
     // The stage that is overwritten was read before the barrier at which the tile before exchanged its effects.
-    fetch_tile(tile + stages - 1, next_stage);
+    fetch_tile(next_stage);
     next_stage = next_stage + 1 >= stages ? 0 : next_stage + 1;
-    if (tile < first_tile) continue;
+    if (tile < first_tile) {
+      block_sync(); // all have read where the tile lies
+      next_sources();
+      block_sync();
+      continue;
+    }
     if (chained)
       copy_async_wait<0>();
     else
       copy_async_wait<kStages - 1>();
     block_sync(); // the tile is there, and so is the state before it
+    next_sources();
 
     const int64_t position = tile * L::kTime + warp() * L::kSteps, left = time.count - position;
     const int steps = left < 0 ? 0 : left < L::kSteps ? int(left) : L::kSteps;
@@ -497,7 +546,7 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
         for (int v = 0; v < V; ++v) {
           Lane y[kArrays];
 #pragma unroll
-          for (int i = 0; i < kArrays; ++i) y[i] = Stored<S>::widen(x[k][i].x[v]);
+          for (int i = 0; i < kArrays; ++i) y[i] = x[k][i].widen(v);
           f[k][v] = walk.effect(y);
           a[v] = f[k][v].a * a[v];
           b[v] = fused(f[k][v].a, b[v], f[k][v].b);
@@ -566,15 +615,15 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
 #pragma unroll
           for (int v = 0; v < V; ++v) state[v] = v < mine ? walk.start(sequence, d + v) : Lane{};
         }
-        Row y[kOutputs];
+        Lane y[kOutputs][V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           Lane in[kArrays], results[kOutputs];
 #pragma unroll
-          for (int i = 0; i < kArrays; ++i) in[i] = Stored<S>::widen(x[k][i].x[v]);
+          for (int i = 0; i < kArrays; ++i) in[i] = x[k][i].widen(v);
           state[v] = walk.step(in, f[k][v], state[v], ends && v < mine, sequence, d + v, results);
 #pragma unroll
-          for (int i = 0; i < kOutputs; ++i) y[i].x[v] = Stored<S>::narrow(results[i]);
+          for (int i = 0; i < kOutputs; ++i) y[i][v] = results[i];
         }
         if (ends) {
 #pragma unroll
@@ -583,12 +632,13 @@ __global__ void __launch_bounds__(LayoutOf<Walk>::kThreads, LayoutOf<Walk>::kBlo
         }
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
+          const Row row = Row::narrow(y[i]);
           if (kPlain || whole_rows) {
-            if (mine > 0) store_global(reinterpret_cast<Row*>(to[i]), y[i]);
+            if (mine > 0) store_global(reinterpret_cast<Row*>(to[i]), row);
           } else {
 #pragma unroll
             for (int v = 0; v < V; ++v)
-              if (v < mine) store_global(to[i] + v, y[i].x[v]);
+              if (v < mine) store_global(to[i] + v, row.get(v));
           }
           to[i] += out_step;
         }

@@ -151,6 +151,24 @@ TYPED_TEST(Cells, ExtremeGatesStayFiniteAndRight) {
   }
 }
 
+// Drivers do not load what the gradient does not read.
+TYPED_TEST(Cells, GradientReadsNoOtherInputs) {
+  using Cell = typename TypeParam::Cell;
+  constexpr int N = num_inputs<Cell>;
+  this->draw(2);
+  double poisoned[N];
+  for (int i = 0; i < N; ++i) poisoned[i] = gradient_reads<Cell>(i) ? this->x[i] : NAN;
+  const auto input = pack<Cell, double>(this->x), other = pack<Cell, double>(poisoned);
+  const auto want = step_vjp(this->cell, input, this->h, this->dh);
+  const auto got = step_vjp(this->cell, other, this->h, this->dh);
+  double want_dx[N], got_dx[N];
+  unpack<Cell, double>(want.dx, want_dx);
+  unpack<Cell, double>(got.dx, got_dx);
+  for (int i = 0; i < N; ++i) EXPECT_EQ(got_dx[i], want_dx[i]) << "input " << i;
+  EXPECT_EQ(got.dh_before, want.dh_before);
+  EXPECT_EQ(this->cell.affine(other).a, this->cell.affine(input).a);
+}
+
 TYPED_TEST(Cells, NanComesThrough) {
   using Cell = typename TypeParam::Cell;
   for (int i = 0; i < num_inputs<Cell>; ++i) {

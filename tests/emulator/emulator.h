@@ -341,6 +341,14 @@ inline Half to_half(float x) {
   return {uint16_t(r | sign)};
 }
 
+template <class S>
+uint32_t pack_pair(float first, float second) {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return to_bfloat16(first).bits | uint32_t(to_bfloat16(second).bits) << 16;
+  else
+    return to_half(first).bits | uint32_t(to_half(second).bits) << 16;
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
