@@ -229,19 +229,19 @@ class SelectiveScanCase(Case):
 
     @property
     def function(self):
-        return self.ordered(super().function)
+        return self.ordered(torch_ext.selective_scan)
 
     @property
     def reference(self):
-        return self.ordered(super().reference)
+        return self.ordered(torch_ext.selective_scan_reference)
 
     @property
     def step(self):
-        return self.ordered(super().step)
+        return self.ordered(torch_ext.selective_scan_step)
 
     @property
     def step_(self):
-        return self.ordered(super().step_)
+        return self.ordered(torch_ext.selective_scan_step_)
 
     def bind(self, function=None, **options):
         function, n = function or self.function, self.inputs
@@ -283,9 +283,12 @@ def draw_gates(argument, shape, generator, dtype):
 
 
 def draw_selective_scan(argument, shape, generator, dtype):
-    """States that fade within a step and others that stay for hundreds."""
+    """States that fade within a step and others that stay for hundreds. Steps are forwards: below 0
+    and without softplus, states explode."""
     x = normal(argument, shape, generator, dtype)
-    return -torch.exp(2 * x - 2) if argument == "A" else x
+    if argument == "A":
+        return -torch.exp(2 * x - 1).clamp_min(0.02)
+    return x.abs() if argument in ("delta", "delta_bias") else x
 
 
 class Layer(nn.Module):
@@ -402,7 +405,7 @@ OTHERS = (
         ("u", "delta", "B", "C", "z"),
         draw_selective_scan,
         SelectiveScanLayer,
-        ({"delta_softplus": True}, {"delta_softplus": False}),
+        ({"delta_softplus": False}, {"delta_softplus": True}),
     ),
 )
 ALL = CASES + OTHERS

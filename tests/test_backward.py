@@ -16,6 +16,8 @@ from cases import (
     wide,
 )
 
+import torch_ext
+
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 THROUGH = {"both": (0, 1), "h": (0,), "final_state": (1,)}
 
@@ -223,3 +225,16 @@ def test_double_backward_in_low_precision(case, dtype, generator, device):
     for leaf, g, w in zip(x, penalty(case.bind(), x), want, strict=True):
         assert g.dtype is leaf.dtype
         close(g, w, dtype, grad=True, factor=16)
+
+
+def test_linear_scan_does_not_keep_b(generator):
+    """Its gradient does not depend on b."""
+    a, b = (torch.rand(2, 5, 3, generator=generator).requires_grad_() for _ in range(2))
+    doubled = 2 * b
+    kept = weakref.ref(doubled)
+    h, _ = torch_ext.linear_scan(a, doubled)
+    del doubled
+    assert kept() is None
+    want = torch.autograd.grad(torch_ext.linear_scan_reference(a, 2 * b)[0].square().sum(), (a, b))
+    for g, w in zip(torch.autograd.grad(h.square().sum(), (a, b)), want, strict=True):
+        close(g, w, grad=True)

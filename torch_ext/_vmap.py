@@ -120,8 +120,8 @@ def _register_selective_scan(name: str, index: str) -> None:
         size = info.batch_size
 
         def fold(argument: str, x: Tensor, dim: int | None) -> Tensor:
-            if argument == "kept":  # of the folded call, or else made again
-                return x if dim is None else x.new_empty(0)
+            if argument == "kept":  # was kept by a call with other channels: it is made again
+                return x.new_empty(0)
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             place = channels.get(argument)
             if place is None:  # B or C
@@ -148,11 +148,12 @@ def _register_selective_scan(name: str, index: str) -> None:
                 return x, 2
             return x.unflatten(dims - 2, (size, -1)), dims - 2
 
-        folded = [
-            fold(argument, x, dim) if isinstance(x, Tensor) and argument != index else x
+        folded = {
+            argument: fold(argument, x, dim) if isinstance(x, Tensor) and argument != index else x
             for argument, x, dim in zip(arguments, args, in_dims, strict=False)
-        ]
-        outputs = operator(*folded)
+            if argument != "checkpoints"
+        }
+        outputs = operator(**folded)
         if backward:
             of = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
             pairs = [unfold_gradient(x, a) for x, a in zip(outputs, of, strict=True)]

@@ -4,6 +4,7 @@
 // step is written out; dual numbers over the functions before it are its oracle.
 #pragma once
 #include "dual.h"
+#include "silu.h"
 
 namespace torch_ext {
 
@@ -160,10 +161,11 @@ struct Gate {
   T value, slope;
 };
 template <class T>
-TORCH_EXT_HD Gate<T> silu_with_slope(T z) { // silu and silu_derivative, which say why there are bounds
+TORCH_EXT_HD Gate<T> silu_with_slope(
+    T z) { // silu and silu_derivative, which say why there are bounds
   const T bounded = at_least(z, -kExpLimit<T>), both = at_most(bounded, kExpLimit<T>);
   const T power = exp(-both), s = reciprocal(1 + power);
-  return {bounded * s, s * fused(both, power * s, z * 0 + 1)};
+  return {bounded * s, s * fused(both, power * s, number<T>(1))};
 }
 
 // The gradient of one state's step. The sums are those of a token, over its states: `input` the gradient of time_step u,

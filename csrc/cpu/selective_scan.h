@@ -15,6 +15,8 @@
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
 
+using torch_ext::silu; // of any lane, beside simd.h's of float lanes
+
 inline constexpr int kTile = int(kSelectiveScanTile);
 
 // ---- slots: n vectors for n consecutive tokens (or states) of one vector of channels ----

@@ -379,8 +379,12 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
         BelowAutograd guard;
         return call(x..., initial_state, cu_seqlens, options..., reverse);
       }();
+      // Another input stands in for one that the gradient does not read: it need not be kept alive.
+      const Tensor& first = std::get<0>(std::tie(x...));
+      static_assert(gradient_reads<Cell>(0));
       ctx->save_for_backward(
-          {x..., h, initial_state.value_or(Tensor()), cu_seqlens.value_or(Tensor())});
+          {(gradient_reads<Cell>(int(I)) ? x : first)..., h, initial_state.value_or(Tensor()),
+           cu_seqlens.value_or(Tensor())});
       save_options(ctx, options..., reverse);
       ctx->saved_data["has_initial_state"] = initial_state.has_value();
       ctx->saved_data["has_cu_seqlens"] = cu_seqlens.has_value();

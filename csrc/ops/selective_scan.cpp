@@ -34,7 +34,14 @@ struct Arguments {
   SymInt rows() const { return defined(cu_seqlens) ? cu_seqlens->sym_size(0) - 1 : u.sym_size(0); }
   variable_list differentiable() const {
     return {
-        u, delta, A, B, C, D.value_or(Tensor()), z.value_or(Tensor()), delta_bias.value_or(Tensor()),
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D.value_or(Tensor()),
+        z.value_or(Tensor()),
+        delta_bias.value_or(Tensor()),
         state.value_or(Tensor())};
   }
 };
@@ -109,7 +116,8 @@ void check_parameters(const char* op, const Arguments& x, bool step) {
   check_device(op, "A", x.A, x.u.device(), "the device of u");
   TORCH_CHECK_VALUE(
       x.A.dim() == 2 && equal(x.A.sym_size(0), width), op, ": A has shape ",
-      shape_text(x.A.sym_sizes()), ", expected (D=", width, ", N), the states of each channel of u");
+      shape_text(x.A.sym_sizes()), ", expected (D=", width,
+      ", N), the states of each channel of u");
   const SymInt states = x.A.sym_size(1);
   TORCH_CHECK_VALUE(
       states.sym_ge(1).expect_true(__FILE__, __LINE__), op, ": A has shape ",
@@ -244,7 +252,13 @@ Gradients empty_gradients(
     check_shape(
         op, "grad_final_state", *grad_final_state, {"B", "D", "N"}, {x.rows(), width, states},
         "the shape of the state");
-  check_dtype(op, "checkpoints", checkpoints, x.state_type(), "the dtype of the states");
+  check_dtype(op, "kept", checkpoints, x.state_type(), "the dtype of the states");
+  const SymInt count = checkpoint_count(x);
+  TORCH_CHECK_VALUE(
+      checkpoints.sym_numel().sym_eq(0).guard_bool(__FILE__, __LINE__) ||
+          equal(checkpoints.sym_numel(), count),
+      op, ": kept has ", checkpoints.sym_numel(), " elements, expected ", count,
+      " from selective_scan with checkpoints=True and the same arguments, or none");
   const auto like = [](const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
   const auto vector = [&](const Opt& v) {
     return defined(v) ? like(*v) : at::empty_symint({width}, x.u.options().dtype(x.wide()));
@@ -301,9 +315,7 @@ Coefficient<Data> coefficient(const Tensor& t, bool step) {
 }
 // B and C may have different numbers of groups: of both, every channel's is the group in the finer division, if one
 // divides the other; else each channel is a group of its own.
-int64_t groups_of(const Tensor& t, bool step) {
-  return t.dim() == (step ? 3 : 4) ? t.size(-2) : 1;
-}
+int64_t groups_of(const Tensor& t, bool step) { return t.dim() == (step ? 3 : 4) ? t.size(-2) : 1; }
 Tensor with_groups(const Tensor& t, int64_t groups, bool step) {
   const int64_t own = groups_of(t, step);
   if (own == groups || (!step && t.dim() == 2)) return t;
@@ -336,9 +348,7 @@ struct Prepared {
     if (defined(x.cu_seqlens))
       offsets = sequence_offsets(kName, *x.cu_seqlens, x.u.size(1), x.u.device());
   }
-  DType dtype() const {
-    return kernel_dtype(x.complex() ? x.state_type() : x.u.scalar_type());
-  }
+  DType dtype() const { return kernel_dtype(x.complex() ? x.state_type() : x.u.scalar_type()); }
   void describe(SelectiveScanProblem& p) const {
     p.num_sequences = offsets.defined() ? offsets.size(0) - 1 : x.u.size(0);
     p.num_steps = step ? 1 : x.u.size(1);
@@ -364,8 +374,8 @@ Three cpu_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
     const Opt& D, const Opt& z, const Opt& delta_bias, const Opt& initial_state,
     const Opt& cu_seqlens, bool delta_softplus, bool reverse, bool checkpoints) {
-  const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                    delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
   auto [y, final_state, kept] = empty_outputs(x, checkpoints);
   const Prepared prepared(x, /*one_step=*/false);
   SelectiveScanForward p;
@@ -382,8 +392,8 @@ Gradients cpu_backward(
     const Tensor& A, const Tensor& B, const Tensor& C, const Opt& D, const Opt& z,
     const Opt& delta_bias, const Opt& initial_state, const Tensor& checkpoints,
     const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
-  const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                    delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
   auto [du, ddelta, dA, dB, dC, dD, dz, dbias, dstate] =
       empty_gradients(grad_y, grad_final_state, x, checkpoints);
   Tensor kept = checkpoints;
@@ -405,7 +415,8 @@ Gradients cpu_backward(
     return at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous));
   };
   const Tensor wide_A = like(prepared.x.A), wide_B = like(prepared.x.B),
-               wide_C = like(prepared.x.C), wide_D = at::empty({u.size(2)}, u.options().dtype(x.wide())),
+               wide_C = like(prepared.x.C),
+               wide_D = at::empty({u.size(2)}, u.options().dtype(x.wide())),
                wide_bias = at::empty_like(wide_D);
   p.grad_A = over_states<void*>(wide_A);
   p.grad_B = coefficient<void*>(wide_B, false);
@@ -414,6 +425,7 @@ Gradients cpu_backward(
   p.grad_delta_bias = over_channels<void*>(wide_bias);
   p.grad_initial_state = over_states<void*>(dstate);
   TORCH_INTERNAL_ASSERT(cpu::selective_scan_backward(prepared.dtype(), p, torch_threads()));
+  if (u.size(2) == 0) wide_B.zero_(), wide_C.zero_(); // sums over no channels
   const auto back = [&](const Tensor& sum, const Tensor& like) {
     Tensor folded = sum;
     if (sum.sizes() != like.sizes()) {
@@ -424,8 +436,15 @@ Gradients cpu_backward(
     return folded.to(like.scalar_type());
   };
   return {
-      du, ddelta, wide_A.to(dA.scalar_type()), back(wide_B, dB), back(wide_C, dC),
-      wide_D.to(dD.scalar_type()), dz, wide_bias.to(dbias.scalar_type()), dstate};
+      du,
+      ddelta,
+      wide_A.to(dA.scalar_type()),
+      back(wide_B, dB),
+      back(wide_C, dC),
+      wide_D.to(dD.scalar_type()),
+      dz,
+      wide_bias.to(dbias.scalar_type()),
+      dstate};
 }
 
 // One step for every row, in place in the pool of states.
@@ -543,20 +562,17 @@ struct Composite {
       g = g * z * s;
     }
     const Tensor readout = (x.complex() ? 2 * g : g).unsqueeze(-1);
-    const Opt grad_last = defined(grad_final_state)
-                              ? Opt(grad_final_state->to(x.state_type()).flatten(1))
-                              : Opt();
-    static const auto scan_backward =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torch_ext::linear_scan_backward", "")
-            .typed<std::tuple<Tensor, Tensor, Tensor>(
-                const Opt&, const Opt&, const Tensor&, const Tensor&, const Tensor&, const Opt&,
-                const Opt&, bool)>();
+    const Opt grad_last =
+        defined(grad_final_state) ? Opt(grad_final_state->to(x.state_type()).flatten(1)) : Opt();
+    static const auto scan_backward = c10::Dispatcher::singleton()
+                                          .findSchemaOrThrow("torch_ext::linear_scan_backward", "")
+                                          .typed<std::tuple<Tensor, Tensor, Tensor>(
+                                              const Opt&, const Opt&, const Tensor&, const Tensor&,
+                                              const Tensor&, const Opt&, const Opt&, bool)>();
     auto [grad_decay, grad_input, grad_first] = scan_backward.call(
         (readout * at::conj(C)).flatten(2), grad_last, decay.flatten(2), input.flatten(2),
         h.flatten(2), state, x.cu_seqlens, x.reverse);
-    const Tensor grad_exponent =
-        grad_decay.reshape_symint(decay.sym_sizes()) * at::conj(decay);
+    const Tensor grad_exponent = grad_decay.reshape_symint(decay.sym_sizes()) * at::conj(decay);
     grad_input = grad_input.reshape_symint(decay.sym_sizes());
     const Tensor to_input = real(grad_input * at::conj(B)).sum(-1); // the gradient of time_step u
     Tensor du = to_input * time_step;
@@ -592,9 +608,18 @@ variable_list saved(const Arguments& x) {
 }
 Arguments restored(const variable_list& s, size_t at, AutogradContext* ctx) {
   return {
-      s[at],          s[at + 1],      s[at + 2],      s[at + 3],      s[at + 4],
-      opt(s[at + 5]), opt(s[at + 6]), opt(s[at + 7]), opt(s[at + 8]), opt(s[at + 9]),
-      ctx->saved_data["delta_softplus"].toBool(), ctx->saved_data["reverse"].toBool()};
+      s[at],
+      s[at + 1],
+      s[at + 2],
+      s[at + 3],
+      s[at + 4],
+      opt(s[at + 5]),
+      opt(s[at + 6]),
+      opt(s[at + 7]),
+      opt(s[at + 8]),
+      opt(s[at + 9]),
+      ctx->saved_data["delta_softplus"].toBool(),
+      ctx->saved_data["reverse"].toBool()};
 }
 constexpr size_t kSaved = kGradients + 1;
 void save_options(AutogradContext* ctx, const Arguments& x) {
@@ -615,8 +640,8 @@ struct Forward : torch::autograd::Function<Forward> {
       AutogradContext* ctx, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
       const Tensor& C, const Opt& D, const Opt& z, const Opt& delta_bias, const Opt& initial_state,
       const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
-    const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                      delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+    const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                      cu_seqlens, delta_softplus, reverse};
     save_options(ctx, x);
     auto [y, final_state, checkpoints] = [&] {
       BelowAutograd guard;
@@ -647,8 +672,8 @@ struct Backward : torch::autograd::Function<Backward> {
       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const Opt& D,
       const Opt& z, const Opt& delta_bias, const Opt& initial_state, const Tensor& checkpoints,
       const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
-    const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                      delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+    const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                      cu_seqlens, delta_softplus, reverse};
     save_options(ctx, x);
     const Gradients grads = [&] {
       BelowAutograd guard;
@@ -698,16 +723,15 @@ Three autograd(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
     const Opt& D, const Opt& z, const Opt& delta_bias, const Opt& initial_state,
     const Opt& cu_seqlens, bool delta_softplus, bool reverse, bool checkpoints) {
-  const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                    delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
   const auto none = [&] { return at::empty({0}, u.options().dtype(x.state_type())); };
   if (any_tangent(x.differentiable())) {
     check(x);
     auto [y, final_state] = Composite(x).outputs();
     return {y, final_state, none()};
   }
-  if (torch::autograd::compute_requires_grad(
-          u, delta, A, B, C, D, z, delta_bias, initial_state)) {
+  if (torch::autograd::compute_requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state)) {
     const variable_list out = apply_op<Forward>(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse);
     return {out[0], out[1], none()};
@@ -720,8 +744,8 @@ Gradients autograd_backward(
     const Tensor& A, const Tensor& B, const Tensor& C, const Opt& D, const Opt& z,
     const Opt& delta_bias, const Opt& initial_state, const Tensor& checkpoints,
     const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
-  const Arguments x{u,          delta,         A,          B,              C,      D, z,
-                    delta_bias, initial_state, cu_seqlens, delta_softplus, reverse};
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
   if (has_tangent(grad_y) || has_tangent(grad_final_state) || any_tangent(x.differentiable()))
     return Composite(x).backward(grad_y, grad_final_state);
   if (torch::autograd::compute_requires_grad(

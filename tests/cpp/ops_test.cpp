@@ -373,8 +373,7 @@ TEST(CausalConv1d, MessagesNameTheArgument) {
   EXPECT_MESSAGE(
       causal_conv1d(x, weight, {}, torch::zeros({4, 6})),
       "causal_conv1d: initial_state has shape (4, 6)");
-  EXPECT_MESSAGE(
-      causal_conv1d(x, weight, {}, {}, "relu"), "causal_conv1d: activation is 'relu'");
+  EXPECT_MESSAGE(causal_conv1d(x, weight, {}, {}, "relu"), "causal_conv1d: activation is 'relu'");
   EXPECT_MESSAGE(
       causal_conv1d_step(x.select(1, 0), weight, {}, torch::zeros({5, 6, 2})),
       "causal_conv1d_step: state has shape (5, 6, 2)");
