@@ -1,0 +1,252 @@
+"""The Mamba layer against its formula in plain PyTorch, in one call, in chunks and in steps."""
+
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import close
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import torch_ext
+
+
+def formula(layer, x):
+    """Zero states, float64, one direction: mamba_ssm's equations, a loop over time."""
+    T, N, R = x.shape[1], layer.d_state, layer.dt_rank
+    inner, z = layer.in_proj(x).chunk(2, -1)
+    conv = F.conv1d(
+        inner.mT, layer.conv1d.weight, layer.conv1d.bias, padding=layer.d_conv - 1,
+        groups=layer.d_inner,
+    )  # fmt: skip
+    u = F.silu(conv[:, :, :T]).mT
+    delta, B, C = (u @ layer.x_proj.weight.T).split([R, N, N], -1)
+    delta = F.softplus(layer.dt_proj(delta))
+    A, h, outputs = -torch.exp(layer.A_log), x.new_zeros(x.shape[0], layer.d_inner, N), []
+    for t in range(T):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        h = decay * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        outputs.append((h * C[:, t, None]).sum(-1) + layer.D * u[:, t])
+    return layer.out_proj(torch.stack(outputs, 1) * F.silu(z)), h
+
+
+def make(generator, dtype=torch.float64, **options):
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    return torch_ext.Mamba(8, d_state=3, **options).to(dtype)
+
+
+def inputs(generator, B=3, T=11, dtype=torch.float64):
+    return torch.randn(B, T, 8, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def test_parameters():
+    layer = torch_ext.Mamba(40, d_state=5, d_conv=3, expand=3)
+    assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == {
+        "in_proj.weight": (240, 40),
+        "conv1d.weight": (120, 1, 3),
+        "conv1d.bias": (120,),
+        "x_proj.weight": (3 + 10, 120),
+        "dt_proj.weight": (120, 3),
+        "dt_proj.bias": (120,),
+        "A_log": (120, 5),
+        "D": (120,),
+        "out_proj.weight": (40, 120),
+    }
+    torch.testing.assert_close(layer.A_log[7].exp(), torch.arange(1.0, 6.0))
+    assert (layer.D == 1).all()
+    dt = F.softplus(layer.dt_proj.bias)
+    assert 0.0009 < float(dt.min()) < 0.01 < float(dt.max()) < 0.101
+    bound = 1 / math.sqrt(3)
+    assert 0.9 * bound < float(layer.dt_proj.weight.abs().max()) <= bound
+    assert layer.A_log._no_weight_decay and layer.D._no_weight_decay
+    assert layer.dt_proj.bias._no_reinit
+    constant = torch_ext.Mamba(16, dt_rank=4, dt_init="constant", dt_scale=2.0, bias=True)
+    assert (constant.dt_proj.weight == 1).all()
+    assert constant.in_proj.bias is not None and constant.out_proj.bias is not None
+    assert torch_ext.Mamba(16, conv_bias=False).conv1d.bias is None
+    assert torch_ext.Mamba(16, dtype=torch.bfloat16).A_log.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 6}, {"dt_rank": 3}],
+    ids=str,
+)
+def test_formula(options, generator):
+    layer, x = make(generator, **options), inputs(generator)
+    y, state = layer.prefill(x)
+    want, want_state = formula(layer, x)
+    close(y.detach(), want.detach())
+    close(state[1].detach(), want_state.detach())
+    parameters = list(layer.parameters())
+    got = torch.autograd.grad(layer(x).sin().sum(), parameters)
+    want = torch.autograd.grad(want.sin().sum(), parameters)
+    for (name, _), g, w in zip(layer.named_parameters(), got, want, strict=True):
+        close(g, w, grad=True, name=name)
+
+
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_chunks_and_steps(d_conv, generator):
+    layer, x = make(generator, d_conv=d_conv), inputs(generator)
+    want, (want_conv, want_scan) = layer.prefill(x)
+    for cuts in ([0, 1, 2, 11], [0, 5, 5, 11], [0, 10, 11]):
+        state, pieces = layer.init_state(3), []
+        for i in range(len(cuts) - 1):
+            y, state = layer.prefill(x[:, cuts[i] : cuts[i + 1]], state)
+            pieces.append(y)
+        close(torch.cat(pieces, 1).detach(), want.detach())
+        close(state[0].detach(), want_conv.detach())
+        close(state[1].detach(), want_scan.detach())
+    state, pieces = layer.init_state(3), []
+    for t in range(11):
+        y, state = layer.step(x[:, t], state)
+        pieces.append(y)
+    close(torch.stack(pieces, 1).detach(), want.detach())
+    close(state[0].detach(), want_conv.detach())
+    close(state[1].detach(), want_scan.detach())
+
+
+@pytest.mark.parametrize("given_state", [False, True], ids=["zeros", "state"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding(padding, given_state, generator):
+    """Whatever stands in the padding, NaN included; the gradients as well."""
+    if given_state and padding == "left":
+        pytest.skip("is an error: see test_errors")
+    layer = make(generator, bias=True)
+    lengths = torch.tensor([11, 0, 2, 7])
+    x = inputs(generator, B=4).requires_grad_()
+    state = None
+    if given_state:
+        shapes = [s.shape for s in layer.init_state(4)]
+        state = tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    steps = torch.arange(11) if padding == "right" else 10 - torch.arange(11)
+    valid = (steps < lengths[:, None])[..., None]
+    padded = torch.where(valid, x, torch.nan)
+    y, (conv, scan) = layer.prefill(padded, state, lengths, padding)
+    assert (torch.where(valid, 0.0, y) == 0).all()
+    wants, loss = [], 0
+    for i, n in enumerate(lengths.tolist()):
+        row = x[i : i + 1, :n] if padding == "right" else x[i : i + 1, 11 - n :]
+        one = None if state is None else tuple(s[i : i + 1] for s in state)
+        want, (want_conv, want_scan) = layer.prefill(row, one)
+        got = y[i : i + 1, :n] if padding == "right" else y[i : i + 1, 11 - n :]
+        close(got.detach(), want.detach())
+        close(conv[i : i + 1].detach(), want_conv.detach())
+        close(scan[i : i + 1].detach(), want_scan.detach())
+        loss = loss + want.square().sum() + want_scan.sin().sum() + want_conv.cos().sum()
+    parameters = [x, *layer.parameters()]
+    wants = torch.autograd.grad(loss, parameters)
+    mine = y.square().sum() + scan.sin().sum() + conv.cos().sum()
+    for g, w in zip(torch.autograd.grad(mine, parameters), wants, strict=True):
+        close(g, w, grad=True)
+    if state is None:
+        torch.testing.assert_close(layer(padded, lengths, padding), y)
+
+
+def test_bidirectional(generator):
+    layer, x = make(generator, bidirectional=True), inputs(generator)
+    one = make(generator)
+    with torch.no_grad():
+        outputs = []
+        for tail in ("", "_b"):
+            names = {"A_log": "A_b_log" if tail else "A_log", "D": "D" + tail}
+            theirs = dict(layer.named_parameters())
+            for name, p in one.named_parameters():
+                head = name.split(".")[0]
+                other = name if head in ("in_proj", "out_proj") else name.replace(head, head + tail)
+                p.copy_(theirs[names.get(name, other)])
+            outputs.append(one(x.flip(1)).flip(1) if tail else one(x))
+        close(layer(x), sum(outputs))
+        lengths = torch.tensor([11, 3, 6])
+        padded = layer(x, lengths)
+        for i, n in enumerate(lengths.tolist()):
+            close(padded[i : i + 1, :n], layer(x[i : i + 1, :n]))
+    with pytest.raises(RuntimeError, match="bidirectional"):
+        layer.prefill(x)
+    with pytest.raises(RuntimeError, match="bidirectional"):
+        layer.step(x[:, 0], layer.init_state(3))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted(bidirectional, generator):
+    layer, x = make(generator, bidirectional=bidirectional), inputs(generator)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(layer), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    torch.testing.assert_close(scripted(x), layer(x))
+    lengths = torch.tensor([4, 0, 9])
+    torch.testing.assert_close(scripted(x, lengths, "left"), layer(x, lengths, "left"))
+    if not bidirectional:
+        got, want = scripted.prefill(x), layer.prefill(x)
+        torch.testing.assert_close(got, want)
+        state = scripted.init_state(3)
+        torch.testing.assert_close(scripted.step(x[:, 0], state), layer.step(x[:, 0], state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype, generator):
+    layer, x = make(generator), inputs(generator)
+    want = layer(x)
+    got, state = layer.to(dtype).prefill(x.to(dtype))
+    assert got.dtype is dtype and all(s.dtype is torch.float32 for s in state)
+    torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.02)
+    y, state = layer.step(x[:, 0].to(dtype), state)
+    assert y.dtype is dtype and all(s.dtype is torch.float32 for s in state)
+
+
+def test_autocast(generator):
+    layer, x = make(generator, torch.float32), inputs(generator, dtype=torch.float32)
+    want, want_state = layer.prefill(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, state = layer.prefill(x)
+        y, _ = layer.step(x[:, 0], layer.init_state(3))
+    assert got.dtype is y.dtype is torch.bfloat16
+    assert all(s.dtype is torch.float32 for s in state)
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(y, got[:, 0], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(state[1], want_state[1], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+def test_compiled(generator):
+    """No graph break, and one compilation for every batch and length."""
+    layer = make(generator, torch.float32)
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    for B, T in ((3, 11), (5, 9), (4, 30)):
+        x = inputs(generator, B, T, torch.float32)
+        parameters = list(layer.parameters())
+        got = torch.autograd.grad(compiled(x).square().sum(), parameters)
+        want = torch.autograd.grad(layer(x).square().sum(), parameters)
+        torch.testing.assert_close(got, want)
+    assert count.frame_count == 1
+
+
+def test_errors(generator):
+    layer, x = make(generator), inputs(generator)
+    state = layer.init_state(3)
+    for call, message in (
+        (lambda: layer(x[0]), r"x has shape \(11, 8\), expected \(B, T, d_model=8\)"),
+        (lambda: layer.step(x, state), r"x has shape \(3, 11, 8\), expected \(B, d_model=8\)"),
+        (lambda: layer.step(x[:2, 0], state), r"state\[0\] has shape \(3, 16, 3\)"),
+        (lambda: layer.prefill(x, (state[0], state[1][:2])), r"state\[1\] has shape \(2, 16, 3\)"),
+        (lambda: layer(x, torch.tensor([1, 2])), r"lengths has shape \(2\), expected \(B=3,\)"),
+        (lambda: layer(x, torch.tensor([1, 2, 12])), "values from 1 to 12, expected 0 to T=11"),
+        (lambda: layer(x, torch.tensor([1, 2, 3]), "top"), 'padding is "top"'),
+        (lambda: layer.prefill(x, state, torch.tensor([1, 2, 3]), "left"), "state is given"),
+        (lambda: torch_ext.Mamba(0), "d_model is 0"),
+        (lambda: torch_ext.Mamba(8, dt_rank="few"), "dt_rank is 'few'"),
+        (lambda: torch_ext.Mamba(8, dt_rank=0), "dt_rank is 0"),
+        (lambda: torch_ext.Mamba(8, dt_init="zero"), "dt_init is 'zero'"),
+        (lambda: torch_ext.Mamba(8, dt_min=1.0, dt_max=0.1), "dt_min is 1.0 and dt_max 0.1"),
+        (lambda: torch_ext.Mamba(8, expand=0), "expand is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="lengths has dtype torch.float32"):
+        layer(x, torch.ones(3))
