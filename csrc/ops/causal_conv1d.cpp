@@ -369,13 +369,13 @@ Gradients composite_backward(
   variable_list grad_weight;
   for (int64_t k = 0; k <= in.before; ++k) {
     sum = in.add_tap(sum, k, g * w.select(1, k));
-    grad_weight.push_back((g * in.tap(k)).sum({0, 1}));
+    grad_weight.push_back((g * in.tap(k)).sum(at::IntArrayRef({0, 1})));
   }
   if (defined(grad_final_state)) sum = in.add_last(sum, grad_final_state->to(dtype));
   const auto [grad_x, grad_state] = in.split(sum);
   return {
       grad_x.to(x.scalar_type()), at::stack(grad_weight, 1).to(weight.scalar_type()),
-      g.sum({0, 1}).to(defined(bias) ? bias->scalar_type() : dtype),
+      g.sum(at::IntArrayRef({0, 1})).to(defined(bias) ? bias->scalar_type() : dtype),
       grad_state.to(x.scalar_type())};
 }
 

@@ -510,7 +510,7 @@ Tensor for_every_channel(const Tensor& c, const SymInt& width) {
 }
 // And back: the sum over what `like` has once.
 Tensor sum_to(const Tensor& sum, const Tensor& like) {
-  if (like.dim() == 2) return sum.sum({0, 1});
+  if (like.dim() == 2) return sum.sum(at::IntArrayRef({0, 1}));
   if (like.dim() == 3) return sum.sum(2);
   const SymInt groups = like.sym_size(2);
   return sum
@@ -579,16 +579,18 @@ struct Composite {
     Tensor dD = at::zeros_symint({x.u.sym_size(2)}, u.options());
     if (defined(x.D)) {
       du = du + g * x.D->to(wide);
-      dD = (g * u).sum({0, 1}).to(x.D->scalar_type());
+      dD = (g * u).sum(at::IntArrayRef({0, 1})).to(x.D->scalar_type());
     }
     Tensor ddelta = to_input * u + real(grad_exponent * at::conj(A)).sum(-1);
     if (x.delta_softplus)
       ddelta = ddelta * at::where(pre > 20, at::ones_like(pre), at::sigmoid(pre));
-    const Tensor dbias = ddelta.sum({0, 1});
+    const Tensor dbias = ddelta.sum(at::IntArrayRef({0, 1}));
     return {
         du.to(x.u.scalar_type()),
         ddelta.to(x.delta.scalar_type()),
-        (grad_exponent * time_step.unsqueeze(-1)).sum({0, 1}).to(x.A.scalar_type()),
+        (grad_exponent * time_step.unsqueeze(-1))
+            .sum(at::IntArrayRef({0, 1}))
+            .to(x.A.scalar_type()),
         sum_to(grad_input * (time_step * u).unsqueeze(-1), x.B).to(x.B.scalar_type()),
         sum_to(readout * at::conj(h), x.C).to(x.C.scalar_type()),
         dD,
@@ -803,7 +805,7 @@ Pair autocast_step(
     const Opt& D, const Opt& z, const Opt& delta_bias, const Tensor& state,
     const Opt& state_indices, bool delta_softplus) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
-  const Arguments x = autocast_arguments<Device>({u, delta, A, B, C, D, z, delta_bias});
+  const Arguments x = autocast_arguments<Device>({u, delta, A, B, C, D, z, delta_bias, {}, {}});
   return call_step(
       x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.delta_bias,
       at::autocast::cached_cast(x.state_type(), state, Device), state_indices, delta_softplus);
@@ -814,7 +816,7 @@ Tensor autocast_step_(
     const Opt& D, const Opt& z, const Opt& delta_bias, const Tensor& state,
     const Opt& state_indices, bool delta_softplus) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
-  const Arguments x = autocast_arguments<Device>({u, delta, A, B, C, D, z, delta_bias});
+  const Arguments x = autocast_arguments<Device>({u, delta, A, B, C, D, z, delta_bias, {}, {}});
   return call_step_(
       x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.delta_bias, state, state_indices, delta_softplus);
 }
