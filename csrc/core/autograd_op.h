@@ -75,4 +75,36 @@ variable_list apply_op(const Args&... args) {
   return out;
 }
 
+// The backward of a backward operator: differentiates its composite, the same gradients as differentiable tensor code made
+// by composite(tensors), by the first `count` of these tensors. Those that are undefined, and a composite's output that
+// depends on none of them, take no part. out: the derivatives, in the order of the tensors.
+template <class Composite>
+void differentiate_composite(
+    variable_list tensors, size_t count, const variable_list& grads, Composite composite,
+    variable_list& out) {
+  bool any = false;
+  for (const Tensor& g : grads) any = any || g.defined();
+  if (!any) return;
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode on(true);
+  variable_list leaves, y, gy;
+  for (size_t i = 0; i < count; ++i) {
+    Tensor& t = tensors[i];
+    if (!t.defined()) continue;
+    t = t.requires_grad() ? t.view_as(t) : t.detach().requires_grad_();
+    leaves.push_back(t);
+  }
+  const variable_list outputs = composite(tensors);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (!grads[i].defined() || !outputs[i].requires_grad()) continue;
+    y.push_back(outputs[i]);
+    gy.push_back(grads[i]);
+  }
+  if (y.empty()) return;
+  const variable_list d =
+      torch::autograd::grad(y, leaves, gy, std::nullopt, create_graph, /*allow_unused=*/true);
+  for (size_t i = 0, k = 0; i < count; ++i)
+    if (tensors[i].defined()) out[i] = d[k++];
+}
+
 } // namespace torch_ext

@@ -431,30 +431,16 @@ struct Backward : torch::autograd::Function<Backward> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list gg) {
     constexpr size_t kDifferentiable = 6; // all tensors but cu_seqlens
-    variable_list out(kDifferentiable + 2), leaves, y, gy;
-    if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) return out;
-    const bool create_graph = at::GradMode::is_enabled();
-    at::AutoGradMode on(true);
-    variable_list s = ctx->get_saved_variables();
-    for (size_t i = 0; i < kDifferentiable; ++i)
-      if (s[i].defined())
-        leaves.push_back(
-            s[i] = s[i].requires_grad() ? s[i].view_as(s[i]) : s[i].detach().requires_grad_());
-    const auto [grad_x, grad_weight, grad_bias, grad_state] = composite_backward(
-        opt(s[0]), opt(s[1]), s[2], s[3], opt(s[4]), opt(s[5]), opt(s[6]),
-        ctx->saved_data["silu"].toBool());
-    const variable_list grads{grad_x, grad_weight, grad_bias, grad_state};
-    for (size_t i = 0; i < gg.size(); ++i) {
-      // Without grad_y the gradient of the bias is a zero that depends on nothing.
-      if (!gg[i].defined() || !grads[i].requires_grad()) continue;
-      y.push_back(grads[i]);
-      gy.push_back(gg[i]);
-    }
-    if (y.empty()) return out;
-    const variable_list d =
-        torch::autograd::grad(y, leaves, gy, std::nullopt, create_graph, /*allow_unused=*/true);
-    for (size_t i = 0, k = 0; i < kDifferentiable; ++i)
-      if (s[i].defined()) out[i] = d[k++];
+    variable_list out(kDifferentiable + 2);
+    differentiate_composite(
+        ctx->get_saved_variables(), kDifferentiable, gg,
+        [&](const variable_list& s) {
+          const auto [grad_x, grad_weight, grad_bias, grad_state] = composite_backward(
+              opt(s[0]), opt(s[1]), s[2], s[3], opt(s[4]), opt(s[5]), opt(s[6]),
+              ctx->saved_data["silu"].toBool());
+          return variable_list{grad_x, grad_weight, grad_bias, grad_state};
+        },
+        out);
     return out;
   }
 };
@@ -546,28 +532,11 @@ Pair step(
     const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,
     const Opt& state_indices, Activation activation) {
   check_step(x, weight, bias, state, state_indices);
-  if (!defined(state_indices)) {
-    auto [y, next] = call(x.unsqueeze(1), weight, bias, state, std::nullopt, activation);
+  const auto run = [&](const Tensor& from) -> Pair {
+    auto [y, next] = call(x.unsqueeze(1), weight, bias, from, std::nullopt, activation);
     return {y.select(1, 0), next};
-  }
-  // Rows without a state read and write one row more at the pool's end.
-  const auto num_rows = state.sym_size(0);
-  Tensor rows = state_indices->to(at::kLong);
-  if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
-      !rows.key_set().has_any(
-          c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
-    state_rows(
-        kName, state_indices, rows.numel(), num_rows.guard_int(__FILE__, __LINE__), rows.device());
-  const Tensor has_state = rows.ge(0);
-  rows = at::where(has_state, rows, at::full_symint({}, at::Scalar(num_rows), rows.options()));
-  const Tensor pool = at::cat(
-      {state, at::zeros_symint({1, state.sym_size(1), state.sym_size(2)}, state.options())}, 0);
-  auto [y, next] =
-      call(x.unsqueeze(1), weight, bias, pool.index_select(0, rows), std::nullopt, activation);
-  y = y.select(1, 0);
-  return {
-      at::where(has_state.unsqueeze(1), y, at::zeros_like(y)),
-      at::index_copy(pool, 0, rows, next).narrow_symint(0, 0, num_rows).clone()};
+  };
+  return defined(state_indices) ? step_in_pool(kName, state, *state_indices, run) : run(state);
 }
 Tensor autograd_step_(
     const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,

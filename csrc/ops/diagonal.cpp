@@ -188,6 +188,28 @@ void check_no_overlap(const char* op, const Tensor& state) {
       ", expected memory in which no two elements share a place, since it is written");
 }
 
+Pair step_in_pool(
+    const char* op, const Tensor& pool, const Tensor& state_indices,
+    const std::function<Pair(const Tensor&)>& run) {
+  // Rows without a state read and write one row more at the pool's end.
+  const auto num_rows = pool.sym_size(0);
+  Tensor rows = state_indices.to(at::kLong);
+  if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
+      !rows.key_set().has_any(
+          c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
+    state_rows(
+        op, state_indices, rows.numel(), num_rows.guard_int(__FILE__, __LINE__), rows.device());
+  const Tensor has_state = rows.ge(0);
+  rows = at::where(has_state, rows, at::full_symint({}, at::Scalar(num_rows), rows.options()));
+  auto one_row = pool.sym_sizes().vec();
+  one_row[0] = 1;
+  const Tensor longer = at::cat({pool, at::zeros_symint(one_row, pool.options())}, 0);
+  const auto [y, next] = run(longer.index_select(0, rows));
+  return {
+      at::where(has_state.unsqueeze(1), y, at::zeros_like(y)),
+      at::index_copy(longer, 0, rows, next).narrow_symint(0, 0, num_rows).clone()};
+}
+
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       false, op.schema().operator_name().name.substr(strlen("torch_ext::")),

@@ -17,6 +17,8 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include <functional>
+
 #include "../cells/all.h"
 #include "../core/autograd_op.h"
 #include "../core/checks.h"
@@ -74,6 +76,11 @@ void check_step(
     const char* op, at::ArrayRef<const char*> names, at::TensorList x, bool complex,
     const Tensor& state, const Opt& state_indices);
 
+// A differentiable step for the rows of a pool of states: run(states) -> (y, next states), a row each. y, and the whole pool
+// with the next states in it.
+Pair step_in_pool(
+    const char* op, const Tensor& pool, const Tensor& state_indices,
+    const std::function<Pair(const Tensor&)>& run);
 // The CUDA kernel of an operator that has none yet: says so.
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
 
@@ -443,28 +450,17 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
     }
     static variable_list backward(AutogradContext* ctx, variable_list gg) {
       constexpr size_t kDifferentiable = N + 4; // all tensors but cu_seqlens
-      variable_list out(N + 5 + sizeof...(O) + 1), leaves, y, gy;
-      for (const Tensor& g : gg)
-        if (g.defined()) gy.push_back(g);
-      if (gy.empty()) return out;
-      const bool create_graph = at::GradMode::is_enabled();
-      at::AutoGradMode on(true);
-      variable_list s = ctx->get_saved_variables();
-      for (size_t i = 0; i < kDifferentiable; ++i)
-        if (s[i].defined())
-          leaves.push_back(
-              s[i] = s[i].requires_grad() ? s[i].view_as(s[i]) : s[i].detach().requires_grad_());
-      const variable_list grads = with_options(ctx, [&](O... options, bool reverse) {
-        return composite_backward(
-            opt(s[0]), opt(s[1]), {s[2 + I]...}, s[2 + N], opt(s[3 + N]), opt(s[4 + N]),
-            Op::flags(options...), reverse);
-      });
-      for (size_t i = 0; i < gg.size(); ++i)
-        if (gg[i].defined()) y.push_back(grads[i]);
-      const variable_list d =
-          torch::autograd::grad(y, leaves, gy, std::nullopt, create_graph, /*allow_unused=*/true);
-      for (size_t i = 0, k = 0; i < kDifferentiable; ++i)
-        if (s[i].defined()) out[i] = d[k++];
+      variable_list out(N + 5 + sizeof...(O) + 1);
+      differentiate_composite(
+          ctx->get_saved_variables(), kDifferentiable, gg,
+          [&](const variable_list& s) {
+            return with_options(ctx, [&](O... options, bool reverse) {
+              return composite_backward(
+                  opt(s[0]), opt(s[1]), {s[2 + I]...}, s[2 + N], opt(s[3 + N]), opt(s[4 + N]),
+                  Op::flags(options...), reverse);
+            });
+          },
+          out);
       return out;
     }
   };
@@ -534,28 +530,11 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
   // Made of differentiable operators, so every derivative and every transform follows.
   static Pair step(In<I>... x, const Tensor& state, const Opt& state_indices, O... options) {
     check_step(name, Op::names, Inputs{x...}, Cell::complex, state, state_indices);
-    if (!defined(state_indices)) {
-      auto [h, next] = call(x.unsqueeze(1)..., state, std::nullopt, options..., false);
+    const auto run = [&](const Tensor& from) -> Pair {
+      auto [h, next] = call(x.unsqueeze(1)..., from, std::nullopt, options..., false);
       return {h.select(1, 0), next};
-    }
-    // Rows without a state read and write one row more at the pool's end.
-    const auto num_rows = state.sym_size(0);
-    Tensor rows = state_indices->to(at::kLong);
-    if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
-        !rows.key_set().has_any(
-            c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
-      state_rows(
-          name, state_indices, rows.numel(), num_rows.guard_int(__FILE__, __LINE__), rows.device());
-    const Tensor has_state = rows.ge(0);
-    rows = at::where(has_state, rows, at::full_symint({}, at::Scalar(num_rows), rows.options()));
-    const Tensor pool =
-        at::cat({state, at::zeros_symint({1, state.sym_size(1)}, state.options())}, 0);
-    auto [h, next] =
-        call(x.unsqueeze(1)..., pool.index_select(0, rows), std::nullopt, options..., false);
-    h = h.select(1, 0);
-    return {
-        at::where(has_state.unsqueeze(1), h, at::zeros_like(h)),
-        at::index_copy(pool, 0, rows, next).narrow_symint(0, 0, num_rows).clone()};
+    };
+    return defined(state_indices) ? step_in_pool(name, state, *state_indices, run) : run(state);
   }
   static Tensor autograd_step_(
       In<I>... x, const Tensor& state, const Opt& state_indices, O... options) {

@@ -688,29 +688,13 @@ struct Backward : torch::autograd::Function<Backward> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list gg) {
     constexpr size_t kDifferentiable = 2 + kGradients; // all tensors but checkpoints and cu_seqlens
-    variable_list out(kDifferentiable + 4), leaves, y, gy;
-    for (const Tensor& g : gg)
-      if (g.defined()) gy.push_back(g);
-    if (gy.empty()) return out;
-    const bool create_graph = at::GradMode::is_enabled();
-    at::AutoGradMode on(true);
-    variable_list s = ctx->get_saved_variables();
-    for (size_t i = 0; i < kDifferentiable; ++i)
-      if (s[i].defined())
-        leaves.push_back(
-            s[i] = s[i].requires_grad() ? s[i].view_as(s[i]) : s[i].detach().requires_grad_());
-    const Arguments x = restored(s, 2, ctx);
-    const variable_list grads = as_list(Composite(x).backward(opt(s[0]), opt(s[1])));
-    for (size_t i = 0; i < gg.size(); ++i)
-      if (gg[i].defined() && grads[i].requires_grad()) y.push_back(grads[i]);
-    gy.clear();
-    for (size_t i = 0; i < gg.size(); ++i)
-      if (gg[i].defined() && grads[i].requires_grad()) gy.push_back(gg[i]);
-    if (y.empty()) return out;
-    const variable_list d =
-        torch::autograd::grad(y, leaves, gy, std::nullopt, create_graph, /*allow_unused=*/true);
-    for (size_t i = 0, k = 0; i < kDifferentiable; ++i)
-      if (s[i].defined()) out[i] = d[k++];
+    variable_list out(kDifferentiable + 4);
+    differentiate_composite(
+        ctx->get_saved_variables(), kDifferentiable, gg,
+        [&](const variable_list& s) {
+          return as_list(Composite(restored(s, 2, ctx)).backward(opt(s[0]), opt(s[1])));
+        },
+        out);
     return out;
   }
 };
@@ -830,32 +814,13 @@ Pair step(
     const Opt& state_indices, bool delta_softplus) {
   check_step({u, delta, A, B, C, D, z, delta_bias, state, {}, delta_softplus}, state_indices);
   const auto with_time = [](const Opt& t) { return defined(t) ? Opt(t->unsqueeze(1)) : Opt(); };
-  const auto run = [&](const Tensor& from) {
-    return call(
+  const auto run = [&](const Tensor& from) -> Pair {
+    auto [y, next, none] = call(
         u.unsqueeze(1), delta.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), D, with_time(z),
         delta_bias, from, std::nullopt, delta_softplus, /*reverse=*/false, /*checkpoints=*/false);
-  };
-  if (!defined(state_indices)) {
-    auto [y, next, none] = run(state);
     return {y.select(1, 0), next};
-  }
-  // Rows without a state read and write one row more at the pool's end.
-  const SymInt num_rows = state.sym_size(0);
-  Tensor rows = state_indices->to(at::kLong);
-  if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
-      !rows.key_set().has_any(
-          c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched})))
-    state_rows(
-        kName, state_indices, rows.numel(), num_rows.guard_int(__FILE__, __LINE__), rows.device());
-  const Tensor has_state = rows.ge(0);
-  rows = at::where(has_state, rows, at::full_symint({}, at::Scalar(num_rows), rows.options()));
-  const Tensor pool = at::cat(
-      {state, at::zeros_symint({1, state.sym_size(1), state.sym_size(2)}, state.options())}, 0);
-  auto [y, next, none] = run(pool.index_select(0, rows));
-  y = y.select(1, 0);
-  return {
-      at::where(has_state.unsqueeze(1), y, at::zeros_like(y)),
-      at::index_copy(pool, 0, rows, next).narrow_symint(0, 0, num_rows).clone()};
+  };
+  return defined(state_indices) ? step_in_pool(kName, state, *state_indices, run) : run(state);
 }
 Tensor autograd_step_(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
