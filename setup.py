@@ -111,6 +111,7 @@ class Build(build_ext):
             if t["cuda_flags"]:
                 flags = f"{shlex.join(t['cuda_flags'])} {os.environ.get('CUDAFLAGS', '')}"
                 options["CMAKE_CUDA_FLAGS"] = flags.strip()
+            options["TORCH_EXT_CUDA_INCLUDES"] = ";".join(toolchain.header_folders(t["cuda_flags"]))
         if t["ninja"]:
             options["CMAKE_MAKE_PROGRAM"] = t["ninja"]
         generator = "Ninja" if t["ninja"] else "Unix Makefiles"

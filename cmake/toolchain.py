@@ -139,6 +139,11 @@ def pip_nvcc(major):
     return None, []
 
 
+def header_folders(flags):
+    """The folders of CUDA's headers among nvcc's flags: C++ sources include them, too."""
+    return [flag.removeprefix("-isystem=") for flag in flags if flag.startswith("-isystem=")]
+
+
 def does_not_compile(nvcc, flags):
     """What nvcc says of a small kernel: "" when it compiles and links.
 

@@ -206,6 +206,9 @@ def test_headers_of_system_packages_reach_an_nvcc_of_the_venv(no_cuda, monkeypat
     toolkit(site, "13.0")
     expected = [f"-isystem={system}/include", f"-L{site}/lib", f"-L{system}/lib"]
     assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
+    assert toolchain.header_folders(expected) == [f"{system}/include"]
+    for file in ("setup.py", "CMakeLists.txt"):  # and the C++ sources, which include CUDA's as well
+        assert "TORCH_EXT_CUDA_INCLUDES" in (ROOT / file).read_text()
     monkeypatch.setenv("CUDA_HOME", str(site))
     assert toolchain.find_cuda("13.0")["cuda_flags"] == expected
     toolkit(no_cuda / "home", "13.0")
