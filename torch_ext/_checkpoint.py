@@ -266,18 +266,13 @@ def _listed(what: list[str]) -> str:
 
 
 # ---- writing ----
-def save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], layout: str) -> None:
-    """``config.json`` and the weights as ``layout`` has them, ``"transformers"`` or
-    ``"mamba_ssm"``."""
+def save(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, safetensors: bool
+) -> None:
+    """``config.json``, and the weights as safetensors or ``pytorch_model.bin``."""
     folder.mkdir(parents=True, exist_ok=True)
-    if layout == "transformers":
-        # Tied parameters stand there once, under the name that all readers want.
-        theirs = {
-            k.replace("backbone.embedding.", "backbone.embeddings."): t for k, t in tensors.items()
-        }
-        if config["tie_word_embeddings"]:
-            del theirs["lm_head.weight"]
-        write_safetensors(folder / SAFETENSORS, theirs)
+    if safetensors:
+        write_safetensors(folder / SAFETENSORS, tensors)
     else:
         torch.save(tensors, folder / PICKLE)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
