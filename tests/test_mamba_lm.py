@@ -440,6 +440,20 @@ def test_exported(generator):
         torch.testing.assert_close(program.module()(ids), model(ids))
 
 
+def test_gradients_of_each_sample(generator):
+    """torch.func's vmap of grad, in which ids have no numbers to be checked."""
+    model, ids = make(generator), tokens(generator)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],)).sin().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    for i in range(3):
+        for name, want in torch.func.grad(loss)(parameters, ids[i]).items():
+            close(got[name][i], want, grad=True, name=name)
+
+
 # ---- checkpoints ----
 def describe(model):
     return {k: (v.dtype, v.clone()) for k, v in model.state_dict().items()}
@@ -696,6 +710,8 @@ def test_bad_weights(generator, tmp_path):
         good | {"backbone.norm_f.weight": torch.ones(C + 1)},
         r"backbone.norm_f.weight of shape \(9,\), expected \(8,\)",
     )
+    eighths = {key: value.to(torch.int8) for key, value in good.items()}
+    attempt(eighths, "backbone.embedding.weight of torch.int8, expected floating-point numbers")
     attempt(good | {"lm_head.weight": torch.ones(V, C)}, "a lm_head.weight that is not backbone")
     attempt([1], "holds list, expected tensors by name")
     file.write_bytes(b"nothing of the kind")
@@ -752,7 +768,9 @@ def make_theirs(transformers, seed, **options):
 )
 def test_as_transformers(options, transformers, seed, tmp_path):
     theirs = make_theirs(transformers, seed, **options)
-    theirs.save_pretrained(tmp_path / "theirs")
+    shards = {"max_shard_size": "20KB"} if "expand" in options else {}
+    theirs.save_pretrained(tmp_path / "theirs", **shards)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == bool(shards)
     ours = torch_ext.MambaLM.from_pretrained(tmp_path / "theirs")
     ids = torch.randint(50, (3, 12))
     with torch.no_grad():

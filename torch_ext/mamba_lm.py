@@ -263,13 +263,8 @@ class MambaBackbone(nn.Module):
         valid = self.layers[0].mixer._valid(ids, lengths, padding)
         if valid is not None:
             ids = torch.where(valid.squeeze(2), ids, 0)
-        if ids.is_cpu and ids.numel() > 0 and not is_compiling():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.embedding.num_embeddings:
-                raise ValueError(
-                    f"MambaLM: ids has values from {low} to {high}, expected 0 to "
-                    f"{self.embedding.num_embeddings - 1}"
-                )
+        if not torch.jit.is_scripting():
+            _check_ids(ids, self.embedding.num_embeddings)
         return self.embedding(ids), valid
 
 
@@ -656,8 +651,9 @@ class MambaLM(nn.Module):
         """
         name = f"{cls.__name__}.from_pretrained"
         config, weights = _mamba_checkpoint.read(name, Path(folder))
-        if dtype is None and "backbone.embedding.weight" in weights:
-            dtype = weights["backbone.embedding.weight"].dtype
+        embedding = weights.get("backbone.embedding.weight")
+        if dtype is None and embedding is not None and embedding.is_floating_point():
+            dtype = embedding.dtype
         with torch.device("meta"):  # nothing is drawn, nor held twice
             model = cls(**config, dtype=dtype)
         tied = {"lm_head.weight": "backbone.embedding.weight"} if config["tie_embeddings"] else {}
@@ -685,6 +681,19 @@ class MambaLM(nn.Module):
         """
         name = f"{type(self).__name__}.save_pretrained"
         _mamba_checkpoint.write(name, Path(folder), self, self.config, layout, extra)
+
+
+@torch.jit.unused
+def _check_ids(ids: Tensor, rows: int) -> None:
+    """Says more than the embedding would. On the CPU alone, as reading numbers waits for a GPU."""
+    if not ids.is_cpu or ids.numel() == 0 or is_compiling():
+        return
+    try:
+        low, high = int(ids.min()), int(ids.max())
+    except RuntimeError:  # there are no numbers to read, as under vmap
+        return
+    if low < 0 or high >= rows:
+        raise ValueError(f"MambaLM: ids has values from {low} to {high}, expected 0 to {rows - 1}")
 
 
 class _RMSNorm(nn.RMSNorm):
