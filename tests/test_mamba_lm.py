@@ -90,6 +90,25 @@ def test_parameters(seed):
     assert wide == {"backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.D"}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_reset_parameters(tied, seed):
+    """On the meta device first, then somewhere: as if made there."""
+    options = {"rms_norm": False, "bias": True, "tie_embeddings": tied}
+    with torch.device("meta"):
+        model = torch_ext.MambaLM(50, 16, 2, **options)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.reset_parameters()
+    twin = torch_ext.MambaLM(50, 16, 2, **options)
+    torch.manual_seed(seed)
+    twin.reset_parameters()
+    for (name, got), want in zip(
+        model.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, want), name
+    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
+
+
 @pytest.mark.parametrize("options", [{}, {"rms_norm": False}, {"bias": True}], ids=str)
 def test_formula(options, generator):
     model, ids = make(generator, **options), tokens(generator)
