@@ -150,7 +150,8 @@ def test_padding(padding, generator):
     valid = steps < lengths[:, None]
     padded = torch.where(valid, ids, -100)  # which nothing looks at
     logits, state = model.prefill(padded, None, lengths, padding)
-    last, last_state = model.prefill(padded, None, lengths, padding, last_only=True)
+    small = lengths.to(torch.uint8)
+    last, last_state = model.prefill(padded, None, small, padding, last_only=True)
     torch.testing.assert_close(model(padded, lengths, padding), logits)
     assert (logits[~valid] == 0).all() and (last[1] == 0).all()
     equal_states(last_state, state)
@@ -311,6 +312,9 @@ def test_generate_from_padded_prompts(padding, chunk, generator):
     padded = torch.where(valid, ids, -1)
     got = model.generate(padded, 5, 0.0, lengths=lengths, padding=padding, prefill_chunk=chunk)
     assert torch.equal(got[:, :11], padded)
+    small = lengths.to(torch.uint8)
+    again = model.generate(padded, 5, 0.0, lengths=small, padding=padding, prefill_chunk=chunk)
+    assert torch.equal(again, got)
     for i, n in enumerate(lengths.tolist()):
         want = naive(model, ids[i][valid[i]][None], 5)
         assert torch.equal(got[i, 11:], want[0, n:])

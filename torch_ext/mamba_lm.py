@@ -216,7 +216,7 @@ class MambaBackbone(nn.Module):
             new_state.append(after)
         if last_only:
             if lengths is not None and padding == "right":
-                last = (lengths.to(x.device) - 1).clamp_min(0)[:, None, None]
+                last = (lengths.to(x.device).long() - 1).clamp_min(0)[:, None, None]
                 x = x.gather(1, last.expand(-1, 1, x.shape[2])).squeeze(1)
             else:
                 x = x[:, -1]
@@ -570,7 +570,7 @@ class MambaLM(nn.Module):
                 raise ValueError(
                     f"{name}: lengths has values from {low} to {high}, expected 1 to T={T}"
                 )
-            lengths = lengths.to(ids.device)
+            lengths = lengths.to(ids.device, torch.int64)
             if padding == "left":  # chunks need the first tokens in the first columns
                 ids = ids.gather(1, (torch.arange(T, device=ids.device) - lengths[:, None]) % T)
         choose = (temperature, top_k, top_p, generator)
