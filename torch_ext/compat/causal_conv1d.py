@@ -329,11 +329,12 @@ def _update(
         y = causal_conv1d_step_(x.squeeze(2), weight, bias, conv_state, indices, activation)
         return y if one else y.unsqueeze(2)
 
-    state = conv_state if indices is None else conv_state[indices.clamp(min=0)]
+    if indices is not None:
+        state = conv_state[indices.clamp(min=0)]
+    else:  # the backward needs what is overwritten below
+        state = conv_state.clone() if differentiable else conv_state
     if cache_seqlens is None:
         seen = state[..., state_len - before :]
-        if differentiable:
-            seen = seen.clone()  # the backward needs what is overwritten below
         keep = x[..., max(L - state_len, 0) :]
         new_state = torch.cat([state[..., L:], keep], -1)
     else:
