@@ -841,3 +841,187 @@ def test_inner_mistakes(name, shape, text, draw):
     with pytest.raises(ValueError) as raised:
         mamba_ssm.mamba_inner_fn(**x)
     assert str(raised.value) == f"mamba_inner_fn: {text}"
+
+
+# ---- the layer ----
+
+
+def layer(generator, dtype=DOUBLE, **options):
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    return mamba_ssm.Mamba(8, d_state=N, layer_idx=3, dtype=dtype, **options)
+
+
+def test_layer_is_ours(generator):
+    """Parameters, their names and values, and outputs."""
+    ours = torch_ext.Mamba(8, d_state=N, bias=True)
+    other = mamba_ssm.Mamba(8, d_state=N, bias=True)
+    other.load_state_dict(ours.state_dict())
+    x = torch.randn(B, L, 8, generator=generator)
+    assert torch.equal(other(x), ours(x))
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "conv_bias": False}, {"d_conv": 1}], ids=str)
+@pytest.mark.parametrize("pieces", [(L,), (1,) * L, (2, 1, 1, 3, 4), (7, 4)], ids=str)
+def test_layer_with_a_cache(pieces, options, dtype, generator):
+    mamba = layer(generator, dtype, **options)
+    wide = layer(generator, DOUBLE, **options)
+    wide.load_state_dict({k: v.double() for k, v in mamba.state_dict().items()})
+    x = torch.randn(B, L, 8, generator=generator, dtype=DOUBLE).to(dtype)
+    params = mamba_ssm.InferenceParams(max_seqlen=L, max_batch_size=B)
+    outputs = []
+    with torch.no_grad():
+        want, _ = wide.prefill(x.double())
+        seen = wide.in_proj(x.double())[..., : wide.d_inner].transpose(1, 2)
+        for piece in x.split(pieces, 1):
+            outputs.append(mamba(piece, inference_params=params))
+            params.seqlen_offset += piece.shape[1]
+            _, (_, scan) = wide.prefill(x[:, : params.seqlen_offset].double())
+            conv_state, ssm_state = params.key_value_memory_dict[3]
+            assert conv_state.dtype is dtype and conv_state.shape == (B, 16, mamba.d_conv)
+            last = F.pad(seen[..., : params.seqlen_offset], (mamba.d_conv, 0))
+            close(conv_state, last[..., -mamba.d_conv :], factor=4)
+            close(ssm_state, scan, dtype, size=0.01, factor=4)
+        close(torch.cat(outputs, 1), want, size=0.1, factor=4)
+
+        # Another generation with the same caches begins from zeros.
+        params.seqlen_offset = 0
+        assert torch.equal(mamba(x[:, :2], inference_params=params), mamba(x[:, :2]))
+        same_memory = params.key_value_memory_dict[3]
+        assert same_memory[0] is conv_state and same_memory[1] is ssm_state
+
+
+def test_layer_step(generator):
+    mamba = layer(generator)
+    x = torch.randn(B, L, 8, generator=generator, dtype=DOUBLE)
+    for dtype in (None, SINGLE):
+        conv_state, ssm_state = mamba.allocate_inference_cache(B, L, dtype=dtype)
+        assert conv_state.shape == (B, 16, 4) and ssm_state.shape == (B, 16, N)
+        assert conv_state.dtype is ssm_state.dtype is (dtype or DOUBLE)
+        outputs = []
+        for t in range(L):
+            y, conv, ssm = mamba.step(x[:, t : t + 1], conv_state, ssm_state)
+            assert conv is conv_state and ssm is ssm_state
+            outputs.append(y)
+        y, want = torch.cat(outputs, 1), mamba(x)
+        torch.testing.assert_close(y, want, **({} if dtype is None else {"atol": 1e-5, "rtol": 1e-4}))
+        if dtype is None:  # gradients pass through all the steps
+            grads = [torch.autograd.grad(v.square().sum(), mamba.parameters()) for v in (y, want)]
+            for g, w in zip(*grads, strict=True):
+                torch.testing.assert_close(g, w)
+
+
+def test_layer_mistakes(generator):
+    mamba, x = layer(generator), torch.randn(B, L, 8, dtype=DOUBLE)
+    params = mamba_ssm.InferenceParams(max_seqlen=L, max_batch_size=B)
+    mamba(x, inference_params=params)
+    params.seqlen_offset = L
+    with pytest.raises(ValueError, match="hidden_states has B=1, expected that of the cache, 2"):
+        mamba(x[:1, :1], inference_params=params)
+    states = params.key_value_memory_dict[3]
+    with pytest.raises(ValueError, match=r"step: hidden_states has shape \(2, 11, 8\), expected"):
+        mamba.step(x, *states)
+    with pytest.raises(ValueError, match=r"step: conv_state has shape \(2, 16, 3\), expected"):
+        mamba.step(x[:, :1], states[0][..., 1:], states[1])
+    mamba.layer_idx = None
+    with pytest.raises(ValueError, match="layer_idx is None, expected a number"):
+        mamba(x, inference_params=params)
+
+
+# ---- signatures ----
+
+SIGNATURES = {
+    "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out "
+    "activation",
+    "causal_conv1d_ref": "x weight bias initial_states return_final_states final_states_out "
+    "activation",
+    "causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    "causal_conv1d_update_ref": "x conv_state weight bias activation cache_seqlens",
+    "causal_conv1d_varlen_states": "x cu_seqlens state_len",
+    "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
+    "selective_scan_ref": "u delta A B C D z delta_bias delta_softplus return_last_state",
+    "mamba_inner_fn": "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight "
+    "out_proj_weight out_proj_bias A B C D delta_bias B_proj_bias C_proj_bias delta_softplus "
+    "checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight b_c_dt_rms_eps",
+    "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
+    "selective_state_update_ref": "state x dt A B C D z dt_bias dt_softplus",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    """Named one by one, since callers look, in the peer's order."""
+    module = causal_conv1d if name.startswith("causal") else mamba_ssm
+    assert name in module.__all__
+    assert list(inspect.signature(getattr(module, name)).parameters) == SIGNATURES[name].split()
+
+
+# ---- install ----
+
+
+def test_install(child_environment, tmp_path):
+    program = """
+import importlib, importlib.metadata, importlib.util, pickle
+from torch_ext import compat
+for name in ("mamba_ssm", "causal_conv1d"):
+    assert importlib.util.find_spec(name) is None
+assert compat.install("mamba_ssm", "causal_conv1d") == ["mamba_ssm", "causal_conv1d"]
+assert compat.install("mamba_ssm", "causal_conv1d") == ["mamba_ssm", "causal_conv1d"]
+import mamba_ssm, causal_conv1d
+from mamba_ssm import Mamba, MambaLMHeadModel, mamba_inner_fn, selective_scan_fn
+from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel as same
+from mamba_ssm.modules.mamba_simple import Mamba as layer
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as scan, mamba_inner_fn as f
+from mamba_ssm.ops.selective_scan_interface import selective_scan_ref, mamba_inner_ref
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update_ref
+from mamba_ssm.utils.generation import InferenceParams
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+assert MambaLMHeadModel is same is compat.mamba_ssm.MambaLMHeadModel
+assert layer is Mamba and scan is selective_scan_fn and f is mamba_inner_fn
+assert mamba_ssm.ops.triton.selective_state_update.selective_state_update is selective_state_update
+for module, name in ((mamba_ssm, "mamba-ssm"), (causal_conv1d, "causal_conv1d")):
+    assert importlib.metadata.version(name) == module.__version__
+    spec = importlib.util.find_spec(module.__name__)
+    assert spec is module.__spec__ and spec.loader is module.__loader__
+    assert importlib.util.find_spec(module.__name__ + ".nothing") is None
+    assert importlib.reload(module) is module
+    assert "torch_ext" in module.__file__
+    assert module.__name__ in importlib.metadata.packages_distributions()
+for missing in ("from mamba_ssm import Mamba2", "import mamba_ssm.ops.triton.ssd_combined"):
+    try:
+        exec(missing)
+    except ImportError as e:
+        assert "mamba_ssm" in str(e)
+    else:
+        raise AssertionError(missing)
+assert pickle.loads(pickle.dumps(Mamba(8))).d_model == 8
+assert type(pickle.loads(b"cmamba_ssm.models.config_mamba\\nMambaConfig\\n)\\x81.")) is MambaConfig
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], env=child_environment, check=True, timeout=300, cwd=tmp_path
+    )
+
+
+def test_install_leaves_an_installed_package_alone(child_environment, tmp_path):
+    (tmp_path / "mamba_ssm.py").write_text("real = True")
+    program = """
+import sys
+sys.path.insert(0, ".")
+import torch_ext
+assert torch_ext.compat.install("mamba_ssm", "causal_conv1d") == ["causal_conv1d"]
+import mamba_ssm
+assert mamba_ssm.real
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], env=child_environment, check=True, timeout=300, cwd=tmp_path
+    )
+
+
+def test_importing_ours_installs_nothing():
+    assert "mamba_ssm" not in sys.modules and "causal_conv1d" not in sys.modules
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("mamba_ssm")

@@ -7,6 +7,7 @@ L)`` with stride 1 along ``D``. A shape that is wrong raises a ValueError, a dty
 """
 
 from ._mamba_ssm_layer import Mamba
+from ._mamba_ssm_models import InferenceParams, MambaConfig, MambaLMHeadModel
 from ._mamba_ssm_ops import (
     mamba_inner_fn,
     mamba_inner_ref,
@@ -17,7 +18,10 @@ from ._mamba_ssm_ops import (
 )
 
 __all__ = [
+    "InferenceParams",
     "Mamba",
+    "MambaConfig",
+    "MambaLMHeadModel",
     "mamba_inner_fn",
     "mamba_inner_ref",
     "selective_scan_fn",
