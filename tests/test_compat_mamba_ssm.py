@@ -323,7 +323,9 @@ def test_varlen_states(draw, generator):
         if state_len:
             same(ours, loop, [x], generator)
         assert torch.equal(ours(x), loop(x))
-    assert causal_conv1d.causal_conv1d_varlen_states(x[:0], torch.tensor([0, 0]), 2).abs().sum() == 0
+    assert (
+        causal_conv1d.causal_conv1d_varlen_states(x[:0], torch.tensor([0, 0]), 2).abs().sum() == 0
+    )
 
 
 CONV_MISTAKES = [
@@ -861,7 +863,9 @@ def test_layer_is_ours(generator):
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"bias": True, "conv_bias": False}, {"d_conv": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True, "conv_bias": False}, {"d_conv": 1}], ids=str
+)
 @pytest.mark.parametrize("pieces", [(L,), (1,) * L, (2, 1, 1, 3, 4), (7, 4)], ids=str)
 def test_layer_with_a_cache(pieces, options, dtype, generator):
     mamba = layer(generator, dtype, **options)
@@ -904,7 +908,9 @@ def test_layer_step(generator):
             assert conv is conv_state and ssm is ssm_state
             outputs.append(y)
         y, want = torch.cat(outputs, 1), mamba(x)
-        torch.testing.assert_close(y, want, **({} if dtype is None else {"atol": 1e-5, "rtol": 1e-4}))
+        torch.testing.assert_close(
+            y, want, **({} if dtype is None else {"atol": 1e-5, "rtol": 1e-4})
+        )
         if dtype is None:  # gradients pass through all the steps
             grads = [torch.autograd.grad(v.square().sum(), mamba.parameters()) for v in (y, want)]
             for g, w in zip(*grads, strict=True):
@@ -1002,7 +1008,11 @@ assert pickle.loads(pickle.dumps(Mamba(8))).d_model == 8
 assert type(pickle.loads(b"cmamba_ssm.models.config_mamba\\nMambaConfig\\n)\\x81.")) is MambaConfig
 """
     subprocess.run(
-        [sys.executable, "-c", program], env=child_environment, check=True, timeout=300, cwd=tmp_path
+        [sys.executable, "-c", program],
+        env=child_environment,
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
     )
 
 
@@ -1017,7 +1027,11 @@ import mamba_ssm
 assert mamba_ssm.real
 """
     subprocess.run(
-        [sys.executable, "-c", program], env=child_environment, check=True, timeout=300, cwd=tmp_path
+        [sys.executable, "-c", program],
+        env=child_environment,
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
     )
 
 

@@ -2,6 +2,7 @@
 the same logits, gradients and texts, whether transformers finds ours or they are put into it."""
 
 import collections
+import doctest
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torch_ext
 from torch_ext import compat
+from torch_ext.compat import _mamba_ssm_ops, _transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -284,12 +287,20 @@ def test_patch_of_another_version(change, text, monkeypatch):
     assert dict(vars(transformers.models.jamba.modeling_jamba)) == jamba
 
 
+def test_example():
+    names = {"torch": torch, "torch_ext": torch_ext}
+    result = doctest.testmod(_transformers, extraglobs=names)
+    assert result.failed == 0 and result.attempted > 0
+
+
 # ---- install: transformers looks for the packages while it is imported ----
 
 
 def check_installed():
     """Runs in a process of its own, in which transformers came after ours."""
     generator = torch.Generator().manual_seed(0)
+    fused, inner = [], _mamba_ssm_ops._inner
+    _mamba_ssm_ops._inner = lambda *x: fused.append(1) or inner(*x)
     for name in CONFIGS:
         model, (ids, mask) = make(name, generator), tokens(generator, padded=True)
         module = sys.modules[type(model).__module__]
@@ -310,9 +321,12 @@ def check_installed():
             evaluated[0] = evaluated[0][mask == 1]
             return [*text.logits, *evaluated, *run(model, ids, None, True)]
 
+        fused.clear()
         with Count() as count:
             got = everything()
         layers, scans = mixers(model)
+        # Only these two hand the whole layer over, in training.
+        assert len(fused) == (layers if CONFIGS[name][0].endswith("Mamba") else 0), name
         assert count.calls["selective_scan"] == 3 * scans, (name, count.calls)
         assert count.calls["selective_scan_step_"] == 3 * scans, (name, count.calls)
         found = {function: getattr(module, function) for function in theirs}

@@ -12,7 +12,6 @@ from . import causal_conv1d, mamba_ssm, minGRU_pytorch
 from ._stand_in import Package
 from ._transformers import TransformersPatch, patch_transformers
 
-
 # Packages of one module, with the names under which it can be imported.
 _ALIASES = {
     "minGRU_pytorch": (

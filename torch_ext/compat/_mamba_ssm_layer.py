@@ -96,7 +96,9 @@ class Mamba(_Mamba):
                 "the second one starts from the last step"
             )
         check_shape(where, "hidden_states", hidden_states, B=batch_size, L=1, d_model=self.d_model)
-        check_shape(where, "conv_state", conv_state, B=None, d_inner=self.d_inner, d_conv=self.d_conv)
+        check_shape(
+            where, "conv_state", conv_state, B=None, d_inner=self.d_inner, d_conv=self.d_conv
+        )
         check_shape(
             where, "ssm_state", ssm_state, B=batch_size, d_inner=self.d_inner, d_state=self.d_state
         )

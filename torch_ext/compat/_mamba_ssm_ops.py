@@ -541,8 +541,12 @@ def _inner(
     u, _ = convolution(x, weight, conv1d_bias, None, "silu")
 
     recompute = None
-    if checkpoint_lvl >= 1 and u.numel() > 0 and _may_recompute(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias
+    if (
+        checkpoint_lvl >= 1
+        and u.numel() > 0
+        and _may_recompute(
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias
+        )
     ):
         recompute = _Recompute()
         kept = [None if t is None else t.detach() for t in (x, weight, conv1d_bias)]
@@ -664,9 +668,7 @@ def _state_update(
     if reference:
         u, delta, A, B, C, D, z, dt_bias = arguments
         u, delta, B, C, z = (t if t is None else t.unsqueeze(1) for t in (u, delta, B, C, z))
-        y, after = selective_scan_reference(
-            u, delta, A, B, C, D, z, dt_bias, before, dt_softplus
-        )
+        y, after = selective_scan_reference(u, delta, A, B, C, D, z, dt_bias, before, dt_softplus)
         y = y.squeeze(1)
     else:
         y, after = selective_scan_step(*arguments, before, None, dt_softplus)

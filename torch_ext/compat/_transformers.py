@@ -95,12 +95,13 @@ def patch_transformers(*models: str) -> TransformersPatch:
         RuntimeError: the installed transformers does not have the functions that this replaces, or
             has them with other parameters. Those of 5.17 to 5.23 do. Nothing is replaced then.
 
-    Example::
-
-        from transformers import MambaForCausalLM
-        model = MambaForCausalLM.from_pretrained(folder)
-        torch_ext.compat.patch_transformers()
-        model.generate(ids)
+    Example:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1))
+        >>> patch = torch_ext.compat.patch_transformers("mamba")
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 16])
+        >>> patch.undo()
     """
     for model in models:
         if model not in _MIXERS:
