@@ -306,6 +306,54 @@ def test_update_has_gradients(circular, indexed, draw, generator):
     same(ours, loop, x[:4] + [x[4]], generator)
 
 
+@pytest.mark.parametrize("slots", [[0, 2, 3], [-1, 2, -1], [3, -1, 0], [-1, -1, -1]], ids=str)
+def test_update_of_a_pool_has_gradients(slots, draw, generator):
+    """Rows without a slot count nowhere, and those with one once."""
+    x, weight, start = draw(3, D, 2), draw(D, 4), draw(4, D, 5)
+
+    def ours(x, weight, start):
+        pool = start.clone()
+        indices = torch.tensor(slots)
+        y = causal_conv1d.causal_conv1d_update(x, pool, weight, conv_state_indices=indices)
+        return y, pool
+
+    def loop(x, weight, start):
+        pool, rows = list(start.unbind()), []
+        for row, slot in enumerate(slots):
+            seen = torch.cat([pool[max(slot, 0)], x[row]], -1)[None]
+            y, _ = conv_loop(x[row : row + 1], weight, None, seen[..., 2:5])
+            rows.append(y if slot >= 0 else 0 * y)
+            if slot >= 0:
+                pool[slot] = seen[0, :, 2:]
+        return torch.cat(rows), torch.stack(pool)
+
+    same(ours, loop, [x, weight, start], generator)
+
+
+@pytest.mark.parametrize("slots", [[4, 1], [-1, 2], [-1, -1]], ids=str)
+@pytest.mark.parametrize("state_len", [3, 4])
+def test_updates_compile(slots, state_len, draw):
+    """Without a break, pools included."""
+    slots = torch.tensor(slots, dtype=torch.int32)
+    x, weight = draw(B, D, requires=False), draw(D, 4, requires=False)
+    A, coefficient = -draw(D, N, requires=False).abs(), draw(B, N, requires=False)
+    single = draw(5, D, N, requires=False).float()
+    calls = [
+        lambda state: causal_conv1d.causal_conv1d_update(
+            x, state, weight, None, "silu", None, slots
+        ),
+        lambda state: mamba_ssm.selective_state_update(
+            state, x, x, A, coefficient, coefficient, state_batch_indices=slots
+        ),
+    ]
+    for call, start in zip(calls, (draw(5, D, state_len, requires=False), single), strict=True):
+        state, want_state = start.clone(), start.clone()
+        got = torch.compile(call, backend="aot_eager", fullgraph=True)(state)
+        torch.testing.assert_close(got, call(want_state))
+        assert torch.equal(state, want_state)
+        assert torch.equal(state, start) == bool((slots < 0).all())
+
+
 def test_varlen_states(draw, generator):
     x, cu_seqlens = draw(9, D), torch.tensor([0, 1, 1, 7, 9], dtype=torch.int32)
     for state_len in (0, 1, 4):

@@ -42,3 +42,23 @@ def parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def write_rows(pool: Tensor, indices: Tensor, rows: Tensor, before: Tensor) -> Tensor:
+    """Puts each of ``rows`` into its slot of ``pool``, but for those whose index is below 0.
+
+    ``before``: what was in the slots (in slot 0 for an index below 0). Returns where the index is
+    not below 0. No shape depends on values: the rows that are left out write what the first other
+    one writes (or, if there is none, what slot 0 has), where it writes it, without a gradient.
+    """
+    valid = indices >= 0
+    if indices.shape[0] == 0:
+        return valid
+    first = valid.int().argmax(0, keepdim=True)
+    writes = valid.index_fill(0, first, True)
+    slots = indices.clamp(min=0)
+    one = [-1] + [1] * (rows.dim() - 1)
+    rows = torch.where(valid.view(one), rows, before)
+    rows = torch.where(writes.view(one), rows, rows[first].detach())
+    pool.index_put_((torch.where(writes, slots, slots[first]),), rows.to(pool.dtype))
+    return valid

@@ -15,7 +15,15 @@ from ..selective_scan import (
     selective_scan_step,
     selective_scan_step_,
 )
-from ._common import check_indices, check_shape, needs_grad, parameter, wide_dtype, widest
+from ._common import (
+    check_indices,
+    check_shape,
+    needs_grad,
+    parameter,
+    wide_dtype,
+    widest,
+    write_rows,
+)
 
 __all__ = [
     "mamba_inner_fn",
@@ -661,8 +669,8 @@ def _state_update(
         y = selective_scan_step_(*arguments, flat(state, 1), indices, dt_softplus)
         return y.view(out_shape).to(out_dtype)
 
-    before = state if indices is None else state[indices.clamp(min=0)]
-    before = flat(before, 1).to(states_dtype)
+    rows = state if indices is None else state[indices.clamp(min=0)]
+    before = flat(rows, 1).to(states_dtype)
     if needs_grad(state, *arguments):
         before = before.clone()  # the backward needs what is overwritten below
     if reference:
@@ -677,6 +685,5 @@ def _state_update(
     if indices is None:
         state.copy_(after)
         return y
-    valid = indices >= 0
-    state[indices[valid]] = after[valid]
+    valid = write_rows(state, indices, after, rows)
     return torch.where(valid.reshape(-1, *[1] * len(channels)), y, 0.0)

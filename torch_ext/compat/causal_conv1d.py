@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._sequence_layer import is_compiling
 from ..causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step_
-from ._common import check_indices, check_shape, needs_grad, parameter
+from ._common import check_indices, check_shape, needs_grad, parameter, write_rows
 
 __all__ = [
     "causal_conv1d_fn",
@@ -352,7 +352,6 @@ def _update(
     if indices is None:
         conv_state.copy_(new_state)
     else:
-        valid = indices >= 0
-        conv_state[indices[valid]] = new_state[valid].to(conv_state.dtype)
+        valid = write_rows(conv_state, indices, new_state, state)
         y = torch.where(valid[:, None, None], y, 0.0)
     return y.squeeze(2) if one else y
