@@ -180,6 +180,22 @@ def test_conv_seq_idx(layout, index, draw, generator):
     )
 
 
+@LAYOUTS
+def test_conv_seq_idx_ignores_what_is_in_the_padding(layout, draw):
+    numbers = torch.tensor(PADDED)
+    x, weight, bias = draw(B, D, L), draw(D, 4), draw(D)
+    padding = (numbers < 0)[:, None].expand_as(x)
+    results = []
+    for what in (0.0, torch.nan, torch.inf):
+        given = x.masked_fill(padding, what).detach().requires_grad_()
+        y = causal_conv1d.causal_conv1d_fn(lay(given, layout), weight, bias, numbers)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [given, weight, bias])])
+    for result in results:
+        assert (result[0][padding] == 0).all() and (result[1][padding] == 0).all()
+        for g, w in zip(result, results[0], strict=True):
+            assert torch.equal(g, w)
+
+
 def test_conv_seq_idx_compiles(draw):
     """Without a break, and for other boundaries without another compilation."""
     compiled = torch.compile(
@@ -266,11 +282,12 @@ def test_update(state_len, steps, indexed, circular, draw, generator):
         assert torch.equal(again, pool)
 
 
+@pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
 @pytest.mark.parametrize("state_len", [3, 5])
 @pytest.mark.parametrize("shape", [(3, D), (3, D, 2)], ids=str)
-def test_update_of_padding(state_len, shape, draw):
+def test_update_of_padding(state_len, shape, layout, draw):
     x, weight = draw(*shape, requires=False), draw(D, 4, requires=False)
-    pool = draw(4, D, state_len, requires=False)
+    pool = lay(draw(4, D, state_len, requires=False), layout)
     before, slots = pool.clone(), torch.tensor([2, -1, 0], dtype=torch.int32)
     y = causal_conv1d.causal_conv1d_update(x, pool, weight, conv_state_indices=slots)
     one = before[[2, 0]]

@@ -275,15 +275,18 @@ def _by_sequence(
     else:
         places = begins.flatten().nonzero()
     cu_seqlens = F.pad(places.squeeze(1), (0, 1), value=count)
+    padding = (seq_idx < 0).unsqueeze(2)
+    # Looking at a value would make the CPU wait for a GPU.
+    padded = is_compiling() or not padding.is_cpu or bool(padding.any())
+    if padded:  # a NaN there would reach the gradient of the weight
+        inputs = torch.where(padding, 0.0, inputs)
     y, _ = convolution(
         inputs.reshape(1, count, D), weight, bias, None, activation, cu_seqlens=cu_seqlens
     )
-    y = y.view(B, L, D).transpose(1, 2)
-    padding = (seq_idx < 0).unsqueeze(1)
-    # Looking at a value would make the CPU wait for a GPU.
-    if is_compiling() or not padding.is_cpu or padding.any():
+    y = y.view(B, L, D)
+    if padded:
         y = torch.where(padding, 0.0, y)
-    return y
+    return y.transpose(1, 2)
 
 
 def _update(
@@ -325,6 +328,7 @@ def _update(
         and not differentiable
         and convolution is causal_conv1d
         and conv_state.dtype == x.dtype
+        and (indices is None or conv_state.is_contiguous())  # else all of the pool is copied
     ):
         y = causal_conv1d_step_(x.squeeze(2), weight, bias, conv_state, indices, activation)
         return y if one else y.unsqueeze(2)
