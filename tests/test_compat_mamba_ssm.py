@@ -1054,8 +1054,9 @@ from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 assert MambaLMHeadModel is same is compat.mamba_ssm.MambaLMHeadModel
 assert layer is Mamba and scan is selective_scan_fn and f is mamba_inner_fn
 assert mamba_ssm.ops.triton.selective_state_update.selective_state_update is selective_state_update
-for module, name in ((mamba_ssm, "mamba-ssm"), (causal_conv1d, "causal_conv1d")):
+for module, name in ((mamba_ssm, "Mamba-SSM"), (causal_conv1d, "causal.conv1d")):
     assert importlib.metadata.version(name) == module.__version__
+    assert importlib.metadata.version(module.__name__) == module.__version__
     spec = importlib.util.find_spec(module.__name__)
     assert spec is module.__spec__ and spec.loader is module.__loader__
     assert importlib.util.find_spec(module.__name__ + ".nothing") is None

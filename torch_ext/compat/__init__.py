@@ -84,8 +84,8 @@ def install(*names: str) -> list[str]:
     All of the package's modules whose contents we have are found, by ``importlib.util.find_spec``
     and ``importlib.metadata`` as well. After ``install("mamba_ssm", "causal_conv1d")`` a
     transformers (5.15 and newer) that is imported later takes our operators by itself, for its
-    Mamba, FalconMamba, Jamba and Zamba and for the convolutions of others; see
-    :func:`patch_transformers` for one that has been imported.
+    Mamba, FalconMamba, Jamba and Zamba and for the convolutions of others. For one that has been
+    imported, and for training on padded batches, see :func:`patch_transformers`.
 
     Args:
         names: packages, such as ``"mamba_ssm"``. All that we have if none is given.

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class _Finder(importlib.metadata.DistributionFinder):
         wanted = None if context is None else context.name
         for package in self.packages:
             name = next(iter(package.modules))
-            if wanted is None or wanted.lower().replace("-", "_") == name:
+            if wanted is None or re.sub(r"[-_.]+", "_", wanted).lower() == name:
                 yield _Distribution(name, package.version)
 
 
