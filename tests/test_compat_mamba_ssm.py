@@ -878,7 +878,8 @@ def test_inner_under_autocast_func_and_checkpoint(draw):
         grads.append(torch.autograd.grad(y.float().sum(), [*leaves.values()]))
     for g, w in zip(*grads, strict=True):
         assert torch.equal(g, w)
-    close(y, call(x["xz"]).double(), size=1.0, factor=4)
+    want, y = call(x["xz"]).detach(), y.detach()
+    assert float((y - want).norm()) < 0.1 * float(want.norm())  # inputs of the sums are bfloat16
 
 
 def test_inner_compiles(draw):
