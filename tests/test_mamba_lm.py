@@ -90,6 +90,25 @@ def test_parameters(seed):
     assert wide == {"backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.D"}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_reset_parameters(tied, seed):
+    """On the meta device first, then somewhere: as if made there."""
+    options = {"rms_norm": False, "bias": True, "tie_embeddings": tied}
+    with torch.device("meta"):
+        model = torch_ext.MambaLM(50, 16, 2, **options)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.reset_parameters()
+    twin = torch_ext.MambaLM(50, 16, 2, **options)
+    torch.manual_seed(seed)
+    twin.reset_parameters()
+    for (name, got), want in zip(
+        model.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, want), name
+    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
+
+
 @pytest.mark.parametrize("options", [{}, {"rms_norm": False}, {"bias": True}], ids=str)
 def test_formula(options, generator):
     model, ids = make(generator, **options), tokens(generator)
@@ -131,7 +150,8 @@ def test_padding(padding, generator):
     valid = steps < lengths[:, None]
     padded = torch.where(valid, ids, -100)  # which nothing looks at
     logits, state = model.prefill(padded, None, lengths, padding)
-    last, last_state = model.prefill(padded, None, lengths, padding, last_only=True)
+    small = lengths.to(torch.uint8)
+    last, last_state = model.prefill(padded, None, small, padding, last_only=True)
     torch.testing.assert_close(model(padded, lengths, padding), logits)
     assert (logits[~valid] == 0).all() and (last[1] == 0).all()
     equal_states(last_state, state)
@@ -292,6 +312,9 @@ def test_generate_from_padded_prompts(padding, chunk, generator):
     padded = torch.where(valid, ids, -1)
     got = model.generate(padded, 5, 0.0, lengths=lengths, padding=padding, prefill_chunk=chunk)
     assert torch.equal(got[:, :11], padded)
+    small = lengths.to(torch.uint8)
+    again = model.generate(padded, 5, 0.0, lengths=small, padding=padding, prefill_chunk=chunk)
+    assert torch.equal(again, got)
     for i, n in enumerate(lengths.tolist()):
         want = naive(model, ids[i][valid[i]][None], 5)
         assert torch.equal(got[i, 11:], want[0, n:])

@@ -216,7 +216,7 @@ class MambaBackbone(nn.Module):
             new_state.append(after)
         if last_only:
             if lengths is not None and padding == "right":
-                last = (lengths.to(x.device) - 1).clamp_min(0)[:, None, None]
+                last = (lengths.to(x.device).long() - 1).clamp_min(0)[:, None, None]
                 x = x.gather(1, last.expand(-1, 1, x.shape[2])).squeeze(1)
             else:
                 x = x[:, -1]
@@ -371,14 +371,12 @@ class MambaLM(nn.Module):
         )  # fmt: skip
         self.lm_head = nn.Linear(d_model, rows, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
-        if tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
 
     @torch.no_grad()
     def reset_parameters(
         self, initializer_range: float = 0.02, rescale_prenorm_residual: bool = True
     ) -> None:
-        """Draws the parameters of embedding and projections again, as the constructor does.
+        """Draws all parameters again, as the constructor does: also after ``to_empty``.
 
         Args:
             initializer_range: standard deviation of the embedding.
@@ -387,14 +385,21 @@ class MambaLM(nn.Module):
         """
         layers = self.backbone.layers
         for layer in layers:
-            for linear in (layer.mixer.in_proj, layer.mixer.out_proj):
-                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            mixer = layer.mixer
+            for module in (layer.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.out_proj):
+                module.reset_parameters()
+            mixer._reset_recurrence(mixer.dt_proj, mixer.A_log, mixer.D)
+            for linear in (mixer.in_proj, mixer.out_proj):
                 if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+                    linear.bias.zero_()
             if rescale_prenorm_residual:
-                layer.mixer.out_proj.weight.div_(math.sqrt(len(layers)))
-        nn.init.kaiming_uniform_(self.lm_head.weight, a=math.sqrt(5))
-        nn.init.normal_(self.backbone.embedding.weight, std=initializer_range)  # last: maybe tied
+                mixer.out_proj.weight.div_(math.sqrt(len(layers)))
+        self.backbone.norm_f.reset_parameters()
+        self.backbone.embedding.weight.normal_(std=initializer_range)
+        if self.config["tie_embeddings"]:
+            self.lm_head.weight = self.backbone.embedding.weight
+        else:
+            self.lm_head.reset_parameters()
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None, padding: str = "right") -> Tensor:
         """Logits of the token after each of ``ids``.
@@ -565,7 +570,7 @@ class MambaLM(nn.Module):
                 raise ValueError(
                     f"{name}: lengths has values from {low} to {high}, expected 1 to T={T}"
                 )
-            lengths = lengths.to(ids.device)
+            lengths = lengths.to(ids.device, torch.int64)
             if padding == "left":  # chunks need the first tokens in the first columns
                 ids = ids.gather(1, (torch.arange(T, device=ids.device) - lengths[:, None]) % T)
         choose = (temperature, top_k, top_p, generator)
