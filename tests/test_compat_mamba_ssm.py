@@ -1,6 +1,7 @@
 """torch_ext.compat.mamba_ssm and .causal_conv1d against loops over time in float64, written here."""
 
 import importlib.metadata
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -1030,7 +1031,13 @@ def test_signature(name):
 
 # ---- install ----
 
+stands_in = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d")),
+    reason="mamba_ssm or causal_conv1d itself is installed",
+)
 
+
+@stands_in
 def test_install(child_environment, tmp_path):
     program = """
 import importlib, importlib.metadata, importlib.util, pickle
@@ -1083,6 +1090,7 @@ assert type(pickle.loads(b"cmamba_ssm.models.config_mamba\\nMambaConfig\\n)\\x81
     )
 
 
+@stands_in
 def test_install_leaves_an_installed_package_alone(child_environment, tmp_path):
     (tmp_path / "mamba_ssm.py").write_text("real = True")
     program = """
@@ -1102,6 +1110,7 @@ assert mamba_ssm.real
     )
 
 
+@stands_in
 def test_importing_ours_installs_nothing():
     assert "mamba_ssm" not in sys.modules and "causal_conv1d" not in sys.modules
     with pytest.raises(importlib.metadata.PackageNotFoundError):
