@@ -399,3 +399,20 @@ def test_bad_input_of_the_step(generator):
             step(x, *weights, (state[0], state[1].float()))
     with pytest.raises(RuntimeError, match="requires grad.*mamba_step, which is differentiable"):
         torch_ext.mamba_step_(x, *weights_of(layer), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 20])
+def test_few_rows_and_many_without_gradients(rows, dtype, generator):
+    """Without a gradient few rows go through kernels of their own."""
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    layer = torch_ext.Mamba(37, d_state=5, bias=True).to(dtype)
+    x = torch.randn(rows, 37, generator=generator).to(dtype)
+    state = random_state(layer, rows, generator)
+    want, want_state = layer.step(x, state)
+    assert want.requires_grad
+    with torch.no_grad():
+        y, after = layer.step(x, state)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 0.02)
+    for a, b in ((y, want), (after[0], want_state[0]), (after[1], want_state[1])):
+        torch.testing.assert_close(a, b.detach(), atol=tolerance, rtol=tolerance)

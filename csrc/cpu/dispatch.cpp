@@ -282,6 +282,18 @@ bool selective_scan_backward(DType dtype, const SelectiveScanBackward& p, Parall
   return true;
 }
 
+bool project(DType dtype, const Projection& p, Parallel parallel) {
+  const ProjectionKernelPointer kernel = table().projection[int(dtype)];
+  if (!kernel) return false;
+  constexpr int64_t kOutputs = 16; // of an item
+  run_items(
+      (p.outputs + kOutputs - 1) / kOutputs, p.outputs * p.inputs * p.rows, parallel,
+      [&](int64_t begin, int64_t end) {
+        kernel(p, begin * kOutputs, std::min(end * kOutputs, p.outputs));
+      });
+  return true;
+}
+
 bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Parallel parallel) {
   const KernelTable& t = table();
   const ForwardKernel kernel = t.forward[cell][int(dtype)];

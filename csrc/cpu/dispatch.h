@@ -28,6 +28,9 @@ bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& problem, Pa
 bool selective_scan_forward(DType dtype, const SelectiveScanForward& problem, Parallel parallel);
 bool selective_scan_backward(DType dtype, const SelectiveScanBackward& problem, Parallel parallel);
 
+// For a few rows of x, as long as W is larger than what they make of it. False when there is no kernel for the dtype.
+bool project(DType dtype, const Projection& problem, Parallel parallel);
+
 // Instruction sets: those compiled in, the one in use ("generic", "avx2", "avx512"). ATEN_CPU_CAPABILITY (default, avx2,
 // avx512) limits the choice as it does torch's. force_isa("") goes back to the automatic choice; false when the set was
 // not built or this machine lacks it.

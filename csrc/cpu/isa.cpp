@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
 #include "causal_conv1d_isa.h"
 #include "diagonal.h"
+#include "projection_isa.h"
 #include "selective_scan.h"
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
@@ -95,6 +96,7 @@ constexpr KernelTable make_table() {
       multiply_adds};
   list_all(t, DiagonalCells{});
   list_causal_conv1d(t);
+  list_projections(t);
   list_selective_scan(t);
   return t;
 }

@@ -82,6 +82,15 @@ struct SelectiveScanKernels {
                               reduce_tokens = nullptr;
 };
 
+// y = x W^T + bias: x (rows, inputs) with its inputs side by side, W (outputs, inputs) likewise, y (rows, outputs) contiguous.
+struct Projection {
+  int64_t rows = 0, inputs = 0, outputs = 0, x_row = 0, weight_row = 0;
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr; // bias (outputs,); null: zeros
+  void* y = nullptr;
+};
+using ProjectionKernelPointer =
+    void (*)(const Projection&, int64_t begin, int64_t end); // over outputs
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
@@ -95,6 +104,7 @@ struct KernelTable {
   void (*exponentials)(float* to, const float* x, int64_t n); // for calibration
   void (*multiply_adds)(float* x, int64_t repeats); // repeats * kMultiplyAdds vector multiply-adds
   SelectiveScanKernels selective_scan[int(DType::count)] = {};
+  ProjectionKernelPointer projection[int(DType::count)] = {};
 };
 inline constexpr int kMultiplyAdds = 16;
 

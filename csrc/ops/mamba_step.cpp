@@ -1,18 +1,45 @@
 // torch_ext::mamba_step: one step of a whole Mamba layer in one call, made of differentiable operators. The layer:
 // torch_ext/mamba.py.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/library.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/FunctionsManual.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
-#include "../core/checks.h"
-#include "../core/types.h"
+#include "diagonal.h"
 #include "torch_ext/ops.h"
 
 namespace torch_ext {
 namespace {
 
-using at::Tensor;
-using Opt = std::optional<Tensor>;
+// x W^T + bias. A few rows on the CPU, without a gradient: as fast as the weights are read, where torch's product takes
+// twice as long. Whatever watches operators (compilers, transforms, autocast) sees torch's.
+Tensor project(const Tensor& x, const Tensor& weight, const Opt& bias = {}) {
+  constexpr int64_t kFewRows = 8;
+  const bool has_bias = bias && bias->defined();
+  const auto plain = [&](const Tensor& t) {
+    return t.is_cpu() && t.unsafeGetTensorImpl()->has_storage() && t.stride(-1) == 1 &&
+           t.scalar_type() == x.scalar_type() && !t.is_neg() &&
+           !t.key_set().has_any(c10::DispatchKeySet(
+               {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize}));
+  };
+  if (!plain(x) || x.size(0) > kFewRows || x.size(0) == 0 || !plain(weight) ||
+      (has_bias && !plain(*bias)) || at::autocast::is_autocast_enabled(at::kCPU) ||
+      torch::autograd::compute_requires_grad(x, weight, bias) ||
+      torch::autograd::isFwGradDefined(x) || torch::autograd::isFwGradDefined(weight) ||
+      torch::autograd::isFwGradDefined(bias) || torch::jit::tracer::isTracing() ||
+      c10::impl::dispatch_mode_enabled())
+    return at::linear(x, weight, bias);
+  cpu::Projection p;
+  p.rows = x.size(0), p.inputs = x.size(1), p.outputs = weight.size(0);
+  p.x = x.const_data_ptr(), p.x_row = x.stride(0);
+  p.weight = weight.const_data_ptr(), p.weight_row = weight.stride(0);
+  if (has_bias) p.bias = bias->const_data_ptr();
+  const Tensor y = at::empty(at::IntArrayRef({p.rows, p.outputs}), x.options());
+  p.y = y.mutable_data_ptr();
+  return cpu::project(kernel_dtype(x.scalar_type()), p, torch_threads())
+             ? y
+             : at::linear(x, weight, bias);
+}
 
 struct Layer {
   const Tensor& x;
@@ -81,14 +108,14 @@ struct Layer {
   Tensor run(Conv conv, Scan scan) const {
     const auto inner = A_log.sym_size(0), states = A_log.sym_size(1),
                rank = dt_proj_weight.sym_size(1);
-    const Tensor both = at::linear(x, in_proj_weight, in_proj_bias);
+    const Tensor both = project(x, in_proj_weight, in_proj_bias);
     const Tensor u = conv(both.narrow_symint(1, 0, inner));
-    const Tensor all = at::linear(u, x_proj_weight);
-    const Tensor delta = at::linear(all.narrow_symint(1, 0, rank), dt_proj_weight);
+    const Tensor all = project(u, x_proj_weight);
+    const Tensor delta = project(all.narrow_symint(1, 0, rank), dt_proj_weight);
     const Tensor y = scan(
         u, delta, at::exp(A_log).neg(), all.narrow_symint(1, rank, states),
         all.narrow_symint(1, rank + states, states), both.narrow_symint(1, inner, inner));
-    const Tensor out = at::linear(y, out_proj_weight, out_proj_bias);
+    const Tensor out = project(y, out_proj_weight, out_proj_bias);
     if (!state_indices || !state_indices->defined()) return out;
     return at::where(state_indices->ge(0).unsqueeze(1), out, at::zeros_like(out));
   }
@@ -100,21 +127,22 @@ std::tuple<Tensor, Tensor, Tensor> step(
     const Tensor& dt_proj_weight, const Opt& dt_proj_bias, const Tensor& A_log, const Opt& D,
     const Tensor& out_proj_weight, const Opt& out_proj_bias, const Tensor& conv_state,
     const Tensor& scan_state, const Opt& state_indices) {
-  const Layer layer{x,
-                    in_proj_weight,
-                    in_proj_bias,
-                    conv_weight,
-                    conv_bias,
-                    x_proj_weight,
-                    dt_proj_weight,
-                    dt_proj_bias,
-                    A_log,
-                    D,
-                    out_proj_weight,
-                    out_proj_bias,
-                    conv_state,
-                    scan_state,
-                    state_indices};
+  const Layer layer{
+      x,
+      in_proj_weight,
+      in_proj_bias,
+      conv_weight,
+      conv_bias,
+      x_proj_weight,
+      dt_proj_weight,
+      dt_proj_bias,
+      A_log,
+      D,
+      out_proj_weight,
+      out_proj_bias,
+      conv_state,
+      scan_state,
+      state_indices};
   layer.check("mamba_step");
   Tensor next_conv, next_scan;
   const Tensor y = layer.run(
@@ -143,21 +171,22 @@ Tensor step_(
     const Tensor& dt_proj_weight, const Opt& dt_proj_bias, const Tensor& A_log, const Opt& D,
     const Tensor& out_proj_weight, const Opt& out_proj_bias, Tensor conv_state, Tensor scan_state,
     const Opt& state_indices) {
-  const Layer layer{x,
-                    in_proj_weight,
-                    in_proj_bias,
-                    conv_weight,
-                    conv_bias,
-                    x_proj_weight,
-                    dt_proj_weight,
-                    dt_proj_bias,
-                    A_log,
-                    D,
-                    out_proj_weight,
-                    out_proj_bias,
-                    conv_state,
-                    scan_state,
-                    state_indices};
+  const Layer layer{
+      x,
+      in_proj_weight,
+      in_proj_bias,
+      conv_weight,
+      conv_bias,
+      x_proj_weight,
+      dt_proj_weight,
+      dt_proj_bias,
+      A_log,
+      D,
+      out_proj_weight,
+      out_proj_bias,
+      conv_state,
+      scan_state,
+      state_indices};
   TORCH_CHECK(
       !torch::autograd::compute_requires_grad(
           x, in_proj_weight, in_proj_bias, conv_weight, conv_bias, x_proj_weight, dt_proj_weight,
@@ -191,20 +220,23 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       "Tensor A_log, Tensor? D, Tensor out_proj_weight, Tensor? out_proj_bias, ";
   m.def(
       torch::schema(("mamba_step(" + layer +
-                    "Tensor conv_state, Tensor scan_state, Tensor? state_indices=None) -> "
-                    "(Tensor y, Tensor conv_state, Tensor scan_state)").c_str()),
+                     "Tensor conv_state, Tensor scan_state, Tensor? state_indices=None) -> "
+                     "(Tensor y, Tensor conv_state, Tensor scan_state)")
+                        .c_str()),
       tags);
   m.def(
       torch::schema(("mamba_step_(" + layer +
-                    "Tensor(a!) conv_state, Tensor(b!) scan_state, Tensor? state_indices=None) -> "
-                    "Tensor y").c_str()),
+                     "Tensor(a!) conv_state, Tensor(b!) scan_state, Tensor? state_indices=None) -> "
+                     "Tensor y")
+                        .c_str()),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
   m.impl("mamba_step", &step);
   m.impl("mamba_step_", &step_);
 }
-TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatchedDecomposition, m) { // vmap: over the operators it is made of
+TORCH_LIBRARY_IMPL(
+    torch_ext, FuncTorchBatchedDecomposition, m) { // vmap: over the operators it is made of
   m.impl("mamba_step", &step);
 }
 
