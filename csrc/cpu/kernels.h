@@ -82,7 +82,7 @@ struct SelectiveScanKernels {
                               reduce_tokens = nullptr;
 };
 
-// y = x W^T + bias: x (rows, inputs) with its inputs side by side, W (outputs, inputs) likewise, y (rows, outputs) contiguous.
+// y = x W^T + bias: x (rows, inputs) and W (outputs, inputs) with inputs side by side, y (rows, outputs) contiguous.
 struct Projection {
   int64_t rows = 0, inputs = 0, outputs = 0, x_row = 0, weight_row = 0;
   const void *x = nullptr, *weight = nullptr, *bias = nullptr; // bias (outputs,); null: zeros

@@ -34,15 +34,16 @@ struct ProjectionKernel {
 #pragma GCC unroll 4
           for (int c = 0; c < kChains; ++c) {
             const Lane v = Stored<S>::load(w + k + c * kLanes);
-            __builtin_prefetch(w + k + c * kLanes + 2048 / sizeof(S)); // beyond the array it is harmless
+            __builtin_prefetch(
+                w + k + c * kLanes + 2048 / sizeof(S)); // beyond the array it is harmless
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r)
               sum[r][c] = fused(v, Wide::load(x + r * x_step + k + c * kLanes), sum[r][c]);
           }
         }
         for (int64_t k = whole; i < some && k < inputs; k += kLanes) {
-          const Lane v = inputs - k < kLanes ? load_some(w + k, int(inputs - k))
-                                             : Stored<S>::load(w + k);
+          const Lane v =
+              inputs - k < kLanes ? load_some(w + k, int(inputs - k)) : Stored<S>::load(w + k);
           for (int r = 0; r < kRows; ++r)
             sum[r][0] = fused(v, Wide::load(x + r * x_step + k), sum[r][0]);
         }

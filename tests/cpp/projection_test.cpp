@@ -54,8 +54,8 @@ TEST_P(Projection, IsTheSumOfProducts) {
           for (int64_t i = 0; i < count; ++i) a.set(i, random.normal());
           return a;
         };
-        Array x = fill((rows - 1) * p.x_row + inputs), weight = fill((outputs - 1) * p.weight_row + inputs),
-              bias = fill(outputs);
+        Array x = fill((rows - 1) * p.x_row + inputs),
+              weight = fill((outputs - 1) * p.weight_row + inputs), bias = fill(outputs);
         Array y(dtype, rows * outputs, /*guarded=*/true);
         p.x = x.data(), p.weight = weight.data(), p.bias = with_bias ? bias.data() : nullptr;
         p.y = y.data();
