@@ -197,10 +197,10 @@ def _loads(one: sass.Instruction) -> bool:
     return one.opcode in (sass.LOAD_SHARED, sass.COPY_ASYNC)
 
 
-def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
+def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int, special: bool) -> list[int]:
     """The way around the main loop of a thread that has nothing special to do, as far as jumps tell.
 
-    All steps are there, with the cheapest of the cell's options; inputs come by 16 bytes; no other
+    All steps are there, with the cheapest of the options, or, if `special`, an activation; inputs come by 16 bytes; no other
     block is waited for, no sequence starts, no division has an operand out of the usual range.
     """
     weight = {}
@@ -220,6 +220,8 @@ def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int) -> list[int]:
             weight[at] = -1000
         elif one.opcode == sass.LOAD_GLOBAL and copies:
             weight[at] = 10**5
+        elif one.opcode in sass.MUFU and special:
+            weight[at] = -100
     # Some jumps leave out the end of a sequence: a state is stored, at an address that takes a product.
     loading = flow.before(loop, {at for at, one in enumerate(flow.code) if _loads(one)})
     for first, part in flow.skippable(loop).items():
@@ -246,7 +248,9 @@ def per_element(
         return None
     loop = flow.loops[0]
     tiled = "elements_per_thread" in launch
-    copies = launch["elements_per_thread"] * launch["itemsize"] // 16 if tiled else 0
+    copies = launch.get("copies", 0)
+    if tiled:
+        copies = launch["elements_per_thread"] * launch["itemsize"] // 16
     arrays = launch["arrays"] if tiled else 1
 
     def copies_in(body: Iterable[int]) -> int:
@@ -256,7 +260,8 @@ def per_element(
     fetching = [one for one in fetching if not any(one.body < other.body for other in fetching)]
     # Either a loop over the arrays, with all that fetches one of them, or one per array.
     over_arrays = any(flow.inside(one) for one in fetching)
-    way = _usual_way(flow, loop, copies if over_arrays else copies * arrays)
+    special = launch.get("special", False)
+    way = _usual_way(flow, loop, copies if over_arrays else copies * arrays, special)
     times = dict.fromkeys(way, 1.0)
     for one in fetching:
         here = one.body & times.keys()

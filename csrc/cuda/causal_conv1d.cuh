@@ -26,6 +26,7 @@ namespace torch_ext::cuda {
 inline constexpr int kConvThreads = 128;
 inline constexpr int kConvRows = 8;       // steps of a thread
 inline constexpr int kConvRowBytes = 128; // channels of a tile
+inline constexpr int kConvControlBytes = 256;
 // So many blocks fill a GPU, some times over. Not asked of the device: results would depend on it.
 inline constexpr int kConvEnoughBlocks = 4096;
 // Tiles of a block at most.
@@ -86,15 +87,17 @@ struct ConvTile {
   static constexpr int kGroups = kConvThreads / kVectors;       // and one after the other
   static constexpr int kTime = kGroups * kConvRows;
   static constexpr int kTapBytes = kChannels * int(sizeof(Lane)); // a number per channel
-  // Shared memory: the taps and the bias; x; backward, the gradient of y and g of each group's first steps. The threads'
+  // Shared memory: ConvControl; the taps and the bias; x; backward, the gradient of y and g of each group's first steps. The threads'
   // sums of the weight's gradient take the place of x in the end.
   static constexpr int kWeightBytes = (kWindow + 1) * kTapBytes;
-  static constexpr int kForwardBytes = kWeightBytes + (kHalo + kTime) * kConvRowBytes;
+  static constexpr int kForwardBytes =
+      kConvControlBytes + kWeightBytes + (kHalo + kTime) * kConvRowBytes;
   static constexpr int kInputBytes = (kHalo + kTime + kHalo) * kConvRowBytes;
   static constexpr int kGradBytes = (kTime + kHalo) * kConvRowBytes;
   static constexpr int kSumBytes = kGroups * (kWindow + 1) * kTapBytes;
   static constexpr int kExchangeBytes = kGroups * kHalo * kTapBytes;
-  static constexpr int kBackwardBytes = kWeightBytes + kInputBytes + kGradBytes + kExchangeBytes;
+  static constexpr int kBackwardBytes =
+      kConvControlBytes + kWeightBytes + kInputBytes + kGradBytes + kExchangeBytes;
   static_assert(kSumBytes <= kInputBytes + kGradBytes);
 };
 
@@ -133,42 +136,6 @@ TORCH_EXT_DEVICE ConvPiece find_sequence(const CausalConv1dProblem& p, int64_t t
   return {low, begin, end - begin, token - begin, end - begin};
 }
 
-// The pieces of sequences in a block's tiles, in turn.
-template <class L>
-struct ConvPieces {
-  const CausalConv1dProblem& p;
-  unsigned left, tile, tiles; // tiles of this block; the next one's place in its sequence
-  int64_t sequence;
-  int64_t token = 0, until = 0; // of the packed row: what is left of the tile
-
-  TORCH_EXT_DEVICE ConvPieces(
-      const CausalConv1dProblem& problem, const ConvSchedule& q, unsigned part)
-      : p(problem), tiles(q.tiles) {
-    const unsigned first = part * q.run;
-    left = q.total - first < q.run ? q.total - first : q.run;
-    sequence = p.cu_seqlens ? 0 : first / tiles;
-    tile = first - unsigned(sequence) * tiles;
-  }
-  TORCH_EXT_DEVICE bool next(ConvPiece& piece) {
-    if (token == until) {
-      if (left-- == 0) return false;
-      const int64_t begin = int64_t(tile) * L::kTime;
-      const int64_t end = p.num_steps - begin < L::kTime ? p.num_steps : begin + L::kTime;
-      if (!p.cu_seqlens) {
-        piece = {sequence, sequence * p.num_steps, p.num_steps, begin, end};
-        if (++tile == tiles) tile = 0, ++sequence;
-        return true;
-      }
-      ++tile;
-      token = begin, until = end;
-    }
-    piece = find_sequence(p, token);
-    if (until - piece.row < piece.last) piece.last = until - piece.row;
-    token = piece.row + piece.last;
-    return true;
-  }
-};
-
 // ---- memory ----
 
 // An array of steps by channels.
@@ -178,6 +145,7 @@ struct ConvArray {
   int64_t sequence, time, width;
   enum Path { elements, vectors, along_time } path;
 
+  TORCH_EXT_DEVICE ConvArray() {}
   TORCH_EXT_DEVICE ConvArray(const CausalConv1dProblem& p, const Strided& x)
       : data(static_cast<const S*>(x.data)),
         sequence(p.cu_seqlens ? 0 : x.sequence),
@@ -189,9 +157,75 @@ struct ConvArray {
            : aligned && time == 1 && whole(width)                 ? along_time
                                                                   : elements;
   }
+  TORCH_EXT_DEVICE void put(Shared<int64_t> to) const {
+    to.store(0, reinterpret_cast<int64_t>(data));
+    to.store(1, sequence), to.store(2, time), to.store(3, width), to.store(4, path);
+  }
+  TORCH_EXT_DEVICE static ConvArray get(Shared<int64_t> from) {
+    ConvArray x;
+    x.data = reinterpret_cast<const S*>(from.load(0));
+    x.sequence = from.load(1), x.time = from.load(2), x.width = from.load(3);
+    x.path = Path(from.load(4));
+    return x;
+  }
   TORCH_EXT_DEVICE const S* step(
       const CausalConv1dProblem& p, const ConvPiece& piece, int64_t t) const {
     return data + piece.sequence * sequence + (p.cu_seqlens ? piece.row + t : t) * time;
+  }
+};
+
+// What a block keeps in shared memory, as in registers it would crowd out the steps: its arrays, and the pieces of sequences
+// in its tiles, one after the other. Its first thread writes.
+template <class L>
+struct ConvControl {
+  using Array = ConvArray<typename L::S>;
+  Shared<int64_t> words;
+  // The present piece; then the tiles that are left, the next tile in its sequence and that sequence, and of a packed row
+  // the tokens that are left of the present tile; then the arrays.
+  static constexpr int kTiles = 5, kArrays = 10, kArrayWords = 5;
+  static_assert((kArrays + 2 * kArrayWords) * 8 <= kConvControlBytes);
+
+  TORCH_EXT_DEVICE void start(
+      const CausalConv1dProblem& p, const ConvSchedule& q, unsigned part) const {
+    const unsigned first = part * q.run;
+    const unsigned sequence = p.cu_seqlens ? 0 : first / q.tiles;
+    words.store(kTiles, q.total - first < q.run ? q.total - first : q.run);
+    words.store(kTiles + 1, first - sequence * q.tiles);
+    words.store(kTiles + 2, sequence);
+    words.store(kTiles + 3, 0), words.store(kTiles + 4, 0);
+    next(p, q);
+  }
+  TORCH_EXT_DEVICE void put(int i, const Array& x) const {
+    x.put(words + (kArrays + i * kArrayWords));
+  }
+  TORCH_EXT_DEVICE Array array(int i) const {
+    return Array::get(words + (kArrays + i * kArrayWords));
+  }
+  // Without steps after the last one.
+  TORCH_EXT_DEVICE ConvPiece piece() const {
+    return {words.load(0), words.load(1), words.load(2), words.load(3), words.load(4)};
+  }
+  TORCH_EXT_DEVICE void next(const CausalConv1dProblem& p, const ConvSchedule& q) const {
+    ConvPiece piece{0, 0, 0, 0, 0};
+    int64_t token = words.load(kTiles + 3), until = words.load(kTiles + 4);
+    const int64_t left = words.load(kTiles);
+    if (token == until && left > 0) {
+      const int64_t tile = words.load(kTiles + 1), sequence = words.load(kTiles + 2);
+      const bool sequence_ends = !p.cu_seqlens && tile + 1 == q.tiles;
+      words.store(kTiles, left - 1);
+      words.store(kTiles + 1, sequence_ends ? 0 : tile + 1);
+      words.store(kTiles + 2, sequence_ends ? sequence + 1 : sequence);
+      token = tile * L::kTime;
+      until = p.num_steps - token < L::kTime ? p.num_steps : token + L::kTime;
+      piece = {sequence, sequence * p.num_steps, p.num_steps, token, until};
+    }
+    if (p.cu_seqlens && token < until) {
+      piece = find_sequence(p, token);
+      if (until - piece.row < piece.last) piece.last = until - piece.row;
+      words.store(kTiles + 3, piece.row + piece.last), words.store(kTiles + 4, until);
+    }
+    words.store(0, piece.sequence), words.store(1, piece.row), words.store(2, piece.count);
+    words.store(3, piece.first), words.store(4, piece.last);
   }
 };
 
@@ -485,40 +519,51 @@ __global__ void __launch_bounds__(kConvThreads, 4)
   if (blockIdx.x >= q.blocks)
     return put_final_state<S>(
         p, int64_t(blockIdx.x - q.blocks) * kConvThreads + int64_t(threadIdx.x));
-  const Shared<unsigned char> weights = shared_memory<unsigned char>(),
+  const ConvControl<L> control{shared_memory<int64_t>()};
+  const Shared<unsigned char> weights = shared_memory<unsigned char>(kConvControlBytes),
                               inputs = weights + L::kWeightBytes;
   const ConvPlace<L> at(p, q);
   const int window = int(p.window);
+  if (threadIdx.x == 0) {
+    control.put(0, ConvArray<S>(p, p.x));
+    control.start(p, q, at.part);
+  }
   fetch_weight<L>(weights, p, at.d0, at.channels);
   block_sync();
   // The threads beyond the last channel compute along with the first one's.
   const ConvWeight<L> weight(weights, window, at.mine > 0 ? at.d : 0);
-  const ConvArray<S> x(p, p.x);
   const bool whole = whole_rows<L>(p.y, p.width);
   const Shared<Vector> my_inputs =
       (inputs + at.group * kConvRows * kConvRowBytes).template view<Vector>() +
       (at.mine > 0 ? at.d / L::kPerLane : 0);
 
-  ConvPieces<L> pieces(p, q, at.part);
-  ConvPiece piece;
 #pragma unroll 1
-  while (pieces.next(piece)) {
+  for (;;) {
+    const ConvPiece piece = control.piece();
+    if (piece.first == piece.last) break;
+    const int64_t left = piece.last - piece.first - at.group * kConvRows;
+    const int rows = left < kConvRows ? int(left) : kConvRows;
+    S* to = static_cast<S*>(p.y) + (piece.row + piece.first + at.group * kConvRows) * p.width +
+            at.d0 + at.d;
     const int64_t state_row = p.state_rows ? p.state_rows[piece.sequence] : piece.sequence;
-    if (state_row >= 0)
-      fetch_inputs<L>(inputs, p, x, piece, piece.last, state_row, at.d0, at.channels);
+    if (state_row < 0) { // no state, no output
+      const Lane zeros[L::kPerLane] = {};
+#pragma unroll 1
+      for (int r = 0; r < rows && at.mine > 0; ++r, to += p.width)
+        put_row<L>(to, zeros, whole, at.mine);
+    } else {
+      fetch_inputs<L>(
+          inputs, p, control.array(0), piece, piece.last, state_row, at.d0, at.channels);
+    }
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();
-    const int64_t left = piece.last - piece.first - at.group * kConvRows;
-    const int rows = left < kConvRows ? int(left) : kConvRows;
-    if (rows > 0 && at.mine > 0) {
-      S* to = static_cast<S*>(p.y) + (piece.row + piece.first + at.group * kConvRows) * p.width +
-              at.d0 + at.d;
+    if (threadIdx.x == 0) control.next(p, q);
+    if (rows > 0 && at.mine > 0 && state_row >= 0) {
       Vector seen[L::kHalo + kConvRows];
 #pragma unroll
       for (int i = 0; i < L::kHalo + kConvRows; ++i) {
-        const bool there =
-            state_row >= 0 && (i < L::kHalo ? L::kHalo - i < window : i - L::kHalo < rows);
+        const bool there = i < L::kHalo ? L::kHalo - i < window : i - L::kHalo < rows;
         seen[i] = there ? my_inputs.load(i * L::kVectors) : Vector{};
       }
 #pragma unroll
@@ -529,10 +574,6 @@ __global__ void __launch_bounds__(kConvThreads, 4)
         if (p.silu) {
 #pragma unroll
           for (int v = 0; v < L::kPerLane; ++v) y[v] = silu(y[v]);
-        }
-        if (state_row < 0) { // no state, no output
-#pragma unroll
-          for (int v = 0; v < L::kPerLane; ++v) y[v] = 0;
         }
         put_row<L>(to, y, whole, at.mine);
         to += p.width;
@@ -552,16 +593,21 @@ __global__ void __launch_bounds__(kConvThreads, 3)
   if (blockIdx.x >= q.blocks)
     return put_edge_gradients<S>(
         p, int64_t(blockIdx.x - q.blocks) * kConvThreads + int64_t(threadIdx.x));
-  const Shared<unsigned char> weights = shared_memory<unsigned char>(),
+  const ConvControl<L> control{shared_memory<int64_t>()};
+  const Shared<unsigned char> weights = shared_memory<unsigned char>(kConvControlBytes),
                               inputs = weights + L::kWeightBytes,
                               gradients = inputs + L::kInputBytes;
   const Shared<Lane> exchange = (gradients + L::kGradBytes).template view<Lane>();
   const ConvPlace<L> at(p, q);
   const int window = int(p.window), thread_d = at.mine > 0 ? at.d : 0;
+  if (threadIdx.x == 0) {
+    control.put(0, ConvArray<S>(p, p.x));
+    control.put(1, ConvArray<S>(p, p.grad_y));
+    control.start(p, q, at.part);
+  }
   fetch_weight<L>(weights, p, at.d0, at.channels);
   block_sync();
   const ConvWeight<L> weight(weights, window, thread_d);
-  const ConvArray<S> x(p, p.x), grad_y(p, p.grad_y);
   const bool whole = whole_rows<L>(p.grad_x, p.width);
   const int first_row = at.group * kConvRows * kConvRowBytes;
   const Shared<Vector> my_inputs = (inputs + first_row).template view<Vector>() + thread_d / V,
@@ -575,18 +621,20 @@ __global__ void __launch_bounds__(kConvThreads, 3)
     for (int j = 0; j < kWindow; ++j) grad_tap[j][v] = 0;
   }
 
-  ConvPieces<L> pieces(p, q, at.part);
-  ConvPiece piece;
 #pragma unroll 1
-  while (pieces.next(piece)) {
+  for (;;) {
+    const ConvPiece piece = control.piece();
+    if (piece.first == piece.last) break;
     // g is needed of W - 1 steps more than the piece has.
     const int64_t seen_until =
         piece.count - piece.last < window - 1 ? piece.count : piece.last + window - 1;
-    fetch_inputs<L>(inputs, p, x, piece, seen_until, piece.sequence, at.d0, at.channels);
-    fetch<L>(gradients, p, grad_y, piece, piece.first, seen_until, at.d0, at.channels);
+    fetch_inputs<L>(
+        inputs, p, control.array(0), piece, seen_until, piece.sequence, at.d0, at.channels);
+    fetch<L>(gradients, p, control.array(1), piece, piece.first, seen_until, at.d0, at.channels);
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();
+    if (threadIdx.x == 0) control.next(p, q);
     const int64_t first = piece.first + at.group * kConvRows;
     // Steps from the thread's first on: its own, and those of which there is a g.
     const auto clamp = [](int64_t steps) {
@@ -669,6 +717,9 @@ __global__ void __launch_bounds__(kConvThreads, 3)
     block_sync();
     if (own > 0 && at.mine > 0) {
 #pragma unroll
+      for (int i = kConvRows; i < kConvRows + 2 * kHalo; ++i) // again, not to keep them
+        load_input(i, last_group && i - kHalo < there);
+#pragma unroll
       for (int r = kConvRows; r < kConvRows + kHalo; ++r) {
         if (r < there && !last_group) {
 #pragma unroll
@@ -676,7 +727,6 @@ __global__ void __launch_bounds__(kConvThreads, 3)
             g[r][v] =
                 exchange.load(((at.group + 1) * kHalo + r - kConvRows) * L::kChannels + at.d + v);
         } else if (r < there) {
-          load_input(kHalo + r, true);
           find_gradient(r, false);
         } else {
 #pragma unroll
