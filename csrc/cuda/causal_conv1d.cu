@@ -40,12 +40,15 @@ struct ConvDriver {
     q.blocks = q.parts * q.groups;
     return q;
   }
-  // Of the weight's gradient: enough threads to fill a GPU, some hundred steps for each.
+  // Steps for a thread that sums up the weight's gradient, so that enough threads do to fill a GPU.
+  static int64_t wide_steps(const CausalConv1dProblem& p) {
+    const int64_t threads = int64_t(conv_enough_blocks) * kConvThreads;
+    const int64_t parts = conv_divide_up(threads, (p.window + 1) * p.width);
+    const int64_t steps = conv_divide_up(tokens(p), parts);
+    return steps < 256 ? 256 : steps;
+  }
   static int64_t wide_parts(const CausalConv1dProblem& p) {
-    const int64_t threads = int64_t(conv_enough_blocks) * kConvThreads,
-                  columns = (p.window + 1) * p.width;
-    const int64_t most = conv_divide_up(tokens(p), 256), enough = conv_divide_up(threads, columns);
-    return enough < most ? enough : most;
+    return conv_divide_up(tokens(p), wide_steps(p));
   }
   // Workspace: the parts' sums of the weight's gradient, then, for wide windows, g of all steps.
   static int64_t sum_bytes(const CausalConv1dProblem& p) {
@@ -105,8 +108,10 @@ struct ConvDriver {
       if (inputs > 0) zero(p.grad_x, inputs * item, stream);
       zero(p.grad_weight, p.width * p.window * wide, stream);
       zero(p.grad_bias, p.width * wide, stream);
-      if (states > 0)
-        launch(causal_conv1d_edges_kernel<S>, conv_blocks(channels(p)), kConvThreads, 0, stream, p);
+      if (states > 0) // no tiles, edges alone
+        launch(
+            causal_conv1d_backward_kernel<S, 8>, conv_blocks(channels(p)), kConvThreads, 0, stream,
+            p, ConvSchedule());
       return;
     }
     int64_t parts = 0;
@@ -120,8 +125,10 @@ struct ConvDriver {
           causal_conv1d_wide_input_kernel<S>, conv_blocks(inputs + states), kConvThreads, 0, stream,
           p, static_cast<const void*>(gradients));
       launch(
-          causal_conv1d_wide_weight_kernel<S>, conv_blocks(parts * (p.window + 1) * p.width),
-          kConvThreads, 0, stream, p, static_cast<const void*>(gradients), workspace, parts);
+          causal_conv1d_wide_weight_kernel<S>,
+          dim3(unsigned(conv_divide_up(p.width, kConvThreads) * (p.window + 1) * parts)),
+          kConvThreads, 0, stream, p, static_cast<const void*>(gradients), workspace,
+          wide_steps(p));
     } else {
       with_tile(p, [&]<class L>(L) {
         ConvSchedule q = schedule<L>(p);

@@ -341,29 +341,52 @@ TORCH_EXT_DEVICE void fetch_weight(
         L::kWindow * L::kChannels + d, bias && d < channels ? load_global(bias + d0 + d) : Lane{});
 }
 
-// A thread's taps and bias, once they are there.
+// A number for each of a thread's channels, in as few accesses as there can be.
+template <class L>
+struct ConvLanes {
+  using Lane = typename L::Lane;
+  static constexpr int kBytes = L::kPerLane * int(sizeof(Lane)) < 16 ? 8 : 16;
+  using Vector = ConvVector<Lane, kBytes>;
+  static_assert(L::kPerLane % Vector::kCount == 0);
+
+  TORCH_EXT_DEVICE static void load(Shared<Lane> from, Lane* x) {
+#pragma unroll
+    for (int v = 0; v < L::kPerLane; ++v)
+      if (v % Vector::kCount == 0) {
+        const Vector some = from.template view<Vector>().load(v / Vector::kCount);
+#pragma unroll
+        for (int k = 0; k < Vector::kCount; ++k) x[v + k] = some.get(k);
+      }
+  }
+  TORCH_EXT_DEVICE static void store(Shared<Lane> to, const Lane* x) {
+#pragma unroll
+    for (int i = 0; i < L::kPerLane / Vector::kCount; ++i)
+      to.template view<Vector>().store(i, Vector::of(x + i * Vector::kCount));
+  }
+};
+
+// A thread's taps, once they are there, and where its bias is.
 template <class L>
 struct ConvWeight {
-  typename L::Lane tap[L::kWindow][L::kPerLane], bias[L::kPerLane];
+  using Lane = typename L::Lane;
+  Lane tap[L::kWindow][L::kPerLane];
+  Shared<Lane> bias;
 
-  TORCH_EXT_DEVICE ConvWeight(Shared<unsigned char> from, int window, int d) {
-    const auto rows = from.template view<typename L::Lane>() + d;
+  TORCH_EXT_DEVICE ConvWeight(Shared<unsigned char> from, int window, int d)
+      : bias(from.template view<Lane>() + (L::kWindow * L::kChannels + d)) {
 #pragma unroll
-    for (int j = 0; j <= L::kWindow; ++j) {
+    for (int j = 0; j < L::kWindow; ++j) {
+      if (j < window) {
+        ConvLanes<L>::load(from.template view<Lane>() + (j * L::kChannels + d), tap[j]);
+      } else {
 #pragma unroll
-      for (int v = 0; v < L::kPerLane; ++v) {
-        if (j == L::kWindow)
-          bias[v] = rows.load(j * L::kChannels + v);
-        else
-          tap[j][v] = j < window ? rows.load(j * L::kChannels + v) : 0;
+        for (int v = 0; v < L::kPerLane; ++v) tap[j][v] = 0;
       }
     }
   }
   // The pre-activation of a step from the inputs, of which x[0] is the present one.
-  TORCH_EXT_DEVICE void apply(
-      const typename L::Vector* x, int window, typename L::Lane* sum) const {
-#pragma unroll
-    for (int v = 0; v < L::kPerLane; ++v) sum[v] = bias[v];
+  TORCH_EXT_DEVICE void apply(const typename L::Vector* x, int window, Lane* sum) const {
+    ConvLanes<L>::load(bias, sum);
 #pragma unroll
     for (int j = L::kHalo; j >= 0; --j) {
       if (j >= window) continue;
@@ -511,7 +534,7 @@ TORCH_EXT_DEVICE void put_edge_gradients(const CausalConv1dBackward& p, int64_t 
 // ---- the kernels ----
 
 template <class S, int kWindow>
-__global__ void __launch_bounds__(kConvThreads, 4)
+__global__ void __launch_bounds__(kConvThreads, kWindow > 4 ? 4 : 5)
     causal_conv1d_forward_kernel(const CausalConv1dForward p, const ConvSchedule q) {
   using L = ConvTile<S, kWindow>;
   using Lane = typename L::Lane;
@@ -562,13 +585,15 @@ __global__ void __launch_bounds__(kConvThreads, 4)
     if (rows > 0 && at.mine > 0 && state_row >= 0) {
       Vector seen[L::kHalo + kConvRows];
 #pragma unroll
-      for (int i = 0; i < L::kHalo + kConvRows; ++i) {
-        const bool there = i < L::kHalo ? L::kHalo - i < window : i - L::kHalo < rows;
-        seen[i] = there ? my_inputs.load(i * L::kVectors) : Vector{};
-      }
+      for (int i = 0; i <= L::kHalo; ++i)
+        seen[i] = L::kHalo - i < window ? my_inputs.load(i * L::kVectors) : Vector{};
 #pragma unroll
       for (int r = 0; r < kConvRows; ++r) {
         if (r >= rows) break;
+        if (r + 1 < kConvRows) { // one step ahead
+          const int i = L::kHalo + r + 1;
+          seen[i] = r + 1 < rows ? my_inputs.load(i * L::kVectors) : Vector{};
+        }
         Lane y[L::kPerLane];
         weight.apply(seen + L::kHalo + r, window, y);
         if (p.silu) {
@@ -706,11 +731,8 @@ __global__ void __launch_bounds__(kConvThreads, 3)
 #pragma unroll
           for (int v = 0; v < V; ++v) g[r][v] = 0;
         }
-        if (r < kHalo) {
-#pragma unroll
-          for (int v = 0; v < V; ++v)
-            exchange.store((at.group * kHalo + r) * L::kChannels + at.d + v, g[r][v]);
-        }
+        if (r < kHalo)
+          ConvLanes<L>::store(exchange + ((at.group * kHalo + r) * L::kChannels + at.d), g[r]);
         if (r >= kHalo) put_gradient(r - kHalo);
       }
     }
@@ -722,10 +744,8 @@ __global__ void __launch_bounds__(kConvThreads, 3)
 #pragma unroll
       for (int r = kConvRows; r < kConvRows + kHalo; ++r) {
         if (r < there && !last_group) {
-#pragma unroll
-          for (int v = 0; v < V; ++v)
-            g[r][v] =
-                exchange.load(((at.group + 1) * kHalo + r - kConvRows) * L::kChannels + at.d + v);
+          const int row = (at.group + 1) * kHalo + r - kConvRows;
+          ConvLanes<L>::load(exchange + (row * L::kChannels + at.d), g[r]);
         } else if (r < there) {
           find_gradient(r, false);
         } else {
@@ -742,13 +762,10 @@ __global__ void __launch_bounds__(kConvThreads, 3)
   const Shared<Lane> sums = inputs.template view<Lane>();
   if (at.mine > 0) {
 #pragma unroll
-    for (int j = 0; j <= kWindow; ++j) {
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        sums.store(
-            (at.group * (kWindow + 1) + j) * L::kChannels + at.d + v,
-            j == kWindow ? grad_bias[v] : grad_tap[j < kWindow ? j : 0][v]);
-    }
+    for (int j = 0; j <= kWindow; ++j)
+      ConvLanes<L>::store(
+          sums + ((at.group * (kWindow + 1) + j) * L::kChannels + at.d),
+          j == kWindow ? grad_bias : grad_tap[j < kWindow ? j : 0]);
   }
   block_sync();
   Lane* const out = static_cast<Lane*>(q.sums) + int64_t(at.part) * (window + 1) * p.width + at.d0;
@@ -763,13 +780,6 @@ __global__ void __launch_bounds__(kConvThreads, 3)
       sum = sum + sums.load((group * (kWindow + 1) + j) * L::kChannels + d);
     store_global(out + row * p.width + d, sum);
   }
-}
-
-// The edges alone.
-template <class S>
-__global__ void __launch_bounds__(kConvThreads)
-    causal_conv1d_edges_kernel(const CausalConv1dBackward p) {
-  put_edge_gradients<S>(p, int64_t(blockIdx.x) * kConvThreads + int64_t(threadIdx.x));
 }
 
 // The weight's gradient from what `parts` blocks have summed: a block for 32 channels of a tap, or of the bias. Its warps
@@ -937,20 +947,23 @@ __global__ void __launch_bounds__(kConvThreads)
       gradient(c, tap - before));
 }
 
-// The weight's gradient of `parts` pieces of all tokens, as causal_conv1d_backward_kernel leaves it.
+// The weight's gradient of pieces of `steps` tokens, as causal_conv1d_backward_kernel leaves it: blocks for the channels of a
+// tap, of all taps and the bias, and of all pieces.
 template <class S>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_wide_weight_kernel(
-    const CausalConv1dBackward p, const void* gradients, void* sums, int64_t parts) {
+    const CausalConv1dBackward p, const void* gradients, void* sums, int64_t steps) {
   using Lane = typename Stored<S>::Lane;
-  const int64_t i = int64_t(blockIdx.x) * kConvThreads + threadIdx.x;
-  const int64_t columns = (p.window + 1) * p.width;
-  if (i >= parts * columns) return;
-  const int64_t part = i / columns, rest = i - part * columns, distance = rest / p.width,
-                d = rest - distance * p.width;
-  const int64_t tokens = tokens_of(p), until = tokens * (part + 1) / parts;
+  const unsigned blocks = unsigned((p.width + kConvThreads - 1) / kConvThreads),
+                 rows = unsigned(p.window) + 1;
+  const unsigned row = blockIdx.x / blocks, part = row / rows;
+  const int64_t distance = row - part * rows;
+  const int64_t d = int64_t(blockIdx.x - row * blocks) * kConvThreads + threadIdx.x;
+  if (d >= p.width) return;
+  const int64_t tokens = tokens_of(p), begin = part * steps;
+  const int64_t until = tokens - begin < steps ? tokens : begin + steps;
   Lane sum = 0;
 #pragma unroll 1
-  for (int64_t token = tokens * part / parts; token < until;) {
+  for (int64_t token = begin; token < until;) {
     const ConvPiece piece = find_token(p, token);
     const ConvChannel<S> c(p, piece, d);
     const int64_t end = piece.row + piece.count < until ? piece.row + piece.count : until;
@@ -962,7 +975,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_wide_weight_kernel
                 : fused(g, Stored<S>::widen(c.input(token - piece.row - distance)), sum);
     }
   }
-  store_global(static_cast<Lane*>(sums) + i, sum);
+  store_global(static_cast<Lane*>(sums) + int64_t(row) * p.width + d, sum);
 }
 
 } // namespace torch_ext::cuda

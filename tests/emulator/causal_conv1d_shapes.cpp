@@ -36,8 +36,7 @@ template <class S>
 void print_all(ConvDriver<S>) {
   print_tiles<ConvTile<S, 4>>();
   print_tiles<ConvTile<S, 8>>();
-  for (const char* kernel :
-       {"edges", "step", "wide_forward", "wide_gradient", "wide_input", "wide_weight"})
+  for (const char* kernel : {"step", "wide_forward", "wide_gradient", "wide_input", "wide_weight"})
     print<S>(kernel);
   for (int window = 2; window <= 4; ++window)
     printf(
