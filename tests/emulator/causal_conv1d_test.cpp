@@ -82,8 +82,8 @@ TEST_P(CausalConv1dCuda, RandomProblems) {
   }
 }
 
-// Several tiles of several sequences to a block: dense, and packed with sequences that are empty, that end with a tile, and
-// that are shorter than the window.
+// Several tiles of several sequences to a block: dense, and packed with sequences that are empty, that begin just before a tile,
+// and that are shorter than the window.
 TEST_P(CausalConv1dCuda, ManyTiles) {
   Random random;
   for (const int64_t window : {2, 4, 6}) {
@@ -91,7 +91,7 @@ TEST_P(CausalConv1dCuda, ManyTiles) {
       ConvProblem p = draw(random, dtype(), packed ? 9 : 2, 300, 9, window, false);
       if (packed) {
         p = draw(random, dtype(), 9, 300, 9, window, false);
-        p.cu_seqlens = {0, 0, 1, 3, 64, 128, 129, 129, 256, 300};
+        p.cu_seqlens = {0, 0, 1, 3, 62, 126, 129, 129, 254, 300};
         for (Sequence* each : {&p.x, &p.grad_y})
           *each = make(
               random, dtype(), 1, 300, 9, kTimeContiguous, [](Random& r) { return r.normal(); });
