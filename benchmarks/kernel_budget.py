@@ -200,8 +200,9 @@ def _loads(one: sass.Instruction) -> bool:
 def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int, special: bool) -> list[int]:
     """The way around the main loop of a thread that has nothing special to do, as far as jumps tell.
 
-    All steps are there, with the cheapest of the options, or, if `special`, an activation; inputs come by 16 bytes; no other
-    block is waited for, no sequence starts, no division has an operand out of the usual range.
+    All steps are there, with the cheapest of the options, or, if `special`, an activation; inputs
+    come by 16 bytes; no other block is waited for, no sequence starts, no division has an operand
+    out of the usual range.
     """
     weight = {}
     inner = set().union(*(other.body for other in flow.inside(loop)))
