@@ -1,10 +1,10 @@
 // The causal convolution on a GPU.
 //
 // Unlike a recurrence it may be cut along time: a block takes tiles, some steps of a sequence times 128 bytes of
-// neighbouring channels, and brings the steps that a tile reads into shared memory, whatever their layout: its own, and those
-// before them, which the tile before reads as well, or the initial state. From there a thread takes kConvRows consecutive
-// steps of the channels of one vector, all in registers. Nothing is carried from tile to tile, so blocks hide each other's
-// waiting for memory, and every split of time yields the same bits.
+// neighbouring channels, and brings the steps that a tile reads into shared memory, whatever their layout: its own, and
+// those before them, which the tile before reads as well, or the initial state. From there a thread takes kConvRows
+// consecutive steps of the channels of one vector, all in registers. Nothing is carried from tile to tile, so blocks hide
+// each other's waiting for memory, and every split of time yields the same bits.
 //
 // The backward computes the gradient g of the pre-activation again. A step's input is seen by the outputs of the next W - 1
 // steps as well: their g comes from the threads that own these steps, through shared memory, or at the end of a tile is
@@ -87,8 +87,8 @@ struct ConvTile {
   static constexpr int kGroups = kConvThreads / kVectors;       // and one after the other
   static constexpr int kTime = kGroups * kConvRows;
   static constexpr int kTapBytes = kChannels * int(sizeof(Lane)); // a number per channel
-  // Shared memory: ConvControl; the taps and the bias; x; backward, the gradient of y and g of each group's first steps. The threads'
-  // sums of the weight's gradient take the place of x in the end.
+  // Shared memory: ConvControl; the taps and the bias; x; backward, the gradient of y and g of each group's first steps.
+  // The threads' sums of the weight's gradient take the place of x in the end.
   static constexpr int kWeightBytes = (kWindow + 1) * kTapBytes;
   static constexpr int kForwardBytes =
       kConvControlBytes + kWeightBytes + (kHalo + kTime) * kConvRowBytes;
@@ -947,8 +947,8 @@ __global__ void __launch_bounds__(kConvThreads)
       gradient(c, tap - before));
 }
 
-// The weight's gradient of pieces of `steps` tokens, as causal_conv1d_backward_kernel leaves it: blocks for the channels of a
-// tap, of all taps and the bias, and of all pieces.
+// The weight's gradient of pieces of `steps` tokens, as causal_conv1d_backward_kernel leaves it: blocks for the channels of
+// a tap, of all taps and the bias, and of all pieces.
 template <class S>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_wide_weight_kernel(
     const CausalConv1dBackward p, const void* gradients, void* sums, int64_t steps) {

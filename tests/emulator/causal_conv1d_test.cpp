@@ -82,8 +82,8 @@ TEST_P(CausalConv1dCuda, RandomProblems) {
   }
 }
 
-// Several tiles of several sequences to a block: dense, and packed with sequences that are empty, that begin just before a tile,
-// and that are shorter than the window.
+// Several tiles of several sequences to a block: dense, and packed with sequences that are empty, that begin just before a
+// tile, and that are shorter than the window.
 TEST_P(CausalConv1dCuda, ManyTiles) {
   Random random;
   for (const int64_t window : {2, 4, 6}) {
