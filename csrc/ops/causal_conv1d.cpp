@@ -1,6 +1,6 @@
 // torch_ext::causal_conv1d: checks, Meta, CPU and CUDA kernels, derivatives of every order and mode, autocast, steps. The
-// kernels: csrc/cpu/causal_conv1d.h, csrc/cuda/causal_conv1d.cuh. What it shares with the recurrences (threads, offsets, rows of a
-// pool): diagonal.h.
+// kernels: csrc/cpu/causal_conv1d.h, csrc/cuda/causal_conv1d.cuh. What it shares with the recurrences (threads, offsets,
+// rows of a pool): diagonal.h.
 #include "diagonal.h"
 #include "torch_ext/ops.h"
 #ifdef TORCH_EXT_CUDA
