@@ -142,8 +142,8 @@ struct ConvDriver {
     }
     launch(
         causal_conv1d_sum_kernel<Lane>,
-        dim3(unsigned(conv_divide_up(p.width, 32) * (p.window + 1))), kConvThreads,
-        kConvThreads * int(sizeof(Lane)), stream, p, static_cast<const void*>(workspace), parts);
+        dim3(unsigned(conv_divide_up(p.width, 32) * (p.window + 1))), kConvSumThreads,
+        kConvSumThreads * int(sizeof(Lane)), stream, p, static_cast<const void*>(workspace), parts);
   }
 };
 

@@ -24,6 +24,7 @@
 namespace torch_ext::cuda {
 
 inline constexpr int kConvThreads = 128;
+inline constexpr int kConvSumThreads = 256;
 inline constexpr int kConvRows = 8;       // steps of a thread
 inline constexpr int kConvRowBytes = 128; // channels of a tile
 inline constexpr int kConvControlBytes = 256;
@@ -785,9 +786,9 @@ __global__ void __launch_bounds__(kConvThreads, 3)
 // The weight's gradient from what `parts` blocks have summed: a block for 32 channels of a tap, or of the bias. Its warps
 // take the parts a piece each.
 template <class Lane>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvSumThreads)
     causal_conv1d_sum_kernel(const CausalConv1dBackward p, const void* sums, int64_t parts) {
-  constexpr int kWarps = kConvThreads / 32;
+  constexpr int kWarps = kConvSumThreads / 32;
   const int64_t blocks = (p.width + 31) / 32, tap = blockIdx.x / blocks;
   const int64_t d = (blockIdx.x - tap * blocks) * 32 + lane();
   const Shared<Lane> of_warps = shared_memory<Lane>();
@@ -797,7 +798,7 @@ __global__ void __launch_bounds__(kConvThreads)
     const int64_t step = (p.window + 1) * p.width;
     int64_t i = parts * warp() / kWarps;
     const Lane* from = static_cast<const Lane*>(sums) + i * step + tap * p.width + d;
-#pragma unroll 4
+#pragma unroll 8 // loads ahead
     for (; i < end; ++i) {
       sum = sum + load_global(from);
       from += step;

@@ -7,11 +7,11 @@ namespace torch_ext::cuda {
 namespace {
 
 template <class S>
-void print(const char* kernel, int shared = 0) {
+void print(const char* kernel, int shared = 0, int threads = kConvThreads) {
   printf(
       "{\"kernel\": \"causal_conv1d_%s\", \"threads\": %d, \"dynamic_shared\": %d, "
       "\"outputs\": 1}\n",
-      (std::string(kernel) + " " + dtype_name<S>).c_str(), kConvThreads, shared);
+      (std::string(kernel) + " " + dtype_name<S>).c_str(), threads, shared);
 }
 // A pass of the main loop: a piece of a sequence. "special": with its activation.
 template <class L>
@@ -43,7 +43,7 @@ void print_all(ConvDriver<S>) {
         "{\"kernel\": \"causal_conv1d_step_vectors %s %d\", \"threads\": %d, "
         "\"dynamic_shared\": 0, \"outputs\": 1}\n",
         dtype_name<S>, window, kConvThreads);
-  if constexpr (sizeof(S) >= 4) print<S>("sum", kConvThreads * int(sizeof(S)));
+  if constexpr (sizeof(S) >= 4) print<S>("sum", kConvSumThreads * int(sizeof(S)), kConvSumThreads);
 }
 
 } // namespace
