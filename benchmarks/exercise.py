@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ import torch_ext
 SHAPES = ((3, 37, 83), (2, 65, 256), (1, 700, 5), (2, 1, 40))
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LAYOUTS = ("rows", "time last", "packed", "reverse")
+WINDOWS = (1, 4, 7, 11)  # of causal_conv1d: each kind of kernel
 
 
 def inputs_of(
@@ -74,21 +75,66 @@ def run_steps(operator: Operator, inputs: list[torch.Tensor], device: str) -> li
     return [x.cpu() for x in (h, state, h_, pool)]
 
 
+def run_convolution(
+    shape: tuple[int, int, int], window: int, dtype: torch.dtype, layout: str, device: str
+) -> list:
+    """causal_conv1d, forward and backward with states, and steps, as the two functions above."""
+    generator = torch.Generator().manual_seed(0)
+    batch, steps, dim = shape
+    rows, ends = batch, None
+    if layout == "packed":
+        batch, steps, ends = 1, batch * steps, [0, 0, batch * steps // 3, batch * steps]
+        rows = len(ends) - 1
+    pool = rows + 2 if layout == "step" else rows
+    sizes = ((batch, steps, dim), (dim, window), (dim,), (pool, dim, window - 1))
+    leaves = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    if layout == "time last":
+        leaves[0] = leaves[0].transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "step":
+        x, weight, bias, state = leaves
+        indices = torch.arange(batch, 0, -1, device=device)
+        indices[0] = -1
+        arguments = (x[:, 0], weight, bias, state, indices, "silu")
+        return [torch_ext.causal_conv1d_step_(*arguments).cpu(), state.cpu()]
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=device)
+    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+    y, final = torch_ext.causal_conv1d(*leaves, "silu", cu_seqlens)
+    weights = (torch.cos(y.detach()), torch.sin(final.detach()))
+    gradients = torch.autograd.grad((y, final), leaves, weights)
+    return [x.detach().cpu() for x in (y, final, *gradients)]
+
+
+def all_works() -> Iterator[tuple[str, float, Callable[[str], list]]]:
+    """What is run, the error that is accepted, and the work, to be called with a device."""
+    for dtype, tolerance in TOLERANCES.items():
+        for shape in SHAPES:
+            for name, operator in OPERATORS.items():
+                inputs = inputs_of(operator, shape, dtype)
+                for layout in LAYOUTS:
+                    work = partial(run, operator, inputs, layout)
+                    yield f"{name} {dtype} {shape} {layout}", tolerance, work
+                yield (
+                    f"{name} {dtype} {shape} step",
+                    tolerance,
+                    partial(run_steps, operator, inputs),
+                )
+            for window in WINDOWS:
+                for layout in ("rows", "time last", "packed", "step"):
+                    work = partial(run_convolution, shape, window, dtype, layout)
+                    yield f"causal_conv1d W={window} {dtype} {shape} {layout}", tolerance, work
+
+
 def differences(device: str) -> Iterator[tuple[str, float, float]]:
     """What was run, its largest error in relation to the largest value, and what is accepted."""
-    for name, operator in OPERATORS.items():
-        for dtype, tolerance in TOLERANCES.items():
-            for shape in SHAPES:
-                inputs = inputs_of(operator, shape, dtype)
-                works = {layout: partial(run, operator, inputs, layout) for layout in LAYOUTS}
-                works["step"] = partial(run_steps, operator, inputs)
-                for what, work in works.items():
-                    worst = 0.0
-                    for got, want in zip(work(device), work("cpu"), strict=True):
-                        largest = want.double().abs().max().clamp(min=1)
-                        error = ((got.double() - want.double()).abs().max() / largest).item()
-                        worst = max(worst, error if error == error else float("inf"))
-                    yield f"{name} {dtype} {shape} {what}", worst, tolerance
+    for what, tolerance, work in all_works():
+        worst = 0.0
+        for got, want in zip(work(device), work("cpu"), strict=True):
+            if want.numel() == 0:
+                continue
+            largest = want.double().abs().max().clamp(min=1)
+            error = ((got.double() - want.double()).abs().max() / largest).item()
+            worst = max(worst, error if error == error else float("inf"))
+        yield what, worst, tolerance
 
 
 def main() -> int:

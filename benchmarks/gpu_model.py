@@ -14,6 +14,9 @@ out better, plus its launches:
     latency   bytes read / (bytes on their way at once / time of one access)
     chain     few channels: blocks hand the state on, one hop per 32 tiles
 
+causal_conv1d, with four taps and SiLU, has no such pipeline and no chain: its latency is that of blocks
+which wait for a tile and then compute it, one after the other.
+
 It is optimistic where the kernels wait for their own results, and does not count the exchange
 between blocks. "roof" is what no implementation can beat: the bytes of shapes.py and the launch.
 Where results/gpu.json has measured times, they and the model's error stand beside: a list of
@@ -118,7 +121,9 @@ SHAPES = (
     ("8x2048x1536", "float32"),
     ("8x8192x256", "float32"),
 )
-MODELLED = ("linear_scan", "min_gru", "min_lstm")
+DIAGONAL = ("linear_scan", "min_gru", "min_lstm")
+MODELLED = (*DIAGONAL, "causal_conv1d")
+TAPS = 4
 DIRECTIONS = ("forward", "backward")
 
 
@@ -129,7 +134,9 @@ class Prediction:
     direction: str
     shape: str
     dtype: str
-    schedule: str  # "walking": a block takes all tiles of its channels; "chained": one each
+    schedule: (
+        str  # "walking": a block takes all tiles of its channels; "chained": one each; "tiles"
+    )
     memory: float
     issue: float
     special: float
@@ -161,6 +168,8 @@ def predict(
     budget: dict, device: Device, operator: str, direction: str, shape: str, dtype: str
 ) -> Prediction:
     """The time of one call, with contiguous (batch, time, channel) tensors."""
+    if operator == "causal_conv1d":
+        return predict_convolution(budget, device, direction, shape, dtype)
     batch, time, width = parse_shape(shape)
     kernel = budget["kernels"][f"diagonal_tiles {direction} {operator} {dtype}"]
     launch, row = kernel["launch"], kernel[device.code]
@@ -215,6 +224,63 @@ def predict(
     )
     add_peer(found, device)
     return found
+
+
+def predict_convolution(
+    budget: dict, device: Device, direction: str, shape: str, dtype: str
+) -> Prediction:
+    """causal_conv1d with four taps and SiLU."""
+    batch, time, width = parse_shape(shape)
+    kernel = budget["kernels"][f"causal_conv1d_{direction} {dtype} {TAPS}"]
+    launch, row = kernel["launch"], kernel[device.code]
+    elements, itemsize = batch * time * width, launch["itemsize"]
+    groups = math.ceil(width / launch["channels"])
+    tiles = batch * math.ceil(time / launch["steps_per_tile"])
+    run = min(max(1, tiles * groups // launch["enough_blocks"]), launch["tiles_per_block"])
+    parts = math.ceil(tiles / run)
+    blocks = groups * parts
+    resident = resident_blocks(
+        device.architecture,
+        launch["threads"],
+        row["registers"],
+        row["static_shared"] + launch["dynamic_shared"],
+    )
+    share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
+    warps = launch["threads"] / 32 / 4  # of a block, per scheduler
+    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
+
+    def issue_rate(blocks: int) -> float:
+        return device.issue * min(1.0, blocks * warps * WARP_ISSUE)
+
+    instructions = elements * row["per_element"]["way"]
+    # The gradient of the weight: each part's sums, written and read.
+    sums = 2 * parts * (TAPS + 1) * width * 4 if direction == "backward" else 0
+    moved = elements * itemsize * (launch["arrays"] + 1)
+    rounds = math.ceil(blocks * run / (resident * device.multiprocessors))
+    alone = instructions / (blocks * run) / (issue_rate(1) / device.multiprocessors)
+    found = {
+        "memory": (moved + sums) / device.copy,
+        "issue": instructions * share / issue_rate(at_once),
+        "special": elements * row["per_element"]["mufu"] * share / device.special,
+        "latency": rounds * (LATENCY + alone),
+        "chain": 0.0,
+    }
+    launches = 2 if direction == "backward" else 1
+    bound = max(found, key=lambda part: found[part])
+    return Prediction(
+        device.name,
+        "causal_conv1d",
+        direction,
+        shape,
+        dtype,
+        "tiles",
+        **found,
+        launches=launches,
+        seconds=found[bound] + launches * LAUNCH,
+        bound=bound,
+        roof=moved / device.copy + LAUNCH,
+        blocks_per_multiprocessor=resident,
+    )
 
 
 # Published: https://github.com/proger/accelerated-scan, (batch, channel, time) = (8, 1536, 2048).

@@ -3,7 +3,9 @@ time split among blocks. The other suites run there as well, with --device cuda.
 
 import pytest
 import torch
-from cases import close, cotangents, gradients, over, short, wide
+from cases import OTHERS, close, cotangents, gradients, over, short, wide
+
+import torch_ext
 
 pytestmark = [
     pytest.mark.cuda,
@@ -281,3 +283,81 @@ def test_more_elements_than_int32(case):
     want = [h, final, *torch.autograd.grad(h, exact, wide(grad[corner].cpu()))]
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
         close(g.detach()[corner], w, grad=index > 1, factor=4.0, name=f"{short(g.dtype)} {index}")
+
+
+# ---- causal_conv1d: cut along time, so the same plans are other splits ----
+CONVOLUTION = next(case for case in OTHERS if case.name == "causal_conv1d")
+WINDOWS = pytest.mark.parametrize("window", [1, 4, 7, 11])  # each kind of kernel
+
+
+def convolution(shape, window, dtype, generator, rows=None):
+    B, T, D = shape
+    shapes = ((B, T, D), (D, window), (D,), (rows or B, D, window - 1))
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(CUDA, dtype).requires_grad_()
+        for s in shapes
+    ]
+
+
+@WINDOWS
+@PLAN
+@pytest.mark.parametrize("dtype", CONVOLUTION.dtypes, ids=short)
+def test_convolution_like_the_cpu(dtype, window, plan, generator):
+    """Values and gradients against the CPU's operator in float64, the same bits in every launch and
+    with time side by side, and no waiting for the device."""
+    B, T, D = PLANS[plan]
+    x = convolution((B, T, min(D, 300)), window, dtype, generator)
+    f = CONVOLUTION.bind(activation="silu")
+    weights = cotangents(f(*x), generator)
+    exact = [wide(y.cpu()) for y in x]
+    got = [*f(*x), *gradients(f, x, weights=weights)]
+    want = [*f(*exact), *gradients(f, exact, weights=[wide(w.cpu()) for w in weights])]
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        close(g, w, grad=i > 1, size=0.25 if i < 2 else 0.01)
+    same([*f(*x), *gradients(f, x, weights=weights)], got)
+    turned = x[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    same([*f(turned, *x[1:]), *gradients(f, [turned, *x[1:]], weights=weights)], got)
+
+
+@WINDOWS
+def test_convolution_of_packed_sequences(window, generator, no_waiting):
+    """Like each sequence alone, in a graph that is replayed for other lengths, without waiting."""
+    cu = torch.tensor([0, 5, 5, 600, 1500], device=CUDA)
+    x = convolution((1, 1500, 40), window, torch.float32, generator, rows=4)
+    f = CONVOLUTION.bind(cu_seqlens=cu, activation="silu")
+    weights = cotangents(f(*x), generator)
+    with no_waiting:
+        gradients(f, x, weights=weights)
+    graph, outputs = captured(lambda: [*f(*x), *gradients(f, x, weights=weights)])
+    for lengths in ([0, 5, 5, 600, 1500], [0, 700, 701, 701, 1500]):
+        cu.copy_(torch.tensor(lengths))
+        graph.replay()
+        got = [y.clone() for y in outputs]
+        same([*f(*x), *gradients(f, x, weights=weights)], got)
+        exact = [wide(y.cpu()) for y in x]
+        g = CONVOLUTION.bind(cu_seqlens=cu.cpu(), activation="silu")
+        want = [*g(*exact), *gradients(g, exact, weights=[wide(w.cpu()) for w in weights])]
+        for i, (y, w) in enumerate(zip(got, want, strict=True)):
+            close(y, w, grad=i > 1, size=0.25 if i < 2 else 0.01)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("dtype", CONVOLUTION.dtypes, ids=short)
+def test_convolution_of_steps(dtype, window, generator, no_waiting):
+    """In place in a pool, by vectors and one by one, without waiting; a negative index has no state."""
+    for D in (64, 33):
+        x, weight, bias, pool = (
+            y.detach() for y in convolution((4, 1, D), window, dtype, generator, rows=6)
+        )
+        rows = torch.tensor([5, -1, 0, 2], device=CUDA)
+        token, before = x[:, 0], pool.clone()
+        with no_waiting:
+            y = torch_ext.causal_conv1d_step_(token, weight, bias, pool, rows, activation="silu")
+        has = rows >= 0
+        want, after = torch_ext.causal_conv1d_step(
+            *(wide(z.cpu()) for z in (token, weight, bias, before)), rows.cpu(), activation="silu"
+        )
+        close(y, want, size=0.25)
+        assert not y[~has].any()
+        close(pool, after)
+        assert torch.equal(pool[[1, 3, 4]], before[[1, 3, 4]])

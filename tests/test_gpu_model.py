@@ -1,6 +1,7 @@
 """benchmarks/gpu_model.py: its arithmetic on a made-up kernel, and that it says what it is."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -38,9 +39,14 @@ def budget(way=10.0, mufu=0.0, dynamic_shared=60000):
     names = [
         f"diagonal_tiles {direction} {operator} bfloat16"
         for direction in gpu_model.DIRECTIONS
-        for operator in gpu_model.MODELLED
+        for operator in gpu_model.DIAGONAL
     ]
-    return {"kernels": {name: {"launch": launch, "90a": row, "80": row} for name in names}}
+    kernels = {name: {"launch": launch, "90a": row, "80": row} for name in names}
+    for direction, arrays in (("forward", 1), ("backward", 2)):
+        tiles = {"arrays": arrays, "steps_per_tile": 128, "tiles_per_block": 8}
+        convolution = {"launch": launch | tiles, "90a": row, "80": row}
+        kernels[f"causal_conv1d_{direction} bfloat16 4"] = convolution
+    return {"kernels": kernels}
 
 
 def predict(shape=SHAPE, **values):
@@ -88,6 +94,25 @@ def test_few_channels_are_chained():
     assert row.chain == pytest.approx(1048576 / 64 / 32 * 1.5e-6)
 
 
+def test_convolution():
+    def predict(direction, **values):
+        return gpu_model.predict(
+            budget(**values), H200, "causal_conv1d", direction, SHAPE, "bfloat16"
+        )
+
+    row = predict("forward")
+    assert row.bound == "memory" and row.launches == 1
+    assert row.seconds == pytest.approx(row.roof) == pytest.approx(ELEMENTS * 4 / 4.3e12 + 3e-6)
+    # 64 * 256 tiles, eight to a block: 5 sums of each of 4096 channels from 32 blocks.
+    sums = 2 * 32 * 5 * 4096 * 4
+    assert predict("backward").memory == pytest.approx((ELEMENTS * 6 + sums) / 4.3e12)
+    assert predict("forward", way=200.0).bound == "issue"
+    # One block to a multiprocessor waits for each of its tiles, and computes it with two warps per scheduler.
+    slow = predict("forward", dynamic_shared=200000)
+    alone = 128 * 64 * 10 / (128 * 1.98e9 * 0.8)
+    assert slow.latency == pytest.approx(math.ceil(64 * 256 / 132) * (0.75e-6 + alone))
+
+
 def test_peer():
     row = predict("8x2048x1536")
     assert row.peer == "accelerated-scan"
@@ -113,7 +138,7 @@ def test_it_says_that_it_predicts(run, tmp_path):
     for text in (printed, table, result["about"], *(row["label"] for row in result["rows"])):
         assert "prediction, not a measurement" in text
     assert "| measured |" not in table and "measured" not in result["rows"][0]
-    assert len(result["rows"]) == 6
+    assert len(result["rows"]) == 2 * len(gpu_model.MODELLED)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, [8, 4096, 4096]])
@@ -139,5 +164,5 @@ def test_with_the_budget_of_the_kernels(run):
     kernels = json.loads(gpu_model.BUDGET.read_text())
     shapes = [f"{shape}:{dtype}" for shape, dtype in gpu_model.SHAPES]
     _, _, result = run("--device", *gpu_model.DEVICES, "--shapes", *shapes, kernels=kernels)
-    assert len(result["rows"]) == len(gpu_model.DEVICES) * len(shapes) * 6
+    assert len(result["rows"]) == len(gpu_model.DEVICES) * len(shapes) * 2 * len(gpu_model.MODELLED)
     assert all(row["seconds"] >= row["roof"] * 0.999 for row in result["rows"])

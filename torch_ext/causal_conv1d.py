@@ -60,7 +60,7 @@ def causal_conv1d(
             or ``activation`` is another word.
         TypeError: a dtype differs from the above.
         RuntimeError: the tensors are on different devices.
-        NotImplementedError: ``x`` is on a CUDA device; there is no kernel for it yet.
+        NotImplementedError: ``x`` is on a CUDA device, and this build has no CUDA kernels.
 
     Notes:
         Accumulates in float32 for half precision. Bitwise the same on every run, for every number

@@ -1,7 +1,11 @@
-// torch_ext::causal_conv1d: checks, Meta, CPU kernels, derivatives of every order and mode, autocast, steps. The kernels:
-// csrc/cpu/causal_conv1d.h. What it shares with the recurrences (threads, offsets, rows of a pool): diagonal.h.
+// torch_ext::causal_conv1d: checks, Meta, CPU and CUDA kernels, derivatives of every order and mode, autocast, steps. The
+// kernels: csrc/cpu/causal_conv1d.h, csrc/cuda/causal_conv1d.cuh. What it shares with the recurrences (threads, offsets,
+// rows of a pool): diagonal.h.
 #include "diagonal.h"
 #include "torch_ext/ops.h"
+#ifdef TORCH_EXT_CUDA
+#include "../cuda/causal_conv1d.h"
+#endif
 
 #include <algorithm>
 
@@ -159,7 +163,7 @@ Tensor meta_step_(
   return at::empty_symint(x.sym_sizes(), x.options());
 }
 
-// ---- CPU ----
+// ---- kernels: launch(dtype, problem) is the driver of a device ----
 
 ConvState conv_state(const Opt& s) {
   if (!defined(s)) return {};
@@ -193,8 +197,9 @@ Tensor offsets_of(const Tensor& x, const Opt& cu_seqlens) {
                              : Tensor();
 }
 
-Pair cpu_forward(
-    const Tensor& x, const Tensor& weight, const Opt& bias, const Opt& initial_state,
+template <class Launch>
+Pair forward(
+    Launch launch, const Tensor& x, const Tensor& weight, const Opt& bias, const Opt& initial_state,
     const Opt& cu_seqlens, Activation activation) {
   auto [y, final_state] = meta(x, weight, bias, initial_state, cu_seqlens, activation);
   const Parameters parameters(x, weight, bias);
@@ -203,13 +208,15 @@ Pair cpu_forward(
   describe(p, x, parameters, offsets, initial_state, is_silu(activation));
   p.y = y.mutable_data_ptr();
   p.final_state = final_state.mutable_data_ptr();
-  cpu::causal_conv1d_forward(kernel_dtype(x.scalar_type()), p, torch_threads());
+  launch(kernel_dtype(x.scalar_type()), p);
   return {y, final_state};
 }
 
-Gradients cpu_backward(
-    const Opt& grad_y, const Opt& grad_final_state, const Tensor& x, const Tensor& weight,
-    const Opt& bias, const Opt& initial_state, const Opt& cu_seqlens, Activation activation) {
+template <class Launch>
+Gradients backward(
+    Launch launch, const Opt& grad_y, const Opt& grad_final_state, const Tensor& x,
+    const Tensor& weight, const Opt& bias, const Opt& initial_state, const Opt& cu_seqlens,
+    Activation activation) {
   auto [grad_x, grad_weight, grad_bias, grad_state] = meta_backward(
       grad_y, grad_final_state, x, weight, bias, initial_state, cu_seqlens, activation);
   const Parameters parameters(x, weight, bias);
@@ -228,15 +235,16 @@ Gradients cpu_backward(
   p.grad_weight = wide_weight.mutable_data_ptr();
   p.grad_bias = wide_bias.mutable_data_ptr();
   p.grad_initial_state = grad_state.mutable_data_ptr();
-  cpu::causal_conv1d_backward(kernel_dtype(x.scalar_type()), p, torch_threads());
+  launch(kernel_dtype(x.scalar_type()), p);
   return {
       grad_x, wide_weight.to(grad_weight.scalar_type()), wide_bias.to(grad_bias.scalar_type()),
       grad_state};
 }
 
 // One step for every row, in place in the pool of states.
-Tensor cpu_step_(
-    const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,
+template <class Launch>
+Tensor step_in_place(
+    Launch launch, const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,
     const Opt& state_indices, Activation activation) {
   check_step(x, weight, bias, state, state_indices);
   check_no_overlap(kName, state);
@@ -250,10 +258,73 @@ Tensor cpu_step_(
   if (rows.defined()) p.state_rows = rows.const_data_ptr<int64_t>();
   p.y = y.mutable_data_ptr();
   p.final_state = pool.mutable_data_ptr();
-  cpu::causal_conv1d_forward(kernel_dtype(x.scalar_type()), p, torch_threads());
+  launch(kernel_dtype(x.scalar_type()), p);
   if (!pool.is_same(state)) state.copy_(pool);
   return y;
 }
+
+void launch_cpu(DType dtype, const CausalConv1dForward& p) {
+  cpu::causal_conv1d_forward(dtype, p, torch_threads());
+}
+void launch_cpu(DType dtype, const CausalConv1dBackward& p) {
+  cpu::causal_conv1d_backward(dtype, p, torch_threads());
+}
+Pair cpu_forward(
+    const Tensor& x, const Tensor& weight, const Opt& bias, const Opt& initial_state,
+    const Opt& cu_seqlens, Activation activation) {
+  return forward(
+      [](auto dtype, const auto& p) { launch_cpu(dtype, p); }, x, weight, bias, initial_state,
+      cu_seqlens, activation);
+}
+Gradients cpu_backward(
+    const Opt& grad_y, const Opt& grad_final_state, const Tensor& x, const Tensor& weight,
+    const Opt& bias, const Opt& initial_state, const Opt& cu_seqlens, Activation activation) {
+  return backward(
+      [](auto dtype, const auto& p) { launch_cpu(dtype, p); }, grad_y, grad_final_state, x, weight,
+      bias, initial_state, cu_seqlens, activation);
+}
+Tensor cpu_step_(
+    const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,
+    const Opt& state_indices, Activation activation) {
+  return step_in_place(
+      [](auto dtype, const auto& p) { launch_cpu(dtype, p); }, x, weight, bias, state,
+      state_indices, activation);
+}
+#ifdef TORCH_EXT_CUDA
+template <class Problem>
+void launch_cuda(DType dtype, const Problem& p) {
+  // Given back when this returns: the caching allocator hands it out again in the order of the stream.
+  const Tensor workspace =
+      at::empty({cuda::causal_conv1d_workspace(dtype, p)}, at::device(at::kCUDA).dtype(at::kByte));
+  cuda::causal_conv1d(
+      dtype, p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+Pair cuda_forward(
+    const Tensor& x, const Tensor& weight, const Opt& bias, const Opt& initial_state,
+    const Opt& cu_seqlens, Activation activation) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  return forward(
+      [](auto dtype, const auto& p) { launch_cuda(dtype, p); }, x, weight, bias, initial_state,
+      cu_seqlens, activation);
+}
+Gradients cuda_backward(
+    const Opt& grad_y, const Opt& grad_final_state, const Tensor& x, const Tensor& weight,
+    const Opt& bias, const Opt& initial_state, const Opt& cu_seqlens, Activation activation) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  return backward(
+      [](auto dtype, const auto& p) { launch_cuda(dtype, p); }, grad_y, grad_final_state, x, weight,
+      bias, initial_state, cu_seqlens, activation);
+}
+Tensor cuda_step_(
+    const Tensor& x, const Tensor& weight, const Opt& bias, const Tensor& state,
+    const Opt& state_indices, Activation activation) {
+  const c10::cuda::CUDAGuard guard(state.device());
+  return step_in_place(
+      [](auto dtype, const auto& p) { launch_cuda(dtype, p); }, x, weight, bias, state,
+      state_indices, activation);
+}
+#endif
 
 // ---- the same as differentiable tensor code ----
 
@@ -590,8 +661,14 @@ TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("causal_conv1d_step_", &cpu_step_);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
+#ifdef TORCH_EXT_CUDA
+  m.impl("causal_conv1d", &cuda_forward);
+  m.impl("causal_conv1d_backward", &cuda_backward);
+  m.impl("causal_conv1d_step_", &cuda_step_);
+#else
   for (const char* name : {"causal_conv1d", "causal_conv1d_backward", "causal_conv1d_step_"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernel>());
+#endif
 }
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("causal_conv1d", &meta);
