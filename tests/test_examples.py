@@ -193,7 +193,7 @@ def test_csv_with_comparison(tmp_path, forecasting, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
-@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm"])
+@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm", "mamba"])
 def test_every_layer_steps_as_it_runs(layer, forecasting):
     torch.manual_seed(0)
     model = forecasting.Forecaster(layer, 8, 2, 0.0, mean=10.0, std=5.0, scale=2.0).eval()

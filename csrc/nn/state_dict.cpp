@@ -53,6 +53,17 @@ bool unwrap_ordered_dict(std::string& pickle) {
   return true;
 }
 
+// A parameter with attributes, such as the one that keeps weight decay off, is pickled by a function that torch's C++
+// unpickler does not know: _rebuild_parameter_with_state. Its first arguments are those of _rebuild_parameter, which it
+// does know and which ignores the others.
+void drop_attributes(std::string& pickle) {
+  constexpr std::string_view kGlobal = "ctorch._utils\n_rebuild_parameter_with_state\n";
+  constexpr std::string_view kTail = "_with_state";
+  for (size_t at = 0; (at = pickle.find(kGlobal, at)) != std::string::npos;) {
+    pickle.erase(at + kGlobal.size() - 1 - kTail.size(), kTail.size());
+  }
+}
+
 std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
   auto [data, size] = archive.getRecord(name);
   return {static_cast<const char*>(data.get()), size};
@@ -61,6 +72,7 @@ std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
 StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   std::string pickle = record_text(archive, "data.pkl");
   const bool unwrapped = unwrap_ordered_dict(pickle);
+  drop_attributes(pickle);
   size_t position = 0;
   const auto read = [&](char* buffer, size_t size) {
     size = std::min(size, pickle.size() - position);

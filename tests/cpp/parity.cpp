@@ -85,6 +85,32 @@ void run_lm(const std::string& folder, const MinRNNLMOptions& options) {
   });
 }
 
+void run_mamba(const std::string& folder, const MambaOptions& options) {
+  torch::manual_seed(0); // as in Python: a new layer has the same values
+  Mamba fresh(options);
+  for (const auto& each : fresh->named_parameters()) {
+    compare("initial." + each.key(), each.value());
+  }
+  run<Mamba>(folder, options, [&](Mamba& module) {
+    const Tensor &x = answers["x"], &lengths = answers["lengths"];
+    compare("y", module->forward(x));
+    compare("right", module->forward(x, lengths));
+    compare("left", module->forward(x, lengths, "left"));
+    if (options.bidirectional()) return;
+    const auto compare_both = [](const std::string& name, const auto& result) {
+      const auto& [y, state] = result;
+      compare(name + "_y", y);
+      compare(name + "_conv", std::get<0>(state));
+      compare(name + "_scan", std::get<1>(state));
+    };
+    compare_both("left", module->prefill(x, {}, lengths, "left"));
+    const auto first = module->prefill(x);
+    compare_both("first", first);
+    compare_both("more", module->prefill(x, std::get<1>(first), lengths));
+    compare_both("step", module->step(x.select(1, 0), std::get<1>(first)));
+  });
+}
+
 // The same names and options as in parity.py.
 const std::map<std::string, std::function<void(const std::string& folder)>> kCases = {
     {"min_gru", [](auto& f) { run_layer<MinGRU>(f, MinGRUOptions(5, 7)); }},
@@ -112,6 +138,24 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
                   .mlp_ratio(2)
                   .activation("g"));
      }},
+    {"mamba", [](auto& f) { run_mamba(f, MambaOptions(20)); }},
+    {"mamba_options",
+     [](auto& f) {
+       run_mamba(
+           f, MambaOptions(20)
+                  .d_state(5)
+                  .d_conv(3)
+                  .expand(1.5)
+                  .dt_rank(4)
+                  .dt_min(0.01)
+                  .dt_max(0.2)
+                  .dt_init("constant")
+                  .dt_scale(0.5)
+                  .dt_init_floor(0.05)
+                  .conv_bias(false)
+                  .bias(true));
+     }},
+    {"mamba_both", [](auto& f) { run_mamba(f, MambaOptions(20).bidirectional(true)); }},
     {"lm", [](auto& f) { run_lm(f, MinRNNLMOptions(11, 8, 2).layer("min_lstm")); }},
 };
 

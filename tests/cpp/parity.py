@@ -48,6 +48,22 @@ CASES = {
         mlp_ratio=2,
         activation="g",
     ),
+    "mamba": lambda: torch_ext.Mamba(20),
+    "mamba_options": lambda: torch_ext.Mamba(
+        20,
+        d_state=5,
+        d_conv=3,
+        expand=1.5,
+        dt_rank=4,
+        dt_min=0.01,
+        dt_max=0.2,
+        dt_init="constant",
+        dt_scale=0.5,
+        dt_init_floor=0.05,
+        conv_bias=False,
+        bias=True,
+    ),
+    "mamba_both": lambda: torch_ext.Mamba(20, bidirectional=True),
     "lm": lambda: torch_ext.MinRNNLM(11, 8, 2, layer="min_lstm"),
 }
 
@@ -60,6 +76,20 @@ def layer_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     answers |= {"padded_y": padded_y, "padded_state": padded_state}
     if not module.bidirectional:
         answers["step_y"], answers["step_state"] = module.step(x[0], state)
+    return answers
+
+
+def mamba_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    x, lengths = torch.randn(3, 9, 20), torch.tensor([9, 1, 6])
+    right, left = module(x, lengths), module(x, lengths, "left")
+    answers = {"x": x, "lengths": lengths, "y": module(x), "right": right, "left": left}
+    if not module.bidirectional:
+        first = module.prefill(x)
+        results = {"first": first, "left": module.prefill(x, None, lengths, "left")}
+        results["more"] = module.prefill(x, first[1], lengths)
+        results["step"] = module.step(x[:, 0], first[1])
+        for name, (y, (conv, scan)) in results.items():
+            answers |= {f"{name}_y": y, f"{name}_conv": conv, f"{name}_scan": scan}
     return answers
 
 
@@ -85,12 +115,12 @@ def main(program: str) -> int:
     for name, make in CASES.items():
         torch.manual_seed(0)
         module = make().eval()
+        initial = {f"initial.{k}": v.detach().clone() for k, v in module.named_parameters()}
         with torch.no_grad():
             for parameter in module.parameters():  # norms and biases too, that all of them count
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            answers = {"lm": lm_answers, "block": block_answers}.get(
-                name.partition("_")[0], layer_answers
-            )(module)
+            kinds = {"lm": lm_answers, "block": block_answers, "mamba": mamba_answers}
+            answers = kinds.get(name.partition("_")[0], layer_answers)(module) | initial
         with tempfile.TemporaryDirectory() as folder:
             torch.save(module.state_dict(), Path(folder, "state_dict.pt"))
             torch.save(dict(module.named_parameters()), Path(folder, "parameters.pt"))

@@ -117,7 +117,6 @@ class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
   int64_t num_directions() const { return options.bidirectional() ? 2 : 1; }
   torch::Tensor project(const torch::Tensor& x, int64_t layer, int64_t direction) const;
   void check_state(const torch::Tensor& state, int64_t batch_size) const;
-  void check_lengths(const torch::Tensor& lengths, int64_t batch_size, int64_t num_steps) const;
   void check_dtype(const torch::Tensor& x) const;
 
   std::vector<torch::Tensor> weights_, biases_; // of each layer and direction
@@ -290,6 +289,95 @@ class TORCH_EXT_API MinRNNLMImpl : public torch::nn::Cloneable<MinRNNLMImpl> {
   torch::nn::Linear head{nullptr};
 };
 TORCH_MODULE(MinRNNLM);
+
+// ---- Mamba ----
+
+struct TORCH_EXT_API MambaOptions {
+  MambaOptions(int64_t d_model) : d_model_(d_model) {}
+
+  TORCH_ARG(int64_t, d_model);
+  /// states of each inner channel
+  TORCH_ARG(int64_t, d_state) = 16;
+  /// steps that the convolution sees, the current one included
+  TORCH_ARG(int64_t, d_conv) = 4;
+  /// inner channels, in multiples of d_model
+  TORCH_ARG(double, expand) = 2.0;
+  /// rank of the step sizes' projection; ceil(d_model / 16) if left out
+  TORCH_ARG(std::optional<int64_t>, dt_rank) = std::nullopt;
+  /// the step sizes begin between dt_min and dt_max, uniformly in the logarithm, and at least at dt_init_floor
+  TORCH_ARG(double, dt_min) = 0.001;
+  TORCH_ARG(double, dt_max) = 0.1;
+  /// of dt_proj.weight: "random" is uniform between plus and minus dt_scale / sqrt(dt_rank), "constant" that number
+  TORCH_ARG(std::string, dt_init) = "random";
+  TORCH_ARG(double, dt_scale) = 1.0;
+  TORCH_ARG(double, dt_init_floor) = 1e-4;
+  /// the convolution has a bias
+  TORCH_ARG(bool, conv_bias) = true;
+  /// in_proj and out_proj have one
+  TORCH_ARG(bool, bias) = false;
+  /// a second direction with parameters of its own; it has `forward` alone, no states and no steps
+  TORCH_ARG(bool, bidirectional) = false;
+};
+
+/// The convolution's last inputs, and the scan's states.
+using MambaState = std::tuple<torch::Tensor, torch::Tensor>;
+
+/// Mamba, see torch_ext.Mamba in Python and selective_scan in ops.h. Parameters have mamba_ssm's names and shapes:
+/// in_proj.weight, conv1d.weight, conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D, out_proj.weight;
+/// conv1d_b, x_proj_b, dt_proj_b, A_b_log, D_b for the second direction.
+class TORCH_EXT_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
+ public:
+  explicit MambaImpl(const MambaOptions& options);
+
+  /// Runs all steps, from zero states, x (B, T, d_model) to (B, T, d_model).
+  ///   lengths  number of steps of each row of a padded batch, integers, (B). Padding changes no result of the
+  ///            others, whatever stands there; its own outputs are 0.
+  ///   padding  side on which it is, "right" or "left".
+  torch::Tensor forward(
+      const torch::Tensor& x, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  /// `forward` from a state to a state: that after the last step of each row. Zeros if left out; it has to be
+  /// where padding is on the left.
+  std::tuple<torch::Tensor, MambaState> prefill(
+      const torch::Tensor& x, const std::optional<MambaState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+  /// One step: x and y are (B, d_model).
+  std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
+  /// Zeros: (B, d_inner, d_conv - 1) and (B, d_inner, d_state); float32, float64 in a double module.
+  MambaState init_state(int64_t batch_size) const;
+
+  int64_t d_inner() const { return int64_t(options.expand() * double(options.d_model())); }
+  int64_t dt_rank() const { return options.dt_rank().value_or((options.d_model() + 15) / 16); }
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  /// What each direction has of its own.
+  struct Direction {
+    torch::nn::Conv1d conv1d{nullptr};
+    torch::nn::Linear x_proj{nullptr}, dt_proj{nullptr};
+    torch::Tensor A_log, D;
+  };
+
+  MambaOptions options;
+  torch::nn::Linear in_proj{nullptr}, out_proj{nullptr};
+  Direction ahead, back;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  void reset_recurrence(const Direction& direction);
+  std::tuple<torch::Tensor, MambaState> run(
+      const Direction& direction, const torch::Tensor& inner, const torch::Tensor& z,
+      const MambaState& state, const torch::Tensor& valid);
+  void check_one_direction(const char* method) const;
+  void check_state(const MambaState& state, int64_t batch_size) const;
+  torch::Tensor valid_steps(
+      const torch::Tensor& x, const torch::Tensor& lengths, const std::string& padding) const;
+};
+TORCH_MODULE(Mamba);
 
 // ---- weights ----
 
