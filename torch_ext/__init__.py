@@ -14,6 +14,7 @@ from .causal_conv1d import (
 )
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
 from .mamba import Mamba
+from .mamba_lm import MambaBlock, MambaLM
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
 from .min_rnn import MinRNNBlock, MinRNNLM
@@ -28,6 +29,8 @@ __version__ = build_info.version
 
 __all__ = [
     "Mamba",
+    "MambaBlock",
+    "MambaLM",
     "MinGRU",
     "MinLSTM",
     "MinRNNBlock",
