@@ -325,6 +325,39 @@ def test_char_lm_learns_and_writes(tmp_path):
     assert (tmp_path / "model.ts").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
+def test_char_lm_learns_mamba_as_on_the_reference(tmp_path, writing, capsys, monkeypatch):
+    """Per step just as fast: the curves differ by less than those of two seeds, and learn."""
+    text, model, picture = (tmp_path / name for name in ("text.txt", "model.ts", "curves.png"))
+    text.write_text(writing.TEXT.read_text()[:30_000])
+    options = ["--layer", "mamba", "--steps", 60, "--dim", 32, "--layers", 1, "--length", 16]
+    options += ["--batch", 4, "--threads", 1, "--sample", 20, "--lr", 0.02]
+    options += ["--save", model, "--compare-reference", picture]
+    drawn = {}
+    draw = writing.draw
+    monkeypatch.setattr(
+        writing,
+        "draw",
+        lambda path, curves, title: (drawn.update(curves), draw(path, curves, title)),
+    )
+    assert writing.main([str(text), *map(str, options)]) == 0
+    assert "mean of the last 6 steps" in capsys.readouterr().out
+    ours, reference, other = map(np.array, drawn.values())
+    assert len(ours) == 60 and ours[-10:].mean() < 0.7 * ours[0]
+    assert not np.array_equal(ours, reference), "the references were not used"
+    assert np.abs(ours - reference).mean() < 0.1 * np.abs(ours - other).mean()
+    assert_readable_picture(picture)
+    loaded = torch.jit.load(str(model))
+    _, state = loaded.prefill(torch.tensor([[1, 2, 3]]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.step(torch.tensor([4]), state)[0][0],
+            loaded(torch.tensor([[1, 2, 3, 4]]))[0, -1],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
 def test_char_lm_counts_bits(writing):
     """A text that two characters determine, and one that nothing does."""
     assert writing.ngram_bits("abcd" * 500, "abcd" * 50) < 0.05
@@ -349,6 +382,7 @@ def test_char_lm_counts_bits(writing):
         (["binary.txt"], "binary.txt is not a text in UTF-8"),
         (["--prompt", "\u03c0"], "the prompt has characters that the text does not have"),
         (["--save", "nowhere/model.ts"], "--save: there is no folder"),
+        (["--compare-reference", "nowhere/a.png"], "--compare-reference: there is no folder"),
     ],
 )
 def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, monkeypatch):
@@ -357,6 +391,13 @@ def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, 
     Path("binary.txt").write_bytes(b"\xff\xfe\x00" * 5000)
     with pytest.raises(writing.UserError, match=re.escape(message)):
         writing.main(arguments)
+
+
+def test_char_lm_has_no_dropout_in_mamba(writing, capsys):
+    with pytest.raises(SystemExit):
+        writing.parse(["--layer", "mamba", "--dropout", "0.1"])
+    assert "--dropout: Mamba has none" in capsys.readouterr().err
+    assert writing.parse(["--layer", "mamba"]).dropout == 0
 
 
 @pytest.mark.parametrize("script", ["forecast_temperature.py", "char_lm.py"])
