@@ -400,14 +400,153 @@ def test_char_lm_has_no_dropout_in_mamba(writing, capsys):
     assert writing.parse(["--layer", "mamba"]).dropout == 0
 
 
-@pytest.mark.parametrize("script", ["forecast_temperature.py", "char_lm.py"])
+# --------------------------------------------------------------------------------------------------
+# mamba_generate.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generating():
+    return load("mamba_generate.py")
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    """A checkpoint that has learned one sentence, of which some characters are several bytes."""
+    import torch_ext
+
+    torch.manual_seed(0)
+    model = torch_ext.MambaLM(256, 32, 1, d_state=8)
+    text = torch.tensor([list("Mamba is \u00e0 la carte. ".encode())])
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(text[:, :-1])[0], text[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    folder = tmp_path_factory.mktemp("parrot")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_mamba_continues_a_prompt(parrot, tmp_path):
+    options = ["--temperature", 0, "--max-new-tokens", 17, "--prefill-chunk", 3]
+    done = run("mamba_generate.py", parrot, "Mamba", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Mamba is \u00e0 la carte. \n"
+    assert re.search(r"^5 tokens read in .* 17 written, .* ms each", done.stderr, re.MULTILINE)
+
+
+def test_mamba_draws_by_its_options(parrot, generating, capsys):
+    def written(*options):
+        options = [*map(str, options)]
+        assert generating.main([str(parrot), "Mamba", "--max-new-tokens", "17", *options]) == 0
+        return capsys.readouterr().out
+
+    greedy = written("--temperature", 0)
+    assert written("--top-k", 1) == written("--top-p", 1e-4) == greedy
+    assert written("--dtype", "bfloat16", "--temperature", 0) == greedy
+    wild = [written("--temperature", 9, "--seed", seed) for seed in (1, 1, 2)]
+    assert wild[0] == wild[1] != wild[2]
+    # A byte from the middle of the sentence ends it.
+    config = json.loads((parrot / "config.json").read_text())
+    (parrot / "config.json").write_text(json.dumps(config | {"eos_token_id": [ord("l"), 999]}))
+    try:
+        assert written("--temperature", 0) == "Mamba is \u00e0 l\n"
+    finally:
+        (parrot / "config.json").write_text(json.dumps(config))
+
+
+def test_mamba_with_a_tokenizer(generating, tmp_path, capsys):
+    """Of words, and of bytes that are parts of characters."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    import torch_ext
+
+    torch.manual_seed(0)
+    model = torch_ext.MambaLM(300, 16, 1)
+    model.save_pretrained(tmp_path / "model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("H", "e"), ("l", "l")]
+    vocabulary = {c: k for k, c in enumerate([*alphabet, "He", "ll", "<end>"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    fast.save_pretrained(tmp_path / "model")
+
+    # What it tells, piece by piece, is the whole text.
+    text = "Hello \u00e0 la carte, \U0001f40d\U0001f40d Hello! " * 9
+    tokenizer = generating.FromFiles(tmp_path / "model")
+    decode = tokenizer.decoder()
+    tokens = tokenizer.encode(text)
+    assert len(tokens) < len(text.encode()) and "".join(map(decode, tokens)) == text
+    assert tokenizer.eos_token_id == vocabulary["<end>"]
+    options = ["Hello", "--max-new-tokens", "5", "--temperature", "0"]
+    assert generating.main([str(tmp_path / "model"), *options]) == 0
+    written = capsys.readouterr().out
+    want = model.generate(torch.tensor([tokenizer.encode("Hello")]), 5, 0.0)
+    assert written.startswith("Hello")
+    assert written.rstrip("\n") == fast.decode(want[0]).rstrip("\n\ufffd")
+
+    torch_ext.MambaLM(2000, 16, 1).save_pretrained(tmp_path / "bare")
+    with pytest.raises(generating.UserError, match="2,000 tokens are not bytes: name the folder"):
+        generating.main([str(tmp_path / "bare"), *options])
+    assert generating.main([str(tmp_path / "bare"), *options, "--tokenizer", "bytes"]) == 0
+    there = ["--tokenizer", str(tmp_path / "model")]
+    assert generating.main([str(tmp_path / "bare"), *options, *there]) == 0
+    with pytest.raises(generating.UserError, match="--tokenizer: nowhere has none of tokenizer"):
+        generating.main([str(tmp_path / "bare"), *options, "--tokenizer", "nowhere"])
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(generating.UserError, match="the tokenizer in .*model cannot be read"):
+        generating.main([str(tmp_path / "model"), *options])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "a"], "folder is 'nowhere', expected a local folder"),
+        ([".", "a"], "there is no file config.json"),
+        (["PARROT", ""], "the prompt has nothing in it"),
+        (["PARROT", "a", "--temperature", "-1"], "temperature is -1.0, expected at least 0"),
+        (["PARROT", "a", "--top-k", "0"], "top_k is 0"),
+        (["PARROT", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["PARROT", "a", "--max-new-tokens", "-3"], "max_new_tokens is -3"),
+        (["tiny", "a"], "the prompt has token 97, and the model has 50 tokens"),
+        (["pieces", "a"], "pieces has a tokenizer, which the package transformers reads"),
+    ],
+)
+def test_mamba_mistakes_get_a_sentence(
+    arguments, message, parrot, tmp_path, generating, monkeypatch
+):
+    import torch_ext
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it was not there
+    torch_ext.MambaLM(50, 16, 1).save_pretrained("tiny")
+    torch_ext.MambaLM(50, 16, 1).save_pretrained("pieces")
+    Path("pieces/tokenizer.json").write_text("{}")
+    arguments = [str(parrot) if a == "PARROT" else a for a in arguments]
+    with pytest.raises(generating.UserError, match=re.escape(message)):
+        generating.main(arguments)
+
+
+SCRIPTS = {
+    "forecast_temperature.py": ["--layer", "abacus"],
+    "char_lm.py": ["--layer", "abacus"],
+    "mamba_generate.py": ["folder", "prompt", "--dtype", "abacus"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_wrong_options(script, capsys):
     module = load(script)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
-    assert "--layer" in capsys.readouterr().out
+    assert SCRIPTS[script][-2] in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        module.main(["--layer", "abacus"])
+        module.main(SCRIPTS[script])
     assert stop.value.code == 2
     assert "abacus" in capsys.readouterr().err

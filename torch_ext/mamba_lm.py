@@ -549,35 +549,30 @@ class MambaLM(nn.Module):
             raise ValueError(f"{name}: prefill_chunk is {prefill_chunk}, expected at least 1")
         eos = [] if eos_token_id is None else eos_token_id
         eos = list(eos) if isinstance(eos, Sequence) else [int(eos)]
-        for argument, token in [
-            *(("eos_token_id", e) for e in eos),
-            ("pad_token_id", pad_token_id),
-        ]:
-            if token is not None and not 0 <= token < self.vocab_size:
+        pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
+        for argument, tokens in [("eos_token_id", eos), ("pad_token_id", [pad])]:
+            if any(not 0 <= token < self.vocab_size for token in tokens):
                 raise ValueError(
-                    f"{name}: {argument} is {token}, expected 0 to vocab_size - 1 = "
+                    f"{name}: {argument} is {tokens}, expected 0 to vocab_size - 1 = "
                     f"{self.vocab_size - 1}"
                 )
-        pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
         if padding not in ("right", "left"):
             raise ValueError(f'{name}: padding is "{padding}", expected "right" or "left"')
         if lengths is not None:
-            if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
+            B, T = ids.shape
+            if lengths.shape != (B,) or lengths.is_floating_point():
                 raise ValueError(
                     f"{name}: lengths has shape {shape_text(lengths)} and dtype {lengths.dtype}, "
-                    f"expected (B={ids.shape[0]},) integers"
+                    f"expected (B={B},) integers"
                 )
-            if lengths.numel() > 0 and not 1 <= int(lengths.min()) <= int(lengths.max()) <= (
-                T := ids.shape[1]
-            ):
+            low, high = (int(lengths.min()), int(lengths.max())) if B > 0 else (1, 1)
+            if low < 1 or high > T:
                 raise ValueError(
-                    f"{name}: lengths has values from {int(lengths.min())} to "
-                    f"{int(lengths.max())}, expected 1 to T={T}"
+                    f"{name}: lengths has values from {low} to {high}, expected 1 to T={T}"
                 )
             lengths = lengths.to(ids.device)
             if padding == "left":  # chunks need the first tokens in the first columns
-                place = torch.arange(ids.shape[1], device=ids.device) - lengths[:, None]
-                ids = ids.gather(1, place % ids.shape[1])
+                ids = ids.gather(1, (torch.arange(T, device=ids.device) - lengths[:, None]) % T)
         choose = (temperature, top_k, top_p, generator)
         return self._stream(ids, max_new_tokens, choose, eos, pad, lengths, prefill_chunk)
 
@@ -615,21 +610,17 @@ class MambaLM(nn.Module):
         T = ids.shape[1]
         if chunk is None or chunk >= T:
             return self.prefill(ids, None, lengths, last_only=True)
-        logits = None
         state = self.init_state(ids.shape[0])
+        last, rest = None, None
         for start in range(0, T, chunk):
             piece = ids[:, start : start + chunk]
-            if lengths is None:
-                # The model's head for the last piece alone.
-                x, state = self.backbone.prefill(piece, state, last_only=True)
-                if start + chunk >= T:
-                    logits = self.lm_head(x)
-                continue
-            rest = (lengths - start).clamp(0, piece.shape[1])
-            new, state = self.prefill(piece, state, rest, last_only=True)
-            logits = new if logits is None else torch.where((rest > 0)[:, None], new, logits)
-        assert logits is not None
-        return logits, state
+            if lengths is not None:
+                rest = (lengths - start).clamp(0, piece.shape[1])
+            x, state = self.backbone.prefill(piece, state, rest, last_only=True)
+            if last is not None and rest is not None:  # rows can have ended before
+                x = torch.where((rest > 0)[:, None], x, last)
+            last = x
+        return self.lm_head(last), state
 
     @classmethod
     def from_pretrained(

@@ -204,7 +204,7 @@ class MambaLMHeadModel(nn.Module):
         caches' size does not depend on it."""
         return {k: self._allocate(k, batch_size, dtype) for k in range(len(self.backbone.layers))}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
