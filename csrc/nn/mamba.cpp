@@ -1,9 +1,11 @@
-// Mamba. The same in Python: torch_ext/mamba.py.
-#include <algorithm>
+// Mamba, the block around it, and the language model made of it. The same in Python: torch_ext/mamba.py, mamba_lm.py.
+#include <torch/nn/init.h>
+
 #include <cmath>
 #include <ostream>
 #include <utility>
 
+#include "sampling.h"
 #include "sequence_layer.h"
 #include "torch_ext/ops.h"
 
@@ -22,7 +24,34 @@ Tensor masked(const Tensor& x, const Tensor& valid) {
   return valid.defined() ? torch::where(valid, x, 0.0) : x;
 }
 
+void check_x(const char* name, const Tensor& x, int64_t d_model) {
+  TORCH_CHECK_VALUE(
+      x.defined() && x.dim() == 3 && x.size(2) == d_model, name, ": x has shape ", shape_of(x),
+      ", expected (B, T, d_model=", d_model, ")");
+}
+
+void check_one_step(const char* name, const Tensor& x, int64_t d_model) {
+  TORCH_CHECK_VALUE(
+      x.defined() && x.dim() == 2 && x.size(1) == d_model, name, ".step: x has shape ", shape_of(x),
+      ", expected (B, d_model=", d_model, ")");
+}
+
+// Where in x (B, T, ...) there is no padding, (B, T, 1); undefined without lengths.
+Tensor valid_steps(const Tensor& x, const Tensor& lengths, const std::string& padding) {
+  TORCH_CHECK_VALUE(
+      padding == "right" || padding == "left", "Mamba: padding is '", padding,
+      "', expected 'right' or 'left'");
+  if (!lengths.defined()) return {};
+  const int64_t num_steps = x.size(1);
+  detail::check_lengths("Mamba", lengths, x.size(0), num_steps);
+  Tensor steps = torch::arange(num_steps, torch::dtype(torch::kLong).device(x.device()));
+  if (padding == "left") steps = num_steps - 1 - steps;
+  return (steps < lengths.to(x.device()).unsqueeze(1)).unsqueeze(2);
+}
+
 } // namespace
+
+// ---- the layer ----
 
 MambaImpl::MambaImpl(const MambaOptions& options) : options(options) {
   for (const auto& [argument, value] :
@@ -99,6 +128,7 @@ void MambaImpl::pretty_print(std::ostream& stream) const {
 
 Tensor MambaImpl::forward(const Tensor& x, const Tensor& lengths, const std::string& padding) {
   if (!options.bidirectional()) return std::get<0>(prefill(x, {}, lengths, padding));
+  check_x("Mamba", x, options.d_model());
   const Tensor valid = valid_steps(x, lengths, padding);
   const auto parts = in_proj->forward(masked(x, valid)).chunk(2, -1);
   const MambaState zeros = init_state(x.size(0));
@@ -112,6 +142,7 @@ std::tuple<Tensor, MambaState> MambaImpl::prefill(
     const Tensor& x, const std::optional<MambaState>& initial_state, const Tensor& lengths,
     const std::string& padding) {
   check_one_direction("prefill");
+  check_x("Mamba", x, options.d_model());
   const Tensor valid = valid_steps(x, lengths, padding);
   TORCH_CHECK_VALUE(
       !valid.defined() || !initial_state || padding == "right",
@@ -138,9 +169,7 @@ std::tuple<Tensor, MambaState> MambaImpl::prefill(
 
 std::tuple<Tensor, MambaState> MambaImpl::step(const Tensor& x, const MambaState& state) {
   check_one_direction("step");
-  TORCH_CHECK_VALUE(
-      x.defined() && x.dim() == 2 && x.size(1) == options.d_model(), "Mamba.step: x has shape ",
-      shape_of(x), ", expected (B, d_model=", options.d_model(), ")");
+  check_one_step("Mamba", x, options.d_model());
   check_state(state, x.size(0));
   const auto& [conv_before, scan_before] = state;
   const auto parts = in_proj->forward(x).chunk(2, -1);
@@ -201,21 +230,298 @@ void MambaImpl::check_state(const MambaState& state, int64_t batch_size) const {
       ", d_inner=", d_inner(), ", d_state=", options.d_state(), ")");
 }
 
-// Where there is no padding, (B, T, 1); undefined without lengths.
-Tensor MambaImpl::valid_steps(
+// ---- the block ----
+
+namespace detail {
+
+ResidualNormImpl::ResidualNormImpl(int64_t dim, bool rms_norm, double eps)
+    : dim_(dim), rms_norm_(rms_norm), eps_(eps) {
+  ResidualNormImpl::reset();
+}
+
+void ResidualNormImpl::reset() {
+  weight = register_parameter("weight", torch::ones({dim_}));
+  if (!rms_norm_) bias = register_parameter("bias", torch::zeros({dim_}));
+}
+
+Tensor ResidualNormImpl::forward(const Tensor& x) {
+  const Tensor wide = weight.to(x.scalar_type());
+  const Tensor y = rms_norm_ ? torch::rms_norm(x, {dim_}, wide, eps_)
+                             : torch::layer_norm(x, {dim_}, wide, bias.to(x.scalar_type()), eps_);
+  return y.to(weight.scalar_type());
+}
+
+void ResidualNormImpl::pretty_print(std::ostream& stream) const {
+  stream << "torch_ext::nn::ResidualNorm(" << (rms_norm_ ? "rms_norm" : "layer_norm") << ", "
+         << dim_ << ", eps=" << eps_ << ")";
+}
+
+} // namespace detail
+
+MambaBlockImpl::MambaBlockImpl(const MambaBlockOptions& options) : options(options) {
+  MambaBlockImpl::reset();
+}
+
+void MambaBlockImpl::reset() {
+  mixer = Mamba(options.mixer()); // first, as it checks its options
+  norm = register_module(
+      "norm",
+      detail::ResidualNorm(options.mixer().d_model(), options.rms_norm(), options.norm_eps()));
+  register_module("mixer", mixer);
+}
+
+void MambaBlockImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "torch_ext::nn::MambaBlock(rms_norm=" << options.rms_norm()
+         << ", norm_eps=" << options.norm_eps()
+         << ", residual_in_fp32=" << options.residual_in_fp32() << ")";
+}
+
+Tensor MambaBlockImpl::forward(
+    const Tensor& input, const Tensor& lengths, const std::string& padding) {
+  const Tensor x = residual(input, lengths, padding);
+  return x + mixer->forward(norm->forward(x), lengths, padding);
+}
+
+std::tuple<Tensor, MambaState> MambaBlockImpl::prefill(
+    const Tensor& input, const std::optional<MambaState>& state, const Tensor& lengths,
+    const std::string& padding) {
+  const Tensor x = residual(input, lengths, padding);
+  const auto [y, new_state] = mixer->prefill(norm->forward(x), state, lengths, padding);
+  return {x + y, new_state};
+}
+
+std::tuple<Tensor, MambaState> MambaBlockImpl::step(const Tensor& input, const MambaState& state) {
+  check_one_step("MambaBlock", input, options.mixer().d_model());
+  const Tensor x = widen(input);
+  const auto [y, new_state] = mixer->step(norm->forward(x), state);
+  return {x + y, new_state};
+}
+
+Tensor MambaBlockImpl::widen(const Tensor& x) const {
+  return options.residual_in_fp32() && x.scalar_type() != torch::kDouble ? x.to(torch::kFloat) : x;
+}
+
+Tensor MambaBlockImpl::residual(
     const Tensor& x, const Tensor& lengths, const std::string& padding) const {
+  check_x("MambaBlock", x, options.mixer().d_model());
+  // Before the norm, whose gradient would be NaN where the padding is.
+  return masked(widen(x), valid_steps(x, lengths, padding));
+}
+
+// ---- the language model ----
+
+namespace detail {
+
+MambaBackboneImpl::MambaBackboneImpl(const MambaLMOptions& options) : options(options) {
+  MambaBackboneImpl::reset();
+}
+
+void MambaBackboneImpl::reset() {
+  const MambaBlockOptions& block = options.block();
+  const int64_t d_model = block.mixer().d_model(), multiple = options.pad_vocab_size_multiple();
+  const int64_t rows = (options.vocab_size() + multiple - 1) / multiple * multiple;
+  embedding = register_module("embedding", torch::nn::Embedding(rows, d_model));
+  layers = register_module("layers", torch::nn::ModuleList());
+  for (int64_t k = 0; k < options.n_layer(); ++k) layers->push_back(MambaBlock(block));
+  norm_f = register_module("norm_f", ResidualNorm(d_model, block.rms_norm(), block.norm_eps()));
+}
+
+void MambaBackboneImpl::pretty_print(std::ostream& stream) const {
+  stream << "torch_ext::nn::MambaBackbone";
+}
+
+Tensor MambaBackboneImpl::forward(
+    const Tensor& ids, const Tensor& lengths, const std::string& padding) {
   TORCH_CHECK_VALUE(
-      x.defined() && x.dim() == 3 && x.size(2) == options.d_model(), "Mamba: x has shape ",
-      shape_of(x), ", expected (B, T, d_model=", options.d_model(), ")");
+      ids.defined() && ids.dim() == 2, "MambaLM: ids has shape ", shape_of(ids),
+      ", expected (B, T)");
+  const Tensor valid = valid_steps(ids, lengths, padding);
+  Tensor x = embed(ids, valid);
+  for (int64_t k = 0; k < options.n_layer(); ++k) x = block(k).forward(x, lengths, padding);
+  return masked(norm_f->forward(x), valid);
+}
+
+std::tuple<Tensor, MambaLMState> MambaBackboneImpl::prefill(
+    const Tensor& ids, const std::optional<MambaLMState>& state, const Tensor& lengths,
+    const std::string& padding, bool last_only) {
   TORCH_CHECK_VALUE(
-      padding == "right" || padding == "left", "Mamba: padding is '", padding,
-      "', expected 'right' or 'left'");
-  if (!lengths.defined()) return {};
-  const int64_t num_steps = x.size(1);
-  detail::check_lengths("Mamba", lengths, x.size(0), num_steps);
-  Tensor steps = torch::arange(num_steps, torch::dtype(torch::kLong).device(x.device()));
-  if (padding == "left") steps = num_steps - 1 - steps;
-  return (steps < lengths.to(x.device()).unsqueeze(1)).unsqueeze(2);
+      ids.defined() && ids.dim() == 2, "MambaLM: ids has shape ", shape_of(ids),
+      ", expected (B, T)");
+  TORCH_CHECK_VALUE(
+      !last_only || ids.size(1) > 0, "MambaLM: ids has no steps, expected T >= 1 with last_only");
+  Tensor valid = valid_steps(ids, lengths, padding);
+  if (state) check_state(*state);
+  Tensor x = embed(ids, valid);
+  MambaLMState new_state;
+  for (int64_t k = 0; k < options.n_layer(); ++k) {
+    const auto before = state ? std::optional((*state)[size_t(k)]) : std::nullopt;
+    const auto [y, after] = block(k).prefill(x, before, lengths, padding);
+    x = y;
+    new_state.push_back(after);
+  }
+  if (last_only) {
+    if (valid.defined() && padding == "right") {
+      const Tensor last = (lengths.to(x.device(), torch::kLong) - 1).clamp_min(0);
+      x = x.gather(1, last.view({-1, 1, 1}).expand({-1, 1, x.size(2)})).squeeze(1);
+    } else {
+      x = x.select(1, -1);
+    }
+    if (valid.defined()) valid = (lengths.to(x.device()) > 0).unsqueeze(1);
+  }
+  return {masked(norm_f->forward(x), valid), new_state};
+}
+
+std::tuple<Tensor, MambaLMState> MambaBackboneImpl::step(
+    const Tensor& ids, const MambaLMState& state) {
+  TORCH_CHECK_VALUE(
+      ids.defined() && ids.dim() == 1, "MambaLM.step: ids has shape ", shape_of(ids),
+      ", expected (B,)");
+  check_state(state);
+  Tensor x = embedding->forward(ids);
+  MambaLMState new_state;
+  for (int64_t k = 0; k < options.n_layer(); ++k) {
+    const auto [y, after] = block(k).step(x, state[size_t(k)]);
+    x = y;
+    new_state.push_back(after);
+  }
+  return {norm_f->forward(x), new_state};
+}
+
+Tensor MambaBackboneImpl::embed(const Tensor& given, const Tensor& valid) {
+  TORCH_CHECK_TYPE(
+      given.scalar_type() == torch::kLong || given.scalar_type() == torch::kInt,
+      "MambaLM: ids has dtype ", dtype_text(given.scalar_type()), ", expected int64 or int32");
+  const Tensor ids = valid.defined() ? torch::where(valid.squeeze(2), given, 0) : given;
+  // Looking at the values of a tensor on a GPU would make the CPU wait for it.
+  if (ids.is_cpu() && ids.numel() > 0) {
+    const int64_t low = ids.min().item<int64_t>(), high = ids.max().item<int64_t>();
+    const int64_t rows = embedding->options.num_embeddings();
+    TORCH_CHECK_VALUE(
+        low >= 0 && high < rows, "MambaLM: ids has values from ", low, " to ", high,
+        ", expected 0 to ", rows - 1);
+  }
+  return embedding->forward(ids);
+}
+
+void MambaBackboneImpl::check_state(const MambaLMState& state) const {
+  TORCH_CHECK_VALUE(
+      int64_t(state.size()) == options.n_layer(), "MambaLM: state has ", state.size(),
+      " entries, expected n_layer=", options.n_layer());
+}
+
+} // namespace detail
+
+MambaLMImpl::MambaLMImpl(const MambaLMOptions& options) : options(options) {
+  for (const auto& [argument, value] :
+       {std::pair("vocab_size", options.vocab_size()),
+        {"n_layer", options.n_layer()},
+        {"pad_vocab_size_multiple", options.pad_vocab_size_multiple()}}) {
+    TORCH_CHECK_VALUE(value >= 1, "MambaLM: ", argument, " is ", value, ", expected at least 1");
+  }
+  MambaLMImpl::reset();
+}
+
+void MambaLMImpl::reset() {
+  backbone = register_module("backbone", detail::MambaBackbone(options));
+  // Drawn where it is tied too, as in Python, so that a seed gives the same parameters.
+  const Tensor& embedding = backbone->embedding->weight;
+  lm_head =
+      torch::nn::Linear(torch::nn::LinearOptions(embedding.size(1), embedding.size(0)).bias(false));
+  reset_parameters();
+  if (options.tie_embeddings()) {
+    lm_head = nullptr;
+  } else {
+    register_module("lm_head", lm_head);
+  }
+}
+
+void MambaLMImpl::reset_parameters() {
+  const torch::NoGradGuard no_grad;
+  const auto draw = [](const Tensor& weight) {
+    torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
+  };
+  for (int64_t k = 0; k < options.n_layer(); ++k) {
+    Mamba& mixer = backbone->block(k).mixer;
+    for (const auto& linear : {mixer->in_proj, mixer->out_proj}) {
+      draw(linear->weight);
+      if (linear->bias.defined()) linear->bias.zero_();
+    }
+    // So that the residual's variance at the end does not grow with the number of blocks.
+    mixer->out_proj->weight.div_(std::sqrt(double(options.n_layer())));
+  }
+  const Tensor& embedding = backbone->embedding->weight;
+  draw(lm_head ? lm_head->weight : torch::empty_like(embedding));
+  torch::nn::init::normal_(embedding, 0, 0.02);
+}
+
+void MambaLMImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "torch_ext::nn::MambaLM(vocab_size=" << options.vocab_size()
+         << ", d_model=" << options.block().mixer().d_model() << ", n_layer=" << options.n_layer()
+         << ", tie_embeddings=" << options.tie_embeddings() << ")";
+}
+
+Tensor MambaLMImpl::logits(const Tensor& x) {
+  return lm_head ? lm_head->forward(x) : torch::linear(x, backbone->embedding->weight);
+}
+
+Tensor MambaLMImpl::forward(const Tensor& ids, const Tensor& lengths, const std::string& padding) {
+  return logits(backbone->forward(ids, lengths, padding));
+}
+
+std::tuple<Tensor, MambaLMState> MambaLMImpl::prefill(
+    const Tensor& ids, const std::optional<MambaLMState>& state, const Tensor& lengths,
+    const std::string& padding, bool last_only) {
+  const auto [x, new_state] = backbone->prefill(ids, state, lengths, padding, last_only);
+  return {logits(x), new_state};
+}
+
+std::tuple<Tensor, MambaLMState> MambaLMImpl::step(const Tensor& ids, const MambaLMState& state) {
+  const auto [x, new_state] = backbone->step(ids, state);
+  return {logits(x), new_state};
+}
+
+MambaLMState MambaLMImpl::init_state(int64_t batch_size) const {
+  MambaLMState state;
+  for (int64_t k = 0; k < options.n_layer(); ++k) {
+    state.push_back(backbone->block(k).init_state(batch_size));
+  }
+  return state;
+}
+
+Tensor MambaLMImpl::generate(
+    const Tensor& ids, int64_t max_new_tokens, double temperature, std::optional<int64_t> top_k,
+    std::optional<double> top_p, const Tensor& lengths, const std::string& padding) {
+  const char* name = "MambaLM.generate";
+  TORCH_CHECK_VALUE(
+      ids.defined() && ids.dim() == 2 && ids.size(1) >= 1, name, ": ids has shape ", shape_of(ids),
+      ", expected (B, T) with T >= 1");
+  TORCH_CHECK_VALUE(
+      max_new_tokens >= 0, name, ": max_new_tokens is ", max_new_tokens, ", expected at least 0");
+  TORCH_CHECK_VALUE(
+      temperature >= 0, name, ": temperature is ", temperature, ", expected at least 0");
+  TORCH_CHECK_VALUE(
+      !top_k || *top_k >= 1, name, ": top_k is ", top_k.value_or(0), ", expected at least 1");
+  TORCH_CHECK_VALUE(
+      !top_p || (0 < *top_p && *top_p <= 1), name, ": top_p is ", top_p.value_or(0),
+      ", expected a number in (0, 1]");
+  TORCH_CHECK_VALUE(
+      !lengths.defined() || lengths.numel() == 0 || lengths.min().item<int64_t>() >= 1, name,
+      ": lengths has values below 1, expected 1 to T=", ids.size(1));
+  const torch::NoGradGuard no_grad;
+  std::vector<Tensor> tokens = {ids};
+  MambaLMState state;
+  Tensor next;
+  for (int64_t n = 0; n < max_new_tokens; ++n) {
+    if (n == 0) {
+      std::tie(next, state) = prefill(ids, {}, lengths, padding, /*last_only=*/true);
+    } else {
+      std::tie(next, state) = step(tokens.back().squeeze(1), state);
+    }
+    const Tensor known = next.narrow(-1, 0, options.vocab_size()); // not the rows of padding
+    const Tensor token = detail::sample(known, temperature, top_k, top_p);
+    tokens.push_back(token.to(ids.scalar_type()).unsqueeze(1));
+  }
+  return torch::cat(tokens, 1);
 }
 
 } // namespace torch_ext::nn

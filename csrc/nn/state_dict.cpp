@@ -8,6 +8,7 @@
 
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
+#include <torch/csrc/jit/serialization/storage_context.h>
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include "torch_ext/nn.h"
@@ -85,7 +86,11 @@ StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   };
   c10::IValue value;
   try {
-    torch::jit::Unpickler unpickler(read, nullptr, nullptr, read_storage, torch::kCPU);
+    using torch::jit::Unpickler, torch::jit::DeserializationStorageContext;
+    // With a context tensors that shared their memory, such as tied weights, share it again.
+    Unpickler unpickler(
+        read, nullptr, nullptr, read_storage, torch::kCPU, /*use_storage_device=*/false,
+        Unpickler::defaultTypeParser, std::make_shared<DeserializationStorageContext>());
     value = unpickler.parse_ivalue();
     if (unwrapped) value = value.toTuple()->elements()[1];
   } catch (const c10::Error& error) {
@@ -167,8 +172,18 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state_dict) {
       }
     }
   }
+  const auto expected = [&](const std::string& name) {
+    return parameters.contains(name) || buffers.contains(name);
+  };
+  const auto is_of_an_expected_one = [&](const torch::Tensor& tensor) {
+    return std::any_of(state_dict.begin(), state_dict.end(), [&](const auto& other) {
+      return expected(other.key()) && tensor.is_alias_of(other.value()) &&
+             tensor.data_ptr() == other.value().data_ptr() &&
+             tensor.sizes() == other.value().sizes() && tensor.strides() == other.value().strides();
+    });
+  };
   for (const auto& source : state_dict) {
-    if (!parameters.contains(source.key()) && !buffers.contains(source.key())) {
+    if (!expected(source.key()) && !is_of_an_expected_one(source.value())) {
       unexpected.push_back(source.key());
     }
   }

@@ -643,7 +643,102 @@ TEST(MambaLayer, SaysWhatIsWrong) {
   EXPECT_MESSAGE(Mamba(MambaOptions(8).expand(0)), "Mamba: expand is 0");
 }
 
+TEST(MambaLanguageModel, LearnsAndContinues) {
+  torch::manual_seed(seed());
+  MambaLM model(MambaLMOptions(8, 16, 2));
+  EXPECT_EQ(model->parameters().size(), 2u * 10 + 2) << "the tied weight counts once";
+  torch::optim::Adam adam(model->parameters(), torch::optim::AdamOptions(1e-2));
+  const Tensor text = (torch::arange(64) * 3 % 8).view({1, 64}); // 0 3 6 1 4 7 2 5
+  double first = 0, last = 0;
+  for (int i = 0; i < 60; ++i) {
+    adam.zero_grad();
+    const Tensor logits = model->forward(text.slice(1, 0, 63));
+    const Tensor loss =
+        torch::nn::functional::cross_entropy(logits.transpose(1, 2), text.slice(1, 1));
+    loss.backward();
+    adam.step();
+    if (i == 0) first = loss.item<double>();
+    last = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.1 * first);
+  EXPECT_TRUE(torch::equal(model->generate(text.slice(1, 0, 5), 20, 0.0), text.slice(1, 0, 25)));
+  EXPECT_EQ(
+      model->generate(text.slice(1, 0, 5), 4, 1.0, 2, 0.9).sizes(), (torch::IntArrayRef{1, 9}));
+  // The smallest share of all is the most likely token.
+  EXPECT_TRUE(
+      torch::equal(model->generate(text.slice(1, 0, 5), 20, 1.0, {}, 1e-6), text.slice(1, 0, 25)));
+  // Rows of different lengths go on as they would alone.
+  Tensor rows = torch::zeros({2, 7}, torch::kLong);
+  rows[0].slice(0, 2).copy_(text[0].slice(0, 0, 5));
+  rows[1].copy_(text[0].slice(0, 1, 8));
+  const Tensor more = model->generate(rows, 9, 0.0, {}, {}, torch::tensor({5, 7}), "left");
+  EXPECT_TRUE(torch::equal(more[0].slice(0, 7), text[0].slice(0, 5, 14)));
+  EXPECT_TRUE(torch::equal(more[1].slice(0, 7), text[0].slice(0, 8, 17)));
+  const auto [logits, state] = model->prefill(text.slice(1, 0, 5), {}, {}, "right", true);
+  const auto [next, next_state] = model->step(text.select(1, 5), state);
+  expect_close(next, model->forward(text.slice(1, 0, 6)).select(1, 5), 1e-4);
+
+  EXPECT_MESSAGE(model->generate(text.slice(1, 0, 0), 2), "MambaLM.generate: ids has shape (1, 0)");
+  EXPECT_MESSAGE(model->generate(text, 2, 1.0, {}, 1.5), "MambaLM.generate: top_p is 1.5");
+  EXPECT_MESSAGE(model->forward(text[0]), "MambaLM: ids has shape (64,)");
+  EXPECT_MESSAGE(model->forward(text + 3), "MambaLM: ids has values from 3 to 10, expected 0 to 7");
+  EXPECT_MESSAGE(model->forward(text.to(torch::kFloat)), "MambaLM: ids has dtype float32");
+  EXPECT_MESSAGE(
+      model->step(text.select(1, 5), {}), "MambaLM: state has 0 entries, expected n_layer=2");
+  EXPECT_MESSAGE(MambaLM(MambaLMOptions(0, 16, 2)), "MambaLM: vocab_size is 0");
+  EXPECT_MESSAGE(MambaLM(MambaLMOptions(8, MambaOptions(16).d_state(0), 2)), "Mamba: d_state is 0");
+  EXPECT_MESSAGE(MambaBlock(16)->forward(text), "MambaBlock: x has shape (1, 64)");
+}
+
+TEST(MambaLanguageModel, IsSavedAndCloned) {
+  torch::manual_seed(seed());
+  const Tensor ids = torch::randint(11, {2, 7});
+  for (const bool tied : {true, false}) {
+    const auto options = MambaLMOptions(11, 8, 2).tie_embeddings(tied);
+    MambaLM model(options), loaded(options), read(options);
+    const Tensor y = model->forward(ids);
+    EXPECT_EQ(y.size(2), 16);
+    const TemporaryFile file;
+    torch::save(model, file.path());
+    torch::load(loaded, file.path());
+    EXPECT_TRUE(torch::equal(loaded->forward(ids), y));
+    load_state_dict(read, file.path());
+    EXPECT_TRUE(torch::equal(read->forward(ids), y));
+    auto copy = std::dynamic_pointer_cast<MambaLMImpl>(model->clone());
+    EXPECT_TRUE(torch::equal(copy->forward(ids), y));
+    EXPECT_EQ(copy->parameters().size(), model->parameters().size());
+    {
+      const torch::NoGradGuard no_grad;
+      for (Tensor& each : copy->parameters()) each.zero_();
+    }
+    EXPECT_TRUE(torch::equal(model->forward(ids), y)) << "the copy shares parameters";
+    EXPECT_EQ(copy->forward(ids).abs().sum().item<float>(), 0) << "the copy has others";
+
+    model->to(torch::kBFloat16);
+    const Tensor half = model->forward(ids);
+    EXPECT_EQ(half.scalar_type(), torch::kBFloat16);
+    expect_close(half.to(torch::kFloat), y, 0.05);
+    torch::nn::AnyModule any(model);
+    EXPECT_TRUE(torch::equal(any.forward<Tensor>(ids), half));
+  }
+}
+
 // ---- weights ----
+
+TEST(StateDict, ASecondNameOfATensorNeedNotBeKnown) {
+  MambaLM model(MambaLMOptions(8, 4, 1));
+  StateDict dict;
+  for (const auto& each : model->named_parameters()) {
+    dict.insert(each.key(), torch::randn_like(each.value()));
+  }
+  const Tensor embedding = dict["backbone.embedding.weight"];
+  StateDict tied = dict, other = dict;
+  tied.insert("lm_head.weight", embedding.view_as(embedding));
+  load_state_dict(model, tied);
+  EXPECT_TRUE(torch::equal(model->backbone->embedding->weight, embedding));
+  other.insert("lm_head.weight", embedding.clone());
+  EXPECT_MESSAGE(load_state_dict(model, other), "unexpected: lm_head.weight");
+}
 
 TEST(StateDict, OfAFileThatPythonCouldHaveWritten) {
   MinGRU rnn(3, 2), other(3, 2);

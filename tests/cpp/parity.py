@@ -64,6 +64,19 @@ CASES = {
         bias=True,
     ),
     "mamba_both": lambda: torch_ext.Mamba(20, bidirectional=True),
+    "mambalm": lambda: torch_ext.MambaLM(11, 20, 2),
+    "mambalm_untied": lambda: torch_ext.MambaLM(
+        11,
+        20,
+        3,
+        d_state=5,
+        bias=True,
+        rms_norm=False,
+        norm_eps=1e-3,
+        residual_in_fp32=False,
+        tie_embeddings=False,
+        pad_vocab_size_multiple=4,
+    ),
     "lm": lambda: torch_ext.MinRNNLM(11, 8, 2, layer="min_lstm"),
 }
 
@@ -90,6 +103,20 @@ def mamba_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         results["step"] = module.step(x[:, 0], first[1])
         for name, (y, (conv, scan)) in results.items():
             answers |= {f"{name}_y": y, f"{name}_conv": conv, f"{name}_scan": scan}
+    return answers
+
+
+def mamba_lm_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids, lengths = torch.randint(11, (3, 6)), torch.tensor([6, 0, 4])
+    more, state = module.prefill(ids, module.prefill(ids)[1], lengths)
+    answers = {"x": ids, "lengths": lengths, "y": module(ids), "more": more}
+    answers |= {"conv": state[1][0], "scan": state[1][1], "step": module.step(ids[:, 0], state)[0]}
+    for padding in ("right", "left"):
+        answers[padding] = module(ids, lengths, padding)
+        answers[f"last_{padding}"] = module.prefill(ids, None, lengths, padding, True)[0]
+        answers[f"generated_{padding}"] = module.generate(
+            ids, 12, 0.0, lengths=lengths.clamp_min(1), padding=padding
+        )
     return answers
 
 
@@ -120,6 +147,7 @@ def main(program: str) -> int:
             for parameter in module.parameters():  # norms and biases too, that all of them count
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             kinds = {"lm": lm_answers, "block": block_answers, "mamba": mamba_answers}
+            kinds["mambalm"] = mamba_lm_answers
             answers = kinds.get(name.partition("_")[0], layer_answers)(module) | initial
         with tempfile.TemporaryDirectory() as folder:
             torch.save(module.state_dict(), Path(folder, "state_dict.pt"))

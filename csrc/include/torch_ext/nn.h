@@ -23,6 +23,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -374,10 +375,170 @@ class TORCH_EXT_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
       const MambaState& state, const torch::Tensor& valid);
   void check_one_direction(const char* method) const;
   void check_state(const MambaState& state, int64_t batch_size) const;
-  torch::Tensor valid_steps(
-      const torch::Tensor& x, const torch::Tensor& lengths, const std::string& padding) const;
 };
 TORCH_MODULE(Mamba);
+
+struct TORCH_EXT_API MambaBlockOptions {
+  MambaBlockOptions(int64_t d_model) : mixer_(d_model) {}
+  MambaBlockOptions(MambaOptions mixer) : mixer_(std::move(mixer)) {}
+
+  TORCH_ARG(MambaOptions, mixer);
+  /// the norms are RMSNorms, else LayerNorms
+  TORCH_ARG(bool, rms_norm) = true;
+  /// added to the variance in the norms
+  TORCH_ARG(double, norm_eps) = 1e-5;
+  /// y is float32 whatever x and the parameters are (float64 stays), else of the dtype of x
+  TORCH_ARG(bool, residual_in_fp32) = true;
+};
+
+namespace detail {
+
+/// LayerNorm or RMSNorm of what may be wider than the parameters, in whose dtype the result is.
+class TORCH_EXT_API ResidualNormImpl : public torch::nn::Cloneable<ResidualNormImpl> {
+ public:
+  ResidualNormImpl(int64_t dim, bool rms_norm, double eps);
+  torch::Tensor forward(const torch::Tensor& x);
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  torch::Tensor weight, bias;
+
+ private:
+  int64_t dim_;
+  bool rms_norm_;
+  double eps_;
+};
+TORCH_MODULE(ResidualNorm);
+
+} // namespace detail
+
+/// A residual around a norm and Mamba, y = x + mixer(norm(x)): see torch_ext.MambaBlock in Python, and Mamba for
+/// the arguments.
+class TORCH_EXT_API MambaBlockImpl : public torch::nn::Cloneable<MambaBlockImpl> {
+ public:
+  explicit MambaBlockImpl(const MambaBlockOptions& options);
+
+  torch::Tensor forward(
+      const torch::Tensor& x, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  std::tuple<torch::Tensor, MambaState> prefill(
+      const torch::Tensor& x, const std::optional<MambaState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+  std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
+  MambaState init_state(int64_t batch_size) const { return mixer->init_state(batch_size); }
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  MambaBlockOptions options;
+  detail::ResidualNorm norm{nullptr};
+  Mamba mixer{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  torch::Tensor widen(const torch::Tensor& x) const;
+  torch::Tensor residual(
+      const torch::Tensor& x, const torch::Tensor& lengths, const std::string& padding) const;
+};
+TORCH_MODULE(MambaBlock);
+
+struct TORCH_EXT_API MambaLMOptions {
+  /// `block` is d_model, or MambaOptions, or MambaBlockOptions
+  MambaLMOptions(int64_t vocab_size, MambaBlockOptions block, int64_t n_layer)
+      : vocab_size_(vocab_size), block_(std::move(block)), n_layer_(n_layer) {}
+
+  TORCH_ARG(int64_t, vocab_size);
+  TORCH_ARG(MambaBlockOptions, block);
+  TORCH_ARG(int64_t, n_layer);
+  /// the logits' weight is the embedding's: one parameter, backbone.embedding.weight; else there is lm_head.weight
+  TORCH_ARG(bool, tie_embeddings) = true;
+  /// embedding and logits have as many more rows as make their number V a multiple of this
+  TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
+};
+
+/// A state of Mamba for each block.
+using MambaLMState = std::vector<MambaState>;
+
+namespace detail {
+
+/// Embedding, blocks and the last norm: what MambaLM has as `backbone`. The results are (B, T, d_model), (B, d_model)
+/// with last_only and in a step.
+class TORCH_EXT_API MambaBackboneImpl : public torch::nn::Cloneable<MambaBackboneImpl> {
+ public:
+  explicit MambaBackboneImpl(const MambaLMOptions& options);
+
+  torch::Tensor forward(
+      const torch::Tensor& ids, const torch::Tensor& lengths, const std::string& padding);
+  std::tuple<torch::Tensor, MambaLMState> prefill(
+      const torch::Tensor& ids, const std::optional<MambaLMState>& state,
+      const torch::Tensor& lengths, const std::string& padding, bool last_only);
+  std::tuple<torch::Tensor, MambaLMState> step(const torch::Tensor& ids, const MambaLMState& state);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  MambaBlockImpl& block(int64_t k) { return layers->at<MambaBlockImpl>(size_t(k)); }
+  const MambaBlockImpl& block(int64_t k) const { return layers->at<MambaBlockImpl>(size_t(k)); }
+
+  MambaLMOptions options;
+  torch::nn::Embedding embedding{nullptr};
+  torch::nn::ModuleList layers{nullptr};
+  ResidualNorm norm_f{nullptr};
+
+ private:
+  torch::Tensor embed(const torch::Tensor& ids, const torch::Tensor& valid);
+  void check_state(const MambaLMState& state) const;
+};
+TORCH_MODULE(MambaBackbone);
+
+} // namespace detail
+
+/// A language model of MambaBlocks, see torch_ext.MambaLM in Python: embedding, blocks, norm, logits. Parameters have
+/// mamba_ssm's names. Arguments `lengths` and `padding` are those of Mamba.
+class TORCH_EXT_API MambaLMImpl : public torch::nn::Cloneable<MambaLMImpl> {
+ public:
+  explicit MambaLMImpl(const MambaLMOptions& options);
+
+  /// Logits (B, T, V) of the token after each of ids (B, T).
+  torch::Tensor forward(
+      const torch::Tensor& ids, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  /// `forward` from a state to a state. With last_only logits after each row's last token alone, (B, V).
+  std::tuple<torch::Tensor, MambaLMState> prefill(
+      const torch::Tensor& ids, const std::optional<MambaLMState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right",
+      bool last_only = false);
+  /// One token of each sequence, (B,), to logits (B, V) and a state.
+  std::tuple<torch::Tensor, MambaLMState> step(const torch::Tensor& ids, const MambaLMState& state);
+  /// Zeros.
+  MambaLMState init_state(int64_t batch_size) const;
+  /// Appends tokens to ids (B, T), T >= 1, one at a time in constant memory. A temperature of 0 always takes the most
+  /// likely one; with top_k only that many most likely ones are drawn from, with top_p the fewest that together have
+  /// that probability. Records no gradient.
+  torch::Tensor generate(
+      const torch::Tensor& ids, int64_t max_new_tokens, double temperature = 1.0,
+      std::optional<int64_t> top_k = {}, std::optional<double> top_p = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+
+  void reset() override;
+  /// Draws the parameters of embedding and projections again, as the constructor does.
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  MambaLMOptions options;
+  detail::MambaBackbone backbone{nullptr};
+  torch::nn::Linear lm_head{nullptr}; // null with tie_embeddings
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  torch::Tensor logits(const torch::Tensor& x);
+};
+TORCH_MODULE(MambaLM);
 
 // ---- weights ----
 
@@ -391,7 +552,8 @@ TORCH_EXT_API StateDict read_state_dict(const std::string& path);
 
 /// Copies tensors into the parameters and buffers of the same names; dtype and device remain those of
 /// the module. Names that are missing, unexpected or of another shape are an error, which names all of
-/// them and leaves the module as it was.
+/// them and leaves the module as it was. A second name of a tensor that another name has as well, such
+/// as that of a tied weight, need not be known.
 TORCH_EXT_API void load_state_dict(torch::nn::Module& module, const StateDict& state_dict);
 
 /// The same from a file. `prefix` picks a part of a larger model: "encoder.rnn" takes the tensors
