@@ -1,5 +1,5 @@
-// The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, Mamba, streaming, padding, training, saving, loading. That they
-// compute what the Python modules compute is checked by parity.py.
+// The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, Mamba, streaming, padding, training, saving, loading. That
+// they compute what the Python modules compute is checked by parity.py.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/torch.h>
