@@ -192,6 +192,18 @@ def test_csv_with_comparison(tmp_path, forecasting, capsys):
     assert_readable_picture(tmp_path / "deep" / "out" / "forecast.png")
 
 
+def test_csv_with_mamba(tmp_path, forecasting):
+    path = make_csv(tmp_path / "station.csv")
+    options = ["--csv", path, "--date", "when", "--value", "degrees", "--holdout-days", 20]
+    options += ["--layer", "mamba", "--hidden", 16, "--layers", 1, "--epochs", 2, "--no-compare"]
+    assert forecasting.main([*map(str, options), "--no-package", "--out", str(tmp_path)]) == 0
+    errors = json.loads((tmp_path / "forecast.json").read_text())["errors"]
+    assert list(errors) == ["mamba", "same hour yesterday", "persistence"]
+    for name in ("same hour yesterday", "persistence"):
+        assert errors["mamba"]["mae"] < errors[name]["mae"]
+    assert_readable_picture(tmp_path / "forecast.png")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
 @pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm", "mamba"])
 def test_every_layer_steps_as_it_runs(layer, forecasting):
