@@ -1,6 +1,4 @@
 // Mamba, the block around it, and the language model made of it. The same in Python: torch_ext/mamba.py, mamba_lm.py.
-#include <torch/nn/init.h>
-
 #include <cmath>
 #include <ostream>
 #include <utility>
@@ -98,6 +96,19 @@ void MambaImpl::reset() {
   if (options.bidirectional()) make(back, "_b");
   out_proj =
       register_module("out_proj", Linear(LinearOptions(d_inner(), d_model).bias(options.bias())));
+}
+
+void MambaImpl::reset_parameters() {
+  in_proj->reset_parameters();
+  for (Direction* direction : {&ahead, &back}) {
+    if (!direction->conv1d) continue;
+    direction->conv1d->reset_parameters();
+    direction->x_proj->reset_parameters();
+  }
+  out_proj->reset_parameters();
+  for (Direction* direction : {&ahead, &back}) {
+    if (direction->conv1d) reset_recurrence(*direction);
+  }
 }
 
 void MambaImpl::reset_recurrence(const Direction& direction) {
@@ -240,8 +251,15 @@ ResidualNormImpl::ResidualNormImpl(int64_t dim, bool rms_norm, double eps)
 }
 
 void ResidualNormImpl::reset() {
-  weight = register_parameter("weight", torch::ones({dim_}));
-  if (!rms_norm_) bias = register_parameter("bias", torch::zeros({dim_}));
+  weight = register_parameter("weight", torch::empty({dim_}));
+  if (!rms_norm_) bias = register_parameter("bias", torch::empty({dim_}));
+  reset_parameters();
+}
+
+void ResidualNormImpl::reset_parameters() {
+  const torch::NoGradGuard no_grad;
+  weight.fill_(1);
+  if (!rms_norm_) bias.zero_();
 }
 
 Tensor ResidualNormImpl::forward(const Tensor& x) {
@@ -423,35 +441,33 @@ MambaLMImpl::MambaLMImpl(const MambaLMOptions& options) : options(options) {
 
 void MambaLMImpl::reset() {
   backbone = register_module("backbone", detail::MambaBackbone(options));
-  // Drawn where it is tied too, as in Python, so that a seed gives the same parameters.
+  // Drawn where the weight is tied too, as in Python, so that a seed gives the same parameters.
   const Tensor& embedding = backbone->embedding->weight;
   lm_head =
       torch::nn::Linear(torch::nn::LinearOptions(embedding.size(1), embedding.size(0)).bias(false));
-  reset_parameters();
   if (options.tie_embeddings()) {
     lm_head = nullptr;
   } else {
     register_module("lm_head", lm_head);
   }
+  reset_parameters();
 }
 
 void MambaLMImpl::reset_parameters() {
   const torch::NoGradGuard no_grad;
-  const auto draw = [](const Tensor& weight) {
-    torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
-  };
   for (int64_t k = 0; k < options.n_layer(); ++k) {
-    Mamba& mixer = backbone->block(k).mixer;
-    for (const auto& linear : {mixer->in_proj, mixer->out_proj}) {
-      draw(linear->weight);
+    MambaBlockImpl& block = backbone->block(k);
+    block.norm->reset_parameters();
+    block.mixer->reset_parameters();
+    for (const auto& linear : {block.mixer->in_proj, block.mixer->out_proj}) {
       if (linear->bias.defined()) linear->bias.zero_();
     }
     // So that the residual's variance at the end does not grow with the number of blocks.
-    mixer->out_proj->weight.div_(std::sqrt(double(options.n_layer())));
+    block.mixer->out_proj->weight.div_(std::sqrt(double(options.n_layer())));
   }
-  const Tensor& embedding = backbone->embedding->weight;
-  draw(lm_head ? lm_head->weight : torch::empty_like(embedding));
-  torch::nn::init::normal_(embedding, 0, 0.02);
+  backbone->norm_f->reset_parameters();
+  backbone->embedding->weight.normal_(0, 0.02);
+  if (lm_head) lm_head->reset_parameters();
 }
 
 void MambaLMImpl::pretty_print(std::ostream& stream) const {

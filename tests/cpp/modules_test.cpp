@@ -720,6 +720,12 @@ TEST(MambaLanguageModel, IsSavedAndCloned) {
     expect_close(half.to(torch::kFloat), y, 0.05);
     torch::nn::AnyModule any(model);
     EXPECT_TRUE(torch::equal(any.forward<Tensor>(ids), half));
+
+    copy->reset_parameters(); // after zeros everywhere
+    for (const auto& each : copy->named_parameters()) {
+      EXPECT_GT(each.value().abs().sum().item<float>(), 0) << each.key();
+    }
+    EXPECT_TRUE(copy->forward(ids).isfinite().all().item<bool>());
   }
 }
 

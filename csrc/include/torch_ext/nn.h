@@ -347,6 +347,9 @@ class TORCH_EXT_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   /// Zeros: (B, d_inner, d_conv - 1) and (B, d_inner, d_state); float32, float64 in a double module.
   MambaState init_state(int64_t batch_size) const;
 
+  /// Draws all parameters again.
+  void reset_parameters();
+
   int64_t d_inner() const { return int64_t(options.expand() * double(options.d_model())); }
   int64_t dt_rank() const { return options.dt_rank().value_or((options.d_model() + 15) / 16); }
 
@@ -399,6 +402,7 @@ class TORCH_EXT_API ResidualNormImpl : public torch::nn::Cloneable<ResidualNormI
   ResidualNormImpl(int64_t dim, bool rms_norm, double eps);
   torch::Tensor forward(const torch::Tensor& x);
   void reset() override;
+  void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
   torch::Tensor weight, bias;
@@ -523,7 +527,7 @@ class TORCH_EXT_API MambaLMImpl : public torch::nn::Cloneable<MambaLMImpl> {
       const torch::Tensor& lengths = {}, const std::string& padding = "right");
 
   void reset() override;
-  /// Draws the parameters of embedding and projections again, as the constructor does.
+  /// Draws all parameters again, as the constructor does.
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
