@@ -90,6 +90,25 @@ def test_parameters(seed):
     assert wide == {"backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.D"}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_reset_parameters(tied, seed):
+    """On the meta device first, then somewhere: as if made there."""
+    options = {"rms_norm": False, "bias": True, "tie_embeddings": tied}
+    with torch.device("meta"):
+        model = torch_ext.MambaLM(50, 16, 2, **options)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.reset_parameters()
+    twin = torch_ext.MambaLM(50, 16, 2, **options)
+    torch.manual_seed(seed)
+    twin.reset_parameters()
+    for (name, got), want in zip(
+        model.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, want), name
+    assert (model.lm_head.weight is model.backbone.embedding.weight) == tied
+
+
 @pytest.mark.parametrize("options", [{}, {"rms_norm": False}, {"bias": True}], ids=str)
 def test_formula(options, generator):
     model, ids = make(generator, **options), tokens(generator)
@@ -131,7 +150,8 @@ def test_padding(padding, generator):
     valid = steps < lengths[:, None]
     padded = torch.where(valid, ids, -100)  # which nothing looks at
     logits, state = model.prefill(padded, None, lengths, padding)
-    last, last_state = model.prefill(padded, None, lengths, padding, last_only=True)
+    small = lengths.to(torch.uint8)
+    last, last_state = model.prefill(padded, None, small, padding, last_only=True)
     torch.testing.assert_close(model(padded, lengths, padding), logits)
     assert (logits[~valid] == 0).all() and (last[1] == 0).all()
     equal_states(last_state, state)
@@ -292,6 +312,9 @@ def test_generate_from_padded_prompts(padding, chunk, generator):
     padded = torch.where(valid, ids, -1)
     got = model.generate(padded, 5, 0.0, lengths=lengths, padding=padding, prefill_chunk=chunk)
     assert torch.equal(got[:, :11], padded)
+    small = lengths.to(torch.uint8)
+    again = model.generate(padded, 5, 0.0, lengths=small, padding=padding, prefill_chunk=chunk)
+    assert torch.equal(again, got)
     for i, n in enumerate(lengths.tolist()):
         want = naive(model, ids[i][valid[i]][None], 5)
         assert torch.equal(got[i, 11:], want[0, n:])
@@ -438,6 +461,20 @@ def test_exported(generator):
     for B, T in ((3, 11), (5, 40)):
         ids = tokens(generator, B, T)
         torch.testing.assert_close(program.module()(ids), model(ids))
+
+
+def test_gradients_of_each_sample(generator):
+    """torch.func's vmap of grad, in which ids have no numbers to be checked."""
+    model, ids = make(generator), tokens(generator)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],)).sin().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    for i in range(3):
+        for name, want in torch.func.grad(loss)(parameters, ids[i]).items():
+            close(got[name][i], want, grad=True, name=name)
 
 
 # ---- checkpoints ----
@@ -696,6 +733,8 @@ def test_bad_weights(generator, tmp_path):
         good | {"backbone.norm_f.weight": torch.ones(C + 1)},
         r"backbone.norm_f.weight of shape \(9,\), expected \(8,\)",
     )
+    eighths = {key: value.to(torch.int8) for key, value in good.items()}
+    attempt(eighths, "backbone.embedding.weight of torch.int8, expected floating-point numbers")
     attempt(good | {"lm_head.weight": torch.ones(V, C)}, "a lm_head.weight that is not backbone")
     attempt([1], "holds list, expected tensors by name")
     file.write_bytes(b"nothing of the kind")
@@ -752,7 +791,9 @@ def make_theirs(transformers, seed, **options):
 )
 def test_as_transformers(options, transformers, seed, tmp_path):
     theirs = make_theirs(transformers, seed, **options)
-    theirs.save_pretrained(tmp_path / "theirs")
+    shards = {"max_shard_size": "20KB"} if "expand" in options else {}
+    theirs.save_pretrained(tmp_path / "theirs", **shards)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == bool(shards)
     ours = torch_ext.MambaLM.from_pretrained(tmp_path / "theirs")
     ids = torch.randint(50, (3, 12))
     with torch.no_grad():

@@ -238,11 +238,13 @@ def load(
         )
     wrong = []
     for key, old in parameters.items():
-        if key in weights and weights[key].shape != old.shape:
+        if key in weights and not weights[key].is_floating_point():
+            wrong.append(f"{key} of {weights[key].dtype}, expected floating-point numbers")
+        elif key in weights and weights[key].shape != old.shape:
             shapes = f"{tuple(weights[key].shape)}, expected {tuple(old.shape)}"
             wrong.append(f"{key} of shape {shapes}")
     if wrong:
-        raise ValueError(f"{name}: the checkpoint has {_listed(wrong)}, by its config.json")
+        raise ValueError(f"{name}: the checkpoint has, by its config.json, {_listed(wrong)}")
     for key, other in tied.items():
         if key in weights and not torch.equal(weights[key], weights[other]):
             raise ValueError(

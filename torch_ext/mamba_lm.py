@@ -216,7 +216,7 @@ class MambaBackbone(nn.Module):
             new_state.append(after)
         if last_only:
             if lengths is not None and padding == "right":
-                last = (lengths.to(x.device) - 1).clamp_min(0)[:, None, None]
+                last = (lengths.to(x.device).long() - 1).clamp_min(0)[:, None, None]
                 x = x.gather(1, last.expand(-1, 1, x.shape[2])).squeeze(1)
             else:
                 x = x[:, -1]
@@ -263,13 +263,8 @@ class MambaBackbone(nn.Module):
         valid = self.layers[0].mixer._valid(ids, lengths, padding)
         if valid is not None:
             ids = torch.where(valid.squeeze(2), ids, 0)
-        if ids.is_cpu and ids.numel() > 0 and not is_compiling():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.embedding.num_embeddings:
-                raise ValueError(
-                    f"MambaLM: ids has values from {low} to {high}, expected 0 to "
-                    f"{self.embedding.num_embeddings - 1}"
-                )
+        if not torch.jit.is_scripting():
+            _check_ids(ids, self.embedding.num_embeddings)
         return self.embedding(ids), valid
 
 
@@ -376,14 +371,12 @@ class MambaLM(nn.Module):
         )  # fmt: skip
         self.lm_head = nn.Linear(d_model, rows, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
-        if tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
 
     @torch.no_grad()
     def reset_parameters(
         self, initializer_range: float = 0.02, rescale_prenorm_residual: bool = True
     ) -> None:
-        """Draws the parameters of embedding and projections again, as the constructor does.
+        """Draws all parameters again, as the constructor does: also after ``to_empty``.
 
         Args:
             initializer_range: standard deviation of the embedding.
@@ -392,14 +385,21 @@ class MambaLM(nn.Module):
         """
         layers = self.backbone.layers
         for layer in layers:
-            for linear in (layer.mixer.in_proj, layer.mixer.out_proj):
-                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            mixer = layer.mixer
+            for module in (layer.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.out_proj):
+                module.reset_parameters()
+            mixer._reset_recurrence(mixer.dt_proj, mixer.A_log, mixer.D)
+            for linear in (mixer.in_proj, mixer.out_proj):
                 if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+                    linear.bias.zero_()
             if rescale_prenorm_residual:
-                layer.mixer.out_proj.weight.div_(math.sqrt(len(layers)))
-        nn.init.kaiming_uniform_(self.lm_head.weight, a=math.sqrt(5))
-        nn.init.normal_(self.backbone.embedding.weight, std=initializer_range)  # last: maybe tied
+                mixer.out_proj.weight.div_(math.sqrt(len(layers)))
+        self.backbone.norm_f.reset_parameters()
+        self.backbone.embedding.weight.normal_(std=initializer_range)
+        if self.config["tie_embeddings"]:
+            self.lm_head.weight = self.backbone.embedding.weight
+        else:
+            self.lm_head.reset_parameters()
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None, padding: str = "right") -> Tensor:
         """Logits of the token after each of ``ids``.
@@ -570,7 +570,7 @@ class MambaLM(nn.Module):
                 raise ValueError(
                     f"{name}: lengths has values from {low} to {high}, expected 1 to T={T}"
                 )
-            lengths = lengths.to(ids.device)
+            lengths = lengths.to(ids.device, torch.int64)
             if padding == "left":  # chunks need the first tokens in the first columns
                 ids = ids.gather(1, (torch.arange(T, device=ids.device) - lengths[:, None]) % T)
         choose = (temperature, top_k, top_p, generator)
@@ -656,8 +656,9 @@ class MambaLM(nn.Module):
         """
         name = f"{cls.__name__}.from_pretrained"
         config, weights = _mamba_checkpoint.read(name, Path(folder))
-        if dtype is None and "backbone.embedding.weight" in weights:
-            dtype = weights["backbone.embedding.weight"].dtype
+        embedding = weights.get("backbone.embedding.weight")
+        if dtype is None and embedding is not None and embedding.is_floating_point():
+            dtype = embedding.dtype
         with torch.device("meta"):  # nothing is drawn, nor held twice
             model = cls(**config, dtype=dtype)
         tied = {"lm_head.weight": "backbone.embedding.weight"} if config["tie_embeddings"] else {}
@@ -685,6 +686,19 @@ class MambaLM(nn.Module):
         """
         name = f"{type(self).__name__}.save_pretrained"
         _mamba_checkpoint.write(name, Path(folder), self, self.config, layout, extra)
+
+
+@torch.jit.unused
+def _check_ids(ids: Tensor, rows: int) -> None:
+    """Says more than the embedding would. On the CPU alone, as reading numbers waits for a GPU."""
+    if not ids.is_cpu or ids.numel() == 0 or is_compiling():
+        return
+    try:
+        low, high = int(ids.min()), int(ids.max())
+    except RuntimeError:  # there are no numbers to read, as under vmap
+        return
+    if low < 0 or high >= rows:
+        raise ValueError(f"MambaLM: ids has values from {low} to {high}, expected 0 to {rows - 1}")
 
 
 class _RMSNorm(nn.RMSNorm):
