@@ -6,6 +6,7 @@
 //   prefill(ids (B, T), state) -> (logits (B, T, V), state)
 //   step(ids (B,), state) -> (logits (B, V), state)
 #include <torch/script.h>
+#include <torch/utils.h>
 #include <torch_ext/torch_ext.h> // keeps the operators linked that the model calls
 
 #include <algorithm>
@@ -45,6 +46,7 @@ void stream_mamba(const std::vector<std::string>& arguments) {
   check_readable(path);
 
   const torch::InferenceMode no_gradients;
+  torch::set_num_threads(1); // the matrices of one token are too small to be shared
   torch::manual_seed(0);
   torch::jit::ExtraFilesMap files = {{"characters.txt", ""}};
   torch::jit::Module model = torch::jit::load(path, torch::kCPU, files);
