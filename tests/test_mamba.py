@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -250,3 +251,151 @@ def test_errors(generator):
             call()
     with pytest.raises(TypeError, match="lengths has dtype torch.float32"):
         layer(x, torch.ones(3))
+
+
+# ---- mamba_step: the layer's step as an operator ----
+
+
+def weights_of(layer, detach=False):
+    weights = [
+        layer.in_proj.weight, layer.in_proj.bias, layer.conv1d.weight.squeeze(1),
+        layer.conv1d.bias, layer.x_proj.weight, layer.dt_proj.weight, layer.dt_proj.bias,
+        layer.A_log, layer.D, layer.out_proj.weight, layer.out_proj.bias,
+    ]  # fmt: skip
+    return [w.detach() if detach and w is not None else w for w in weights]
+
+
+def random_state(layer, rows, generator):
+    return tuple(
+        torch.randn(s.shape, generator=generator, dtype=torch.float64).to(s.dtype)
+        for s in layer.init_state(rows)
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 6}], ids=str
+)
+def test_steps_of_the_operator_yield_the_formula(options, generator):
+    layer, x = make(generator, **options), inputs(generator)
+    want, want_scan = formula(layer, x)
+    weights, state = weights_of(layer, detach=True), layer.init_state(3)
+    written = layer.init_state(3)
+    for t in range(x.shape[1]):
+        y, state = torch_ext.mamba_step(x[:, t], *weights, state)
+        close(y, want[:, t].detach())
+        assert torch.equal(torch_ext.mamba_step_(x[:, t], *weights, written), y)
+        assert torch.equal(written[0], state[0]) and torch.equal(written[1], state[1])
+    close(state[1], want_scan.detach())
+
+
+def test_steps_without_optional_weights(generator):
+    layer, x = make(generator), inputs(generator)[:, 0]
+    weights, state = weights_of(layer, detach=True), random_state(layer, 3, generator)
+    for missing in (6, 8):
+        given, absent = list(weights), list(weights)
+        given[missing] = torch.zeros_like(weights[missing])
+        absent[missing] = None
+        want, got = (torch_ext.mamba_step(x, *w, state) for w in (given, absent))
+        close(got[0], want[0])
+        close(got[1][1], want[1][1])
+
+
+def test_the_step_is_differentiable(generator):
+    layer, x = make(generator, bias=True), inputs(generator)[:, 0]
+    state, slots = random_state(layer, 4, generator), torch.tensor([2, -1, 0])
+    leaves = [x, *weights_of(layer, detach=True), *state]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+
+    def step(*leaves, slots=None):
+        y, state = torch_ext.mamba_step(*leaves[:12], leaves[12:], slots)
+        return y, *state
+
+    whole = [leaf.detach()[:3].requires_grad_() for leaf in leaves[12:]]
+    torch.autograd.gradcheck(step, (*leaves[:12], *whole))
+    torch.autograd.gradcheck(lambda *a: step(*a, slots=slots), leaves)
+
+
+def test_states_in_a_pool(generator):
+    layer, x = make(generator, bias=True), inputs(generator)[:, 0]
+    weights, pool = weights_of(layer, detach=True), random_state(layer, 5, generator)
+    for dtype in (torch.int32, torch.int64):
+        slots = torch.tensor([4, -1, 1], dtype=dtype)
+        y, after = torch_ext.mamba_step(x, *weights, pool, slots)
+        assert (y[1] == 0).all()
+        for row, slot in ((0, 4), (2, 1)):
+            alone, state = torch_ext.mamba_step(
+                x[row : row + 1], *weights, tuple(s[slot : slot + 1] for s in pool)
+            )
+            close(y[row], alone[0])
+            for new, want in zip(after, state, strict=True):
+                close(new[slot], want[0])
+        for new, old in zip(after, pool, strict=True):
+            assert torch.equal(new[[0, 2, 3]], old[[0, 2, 3]])
+        written = tuple(s.clone() for s in pool)
+        assert torch.equal(torch_ext.mamba_step_(x, *weights, written, slots), y)
+        assert all(map(torch.equal, written, after))
+
+
+def test_half_precision_steps(generator):
+    layer = make(generator, torch.bfloat16, bias=True)
+    x = inputs(generator, dtype=torch.bfloat16)[:, 0]
+    weights, state = weights_of(layer, detach=True), random_state(layer, 3, generator)
+    assert state[0].dtype is torch.bfloat16 or state[0].dtype is torch.float32
+    exact = [None if w is None else w.double() for w in weights]
+    want, _ = torch_ext.mamba_step(x.double(), *exact, tuple(s.double() for s in state))
+    y, after = torch_ext.mamba_step(x, *weights, state)
+    assert y.dtype is torch.bfloat16
+    assert [s.dtype for s in after] == [s.dtype for s in state]
+    assert (y - want).norm() < 0.03 * want.norm()
+    y = torch_ext.mamba_step_(x, *weights, state)
+    assert y.dtype is torch.bfloat16
+    assert (y - want).norm() < 0.03 * want.norm()
+
+
+def test_the_step_under_transforms(generator):
+    layer, x = make(generator, torch.float32), inputs(generator, dtype=torch.float32)[:, 0]
+    weights, state = weights_of(layer, detach=True), random_state(layer, 3, generator)
+    want, _ = torch_ext.mamba_step(x, *weights, state)
+    warnings.filterwarnings("error", message="There is a performance drop")
+    rows = torch.func.vmap(
+        lambda x, *state: torch_ext.mamba_step(x[None], *weights, tuple(s[None] for s in state))[0]
+    )(x, *state)
+    torch.testing.assert_close(rows[:, 0], want)
+    compiled = torch.compile(torch_ext.mamba_step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, *weights, state)[0], want)
+    written = tuple(s.clone() for s in state)
+    compiled = torch.compile(torch_ext.mamba_step_, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, *weights, written), want)
+    assert not torch.equal(written[1], state[1])
+    scripted = torch.jit.script(torch_ext.mamba_step)
+    torch.testing.assert_close(scripted(x, *weights, state)[0], want)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, after = torch_ext.mamba_step(x, *weights, state)
+    assert y.dtype is torch.bfloat16 and after[1].dtype is torch.float32
+    assert (y - want).norm() < 0.03 * want.norm()
+
+
+def test_bad_input_of_the_step(generator):
+    layer, x = make(generator), inputs(generator)[:, 0]
+    weights, state = weights_of(layer, detach=True), layer.init_state(3)
+    for step in (torch_ext.mamba_step, torch_ext.mamba_step_):
+        for i, weight in enumerate(weights):
+            if weight is None:
+                wrong = [torch.zeros(3, 3, dtype=torch.float64)]
+            else:
+                wrong = [weight[None], weight.repeat([2] * weight.dim())]
+            for w in wrong:
+                with pytest.raises(ValueError, match=rf"{step.__name__}: \w+ has shape"):
+                    step(x, *weights[:i], w, *weights[i + 1 :], state)
+        with pytest.raises(ValueError, match=r"x has shape \(8,\), expected \(B, d_model\)"):
+            step(x[0], *weights, state)
+        with pytest.raises(ValueError, match=r"conv_state has shape .*expected \(B=3, "):
+            step(x, *weights, (state[0][:2], state[1]))
+        with pytest.raises(ValueError, match=r"scan_state has shape .*expected \(num_slots=3, "):
+            step(x, *weights, (state[0], state[1][:2]), torch.tensor([0, 1, 2]))
+        with pytest.raises((ValueError, IndexError), match="state_indices"):
+            step(x, *weights, state, torch.tensor([0, 1, 3]))
+        with pytest.raises(TypeError, match="dtype float32, expected float64"):
+            step(x, *weights, (state[0], state[1].float()))
+    with pytest.raises(RuntimeError, match="requires grad.*mamba_step, which is differentiable"):
+        torch_ext.mamba_step_(x, *weights_of(layer), state)

@@ -967,8 +967,8 @@ def test_lm_learns_a_text():
 @pytest.mark.parametrize(
     "name",
     ["linear_scan", "min_gru", "min_lstm", "_sequence_layer", "min_rnn", "causal_conv1d"]
-    + ["selective_scan", "mamba", "compat", "compat.minGRU_pytorch"]
-    + ["mamba_lm", "compat._mamba_ssm_models"],
+    + ["selective_scan", "mamba", "compat", "compat.minGRU_pytorch", "compat.causal_conv1d"]
+    + ["compat._mamba_ssm_ops", "compat._mamba_ssm_layer", "compat._mamba_ssm_models", "mamba_lm"],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"torch_ext.{name}")

@@ -13,7 +13,7 @@ from .causal_conv1d import (
     causal_conv1d_step_,
 )
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
-from .mamba import Mamba
+from .mamba import Mamba, mamba_step, mamba_step_
 from .mamba_lm import MambaBlock, MambaLM
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
@@ -46,6 +46,8 @@ __all__ = [
     "linear_scan_reference",
     "linear_scan_step",
     "linear_scan_step_",
+    "mamba_step",
+    "mamba_step_",
     "min_gru",
     "min_gru_reference",
     "min_gru_step",

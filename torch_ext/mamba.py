@@ -17,11 +17,126 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._sequence_layer import is_compiling, shape_text
-from .causal_conv1d import causal_conv1d, causal_conv1d_step
-from .selective_scan import selective_scan, selective_scan_step
+from .causal_conv1d import causal_conv1d
+from .selective_scan import selective_scan
 
 # The convolution's last inputs, and the scan's states.
 State = tuple[Tensor, Tensor]
+
+
+def mamba_step(
+    x: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    state: State,
+    state_indices: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    r"""One step of a whole :class:`Mamba` layer, by its weights: for decoding.
+
+    .. math::
+        x, z &= W_\text{in} \, \text{input} + b_\text{in} \\
+        u &= \text{silu}(\text{conv1d}(x)) \\
+        \delta, B, C &= W_x u, \qquad \delta \leftarrow \text{softplus}(W_\delta \delta + b_\delta) \\
+        h &\leftarrow e^{-\delta e^{A_\text{log}}} h + \delta B u \\
+        \text{output} &= W_\text{out} ((C h + D u) \, \text{silu}(z)) + b_\text{out}
+
+    Gu & Dao 2023, arXiv:2312.00752, section 3.4.
+
+    Args:
+        x: ``(B, d_model)``, of any floating dtype.
+        in_proj_weight: ``(2 * d_inner, d_model)``, the rows of x, then z.
+        in_proj_bias: ``(2 * d_inner,)`` or None.
+        conv_weight: ``(d_inner, W)``.
+        conv_bias: ``(d_inner,)`` or None.
+        x_proj_weight: ``(R + 2 * N, d_inner)``, the rows of the step size, B and C.
+        dt_proj_weight: ``(d_inner, R)``.
+        dt_proj_bias: ``(d_inner,)`` or None.
+        A_log: ``(d_inner, N)``, real.
+        D: ``(d_inner,)`` or None.
+        out_proj_weight: ``(d_out, d_inner)``.
+        out_proj_bias: ``(d_out,)`` or None.
+        state: the convolution's last inputs ``(B, d_inner, W - 1)``, of x's dtype or wider, and the
+            scan's states ``(B, d_inner, N)``, float32 (float64 with float64 weights).
+        state_indices: rows of ``state``, ``(B,)``, for states ``(num_slots, ...)`` of which each
+            row of x has one; where it is negative, ``y`` is 0 and no state changes.
+
+    Returns:
+        ``y``, ``(B, d_out)``, and the next state; with ``state_indices`` all of its rows.
+
+    Raises:
+        ValueError: a shape differs from the above, or an index is not below ``num_slots``.
+        TypeError: a dtype differs from the above.
+
+    Notes:
+        Differentiable, also with ``state_indices``.
+
+    Example:
+        >>> m = torch_ext.Mamba(8)
+        >>> weights = [
+        ...     m.in_proj.weight, None, m.conv1d.weight[:, 0], m.conv1d.bias, m.x_proj.weight,
+        ...     m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, None,
+        ... ]
+        >>> x, state = torch.randn(2, 8), m.init_state(2)
+        >>> y, next_state = torch_ext.mamba_step(x, *weights, state)
+        >>> torch.equal(y, m.step(x, state)[0])
+        True
+    """
+    y, conv_state, scan_state = torch.ops.torch_ext.mamba_step(
+        x, in_proj_weight, in_proj_bias, conv_weight, conv_bias, x_proj_weight, dt_proj_weight,
+        dt_proj_bias, A_log, D, out_proj_weight, out_proj_bias, state[0], state[1], state_indices,
+    )  # fmt: skip
+    return y, (conv_state, scan_state)
+
+
+def mamba_step_(
+    x: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    state: State,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    r"""One step of a whole :class:`Mamba` layer that overwrites both tensors of ``state``.
+
+    Otherwise as :func:`mamba_step`; not differentiable, so where an input requires grad it raises a
+    RuntimeError outside ``torch.no_grad()``.
+
+    Returns:
+        ``y``, ``(B, d_out)``.
+
+    Example:
+        >>> m = torch_ext.Mamba(8)
+        >>> x, pool, slots = torch.randn(2, 8), m.init_state(5), torch.tensor([3, -1])
+        >>> with torch.no_grad():
+        ...     y = torch_ext.mamba_step_(
+        ...         x, m.in_proj.weight, None, m.conv1d.weight[:, 0], m.conv1d.bias, m.x_proj.weight,
+        ...         m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, m.out_proj.weight, None, pool,
+        ...         slots,
+        ...     )
+        >>> [bool(row.any()) for row in pool[1]]
+        [False, False, False, True, False]
+    """
+    return torch.ops.torch_ext.mamba_step_(
+        x, in_proj_weight, in_proj_bias, conv_weight, conv_bias, x_proj_weight, dt_proj_weight,
+        dt_proj_bias, A_log, D, out_proj_weight, out_proj_bias, state[0], state[1], state_indices,
+    )  # fmt: skip
 
 
 class Mamba(nn.Module):
@@ -267,32 +382,11 @@ class Mamba(nn.Module):
                 f"Mamba.step: x has shape {shape_text(x)}, expected (B, d_model={self.d_model})"
             )
         self._check_state(state, x.shape[0])
-        inner, z = self.in_proj(x).chunk(2, -1)
-        u, conv = causal_conv1d_step(
-            inner,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            state[0].to(inner.dtype),
-            None,
-            "silu",
-        )
-        delta, B, C = F.linear(u, self.x_proj.weight).split(
-            [self.dt_rank, self.d_state, self.d_state], -1
-        )
-        y, scan = selective_scan_step(
-            u,
-            F.linear(delta, self.dt_proj.weight),
-            -torch.exp(self.A_log),
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            state[1],
-            None,
-            True,
-        )
-        return self.out_proj(y), (conv.to(state[0].dtype), scan)
+        return mamba_step(
+            x, self.in_proj.weight, self.in_proj.bias, self.conv1d.weight.squeeze(1),
+            self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
+            self.A_log, self.D, self.out_proj.weight, self.out_proj.bias, state,
+        )  # fmt: skip
 
     def _run(
         self,

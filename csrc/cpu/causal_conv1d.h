@@ -268,6 +268,16 @@ struct CausalConv1d {
               if (i - r >= 0 && i - r < n)
                 sum[r] = fused(Wide::load(w + (i - r) * kLanes), v, sum[r]);
           }
+          if constexpr (R > 1) {
+            // Rows end too soon for the machine to see what comes next: the next rows into L2, these into L1. An address
+            // beyond the array is harmless.
+            const int64_t step = x[n - 2 + R] - x[n - 3 + R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+              __builtin_prefetch(x[n - 2 + R] + (r + 1) * step + d, 0, 2);
+              __builtin_prefetch(x[n - 1 + r] + d + 4 * kLanes);
+            }
+          }
           if (activate) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) sum[r] = silu(sum[r]);
@@ -382,9 +392,12 @@ struct CausalConv1d {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             g[n - 1 + r] = get<kSome>(grad_y + r * grad_y_step + d, some);
-            // A block is too narrow for the machine to see which rows come next; an address beyond them is harmless.
-            __builtin_prefetch(grad_y + (R + r) * grad_y_step + d);
-            __builtin_prefetch(x[n - 1 + R - 1] + (r + 1) * (x[n - 1 + R - 1] - x[n - 2 + R]) + d);
+            // As forward.
+            __builtin_prefetch(grad_y + (R + r) * grad_y_step + d, 0, 2);
+            __builtin_prefetch(
+                x[n - 1 + R - 1] + (r + 1) * (x[n - 1 + R - 1] - x[n - 2 + R]) + d, 0, 2);
+            __builtin_prefetch(grad_y + r * grad_y_step + d + 4 * kLanes);
+            __builtin_prefetch(x[n - 1 + r] + d + 4 * kLanes);
           }
           if (c.silu) {
 #pragma GCC unroll 4

@@ -306,17 +306,24 @@ bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, P
 
 namespace {
 
-// at_once: bytes of a row that an item takes.
+// Rows are whole where they can be: the machine fetches ahead along them. Not where they have to be turned first, nor where
+// threads would be left without work. Groups, on which the order of sums depends, follow from shapes alone.
 CausalConv1dPlan plan_of(
-    const CausalConv1dProblem& p, DType dtype, int64_t smallest_group, int64_t at_once,
-    const KernelTable& t) {
+    const CausalConv1dProblem& p, DType dtype, int64_t smallest_group, bool turned,
+    const KernelTable& t, int threads) {
   constexpr int64_t kMostGroups = 64; // of each the backward keeps a share of the weight's gradient
   const int64_t lanes = t.vector_bytes / (dtype == DType::f64 ? 8 : 4);
   CausalConv1dPlan plan;
   plan.num_rows = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
   plan.group = std::max(smallest_group, (plan.num_rows + kMostGroups - 1) / kMostGroups);
   plan.num_groups = std::max<int64_t>(1, (plan.num_rows + plan.group - 1) / plan.group);
-  plan.block = std::min(round_up(p.width, lanes), round_up(at_once / size_of(dtype), lanes));
+  const int64_t smallest = round_up(1024 / size_of(dtype), lanes);
+  plan.block =
+      std::min(round_up(p.width, lanes), round_up((turned ? 2048 : 8192) / size_of(dtype), lanes));
+  while (plan.block > smallest &&
+         plan.num_groups * ((p.width + plan.block - 1) / plan.block) < 4 * std::max(threads, 1) &&
+         threads > 1)
+    plan.block = std::max(smallest, round_up(plan.block / 2, lanes));
   plan.num_blocks = p.width ? (p.width + plan.block - 1) / plan.block : 0;
   return plan;
 }
@@ -373,7 +380,7 @@ bool causal_conv1d_forward(DType dtype, const CausalConv1dForward& p, Parallel p
   const KernelTable& t = table();
   const CausalConv1dForwardKernel kernel = t.conv_forward[int(dtype)];
   if (!kernel) return false;
-  CausalConv1dPlan plan = plan_of(p, dtype, 16, 8192, t);
+  CausalConv1dPlan plan = plan_of(p, dtype, 16, false, t, parallel.threads);
   plan.stream = streams(p, plan, dtype, p.y, t, parallel.threads);
   run(kernel, p, plan, 20000, parallel);
   return true;
@@ -383,7 +390,8 @@ bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& p, Parallel
   const KernelTable& t = table();
   const CausalConv1dBackwardKernel kernel = t.conv_backward[int(dtype)];
   if (!kernel) return false;
-  CausalConv1dPlan plan = plan_of(p, dtype, 64, 1024, t);
+  CausalConv1dPlan plan = plan_of(
+      p, dtype, 256, p.x.width != 1 || (p.grad_y.data && p.grad_y.width != 1), t, parallel.threads);
   plan.stream = streams(p, plan, dtype, p.grad_x, t, parallel.threads);
   const auto with_shares = [&]<class Scalar>(Scalar) {
     std::vector<Scalar> shares(size_t(plan.num_groups * (p.window + 1) * p.width));

@@ -86,4 +86,20 @@ TORCH_EXT_API at::Tensor selective_scan_step_(
     const OptionalTensor& delta_bias, at::Tensor& state, const OptionalTensor& state_indices = {},
     bool delta_softplus = false);
 
+// One step of a whole Mamba layer (torch_ext.Mamba): x (B, d_model); weights as the layer's parameters, conv_weight
+// (d_inner, W); conv_state (B, d_inner, W - 1), scan_state (B, d_inner, N). Returns y and the next states; in place, y.
+TORCH_EXT_API std::tuple<at::Tensor, at::Tensor, at::Tensor> mamba_step(
+    const at::Tensor& x, const at::Tensor& in_proj_weight, const OptionalTensor& in_proj_bias,
+    const at::Tensor& conv_weight, const OptionalTensor& conv_bias, const at::Tensor& x_proj_weight,
+    const at::Tensor& dt_proj_weight, const OptionalTensor& dt_proj_bias, const at::Tensor& A_log,
+    const OptionalTensor& D, const at::Tensor& out_proj_weight, const OptionalTensor& out_proj_bias,
+    const at::Tensor& conv_state, const at::Tensor& scan_state,
+    const OptionalTensor& state_indices = {});
+TORCH_EXT_API at::Tensor mamba_step_(
+    const at::Tensor& x, const at::Tensor& in_proj_weight, const OptionalTensor& in_proj_bias,
+    const at::Tensor& conv_weight, const OptionalTensor& conv_bias, const at::Tensor& x_proj_weight,
+    const at::Tensor& dt_proj_weight, const OptionalTensor& dt_proj_bias, const at::Tensor& A_log,
+    const OptionalTensor& D, const at::Tensor& out_proj_weight, const OptionalTensor& out_proj_bias,
+    at::Tensor& conv_state, at::Tensor& scan_state, const OptionalTensor& state_indices = {});
+
 } // namespace torch_ext
