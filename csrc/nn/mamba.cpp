@@ -182,17 +182,12 @@ std::tuple<Tensor, MambaState> MambaImpl::step(const Tensor& x, const MambaState
   check_one_direction("step");
   check_one_step("Mamba", x, options.d_model());
   check_state(state, x.size(0));
-  const auto& [conv_before, scan_before] = state;
-  const auto parts = in_proj->forward(x).chunk(2, -1);
-  const auto [u, conv] = causal_conv1d_step(
-      parts[0], ahead.conv1d->weight.squeeze(1), optional(ahead.conv1d->bias),
-      conv_before.to(parts[0].scalar_type()), {}, "silu");
-  const auto projected = ahead.x_proj->forward(u).split_with_sizes(
-      {dt_rank(), options.d_state(), options.d_state()}, -1);
-  const auto [y, scan] = selective_scan_step(
-      u, torch::linear(projected[0], ahead.dt_proj->weight), -torch::exp(ahead.A_log), projected[1],
-      projected[2], ahead.D, parts[1], ahead.dt_proj->bias, scan_before, {}, true);
-  return {out_proj->forward(y), {conv.to(conv_before.scalar_type()), scan}};
+  const auto [y, conv, scan] = mamba_step(
+      x, in_proj->weight, optional(in_proj->bias), ahead.conv1d->weight.squeeze(1),
+      optional(ahead.conv1d->bias), ahead.x_proj->weight, ahead.dt_proj->weight,
+      ahead.dt_proj->bias, ahead.A_log, ahead.D, out_proj->weight, optional(out_proj->bias),
+      std::get<0>(state), std::get<1>(state));
+  return {y, {conv, scan}};
 }
 
 MambaState MambaImpl::init_state(int64_t batch_size) const {
