@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Trains a language model of characters (torch_ext.MinRNNLM) on a text and lets it write.
+"""Trains a language model of characters (torch_ext.MinRNNLM, MambaLM) on a text; it then writes.
 
     python char_lm.py                       an excerpt of Shakespeare, which comes with this script
     python char_lm.py my_book.txt --layer min_lstm --steps 2000
+    python char_lm.py --layer mamba --steps 200 --compare-reference curves.png
     python char_lm.py --steps 50            a quick look
 
 The text is cut into a few long tracks, the model reads all of them at once and carries its state,
@@ -10,17 +11,24 @@ detached, from piece to piece (truncated backpropagation through time). The last
 is never trained on: there the model's bits per character are compared with those of a 2-gram
 model, which predicts each character from the two before it. In the end the model writes, one
 character per `step`, with a state whose size does not grow with the text.
+
+With --compare-reference the same model learns twice more: once on the operators' references, plain
+PyTorch loops over time, which must give the same curve but for rounding; and once from another
+seed, which shows what chance does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import time
+import unittest.mock
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 TEXT = Path(__file__).resolve().parent / "data" / "shakespeare_excerpt.txt"
 
@@ -36,6 +44,38 @@ try:
     import torch_ext
 except ImportError as error:
     sys.exit(f"char_lm: {error}. It needs torch and torch_ext; the README says how to install them")
+
+Model = torch_ext.MinRNNLM | torch_ext.MambaLM
+
+
+# The operators that each layer calls, which is in the module of torch_ext of the same name.
+OPERATORS = {
+    "min_gru": ["min_gru"],
+    "min_lstm": ["min_lstm"],
+    "mamba": ["causal_conv1d", "selective_scan"],
+}
+
+
+def on_references(layer: str) -> Any:
+    """A context in which a layer runs on plain PyTorch loops over time, much slower."""
+    references = {name: getattr(torch_ext, name + "_reference") for name in OPERATORS[layer]}
+    return unittest.mock.patch.multiple(sys.modules[f"torch_ext.{layer}"], **references)
+
+
+def make_model(characters: int, args: argparse.Namespace, seed: int) -> Model:
+    torch.manual_seed(seed)
+    if args.layer == "mamba":
+        return torch_ext.MambaLM(characters, args.dim, args.layers, pad_vocab_size_multiple=1)
+    return torch_ext.MinRNNLM(
+        characters, args.dim, args.layers, layer=args.layer, dropout=args.dropout
+    )
+
+
+def detached(state: Any) -> Any:
+    """A model's state, tensors in tuples and lists, without its history."""
+    if isinstance(state, Tensor):
+        return state.detach()
+    return type(state)(detached(part) for part in state)
 
 
 def read(path: Path, length: int) -> str:
@@ -80,7 +120,7 @@ def ngram_bits(train: str, validation: str, order: int = 2) -> float:
 
 
 @torch.no_grad()
-def model_bits(model: torch_ext.MinRNNLM, ids: Tensor) -> float:
+def model_bits(model: Model, ids: Tensor) -> float:
     """Bits per character over a whole text, the state carried through it."""
     model.eval()
     state = model.init_state(1)
@@ -120,13 +160,16 @@ class Progress:
             self.bar.close()
 
 
-def train(model: torch_ext.MinRNNLM, ids: Tensor, args: argparse.Namespace) -> None:
-    generator = torch.Generator().manual_seed(args.seed)
-    # Matrices decay, biases and norms do not.
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+def train(model: Model, ids: Tensor, args: argparse.Namespace, seed: int) -> list[float]:
+    """The bits per character of every step, on the piece that it learns from."""
+    generator = torch.Generator().manual_seed(seed)
+    # Matrices decay; biases, norms and Mamba's A_log and D do not.
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.1},
     ]
+    for p in model.parameters():
+        groups[p.dim() > 1 and not hasattr(p, "_no_weight_decay")]["params"].append(p)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1
@@ -134,6 +177,7 @@ def train(model: torch_ext.MinRNNLM, ids: Tensor, args: argparse.Namespace) -> N
     progress = Progress(args.steps)
     rows = min(args.batch, (len(ids) - 1) // args.length)
     at, length, state = 0, 0, None
+    bits: list[float] = []
     inputs = wanted = torch.empty(0)
     for _ in range(args.steps):
         if at >= length:  # another epoch: the tracks begin elsewhere, with an empty state
@@ -145,7 +189,7 @@ def train(model: torch_ext.MinRNNLM, ids: Tensor, args: argparse.Namespace) -> N
             at, state = 0, model.init_state(rows)
         piece = slice(at, at + args.length)
         logits, state = model.prefill(inputs[:, piece], state)
-        state = (state[0].detach(), state[1].detach())
+        state = detached(state)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted[:, piece].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -155,14 +199,64 @@ def train(model: torch_ext.MinRNNLM, ids: Tensor, args: argparse.Namespace) -> N
         at += args.length
         if not math.isfinite(loss.item()):
             raise UserError("the loss is not finite any more; a smaller --lr may help")
-        progress.update(f"{loss.item() / math.log(2):.3f} bits per character")
+        bits.append(loss.item() / math.log(2))
+        progress.update(f"{bits[-1]:.3f} bits per character")
     progress.close()
+    return bits
+
+
+def compare(
+    bits: list[float], characters: int, ids: Tensor, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The learning curves of the same model on the references, and from another seed."""
+    print("\nThe same from another seed, and on the references, which takes longer:")
+    other = train(make_model(characters, args, args.seed + 1), ids, args, args.seed + 1)
+    with on_references(args.layer):
+        reference = train(make_model(characters, args, args.seed), ids, args, args.seed)
+    names = ("fused operators", "plain PyTorch reference", "fused operators, another seed")
+    curves = dict(zip(names, (bits, reference, other), strict=True))
+    last = max(1, args.steps // 10)
+    print(f"\nBits per character in training, mean of the last {last} steps:")
+    for name, curve in curves.items():
+        print(f"  {name:30s}  {sum(curve[-last:]) / last:.4f}")
+    for name in names[1:]:
+        apart = sum(abs(a - b) for a, b in zip(bits, curves[name], strict=True)) / args.steps
+        print(f"Mean distance of the curves of {names[0]} and {name}: {apart:.1e}")
+    return curves
+
+
+def draw(path: Path, curves: dict[str, list[float]], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, low) = plt.subplots(
+        2, sharex=True, figsize=(10, 7.5), height_ratios=[3, 1], layout="constrained"
+    )
+    styles = ({"color": "#0b62b8", "linewidth": 3.5, "alpha": 0.55}, {"color": "#222222"})
+    styles += ({"color": "#e08a00", "linewidth": 0.9},)
+    (_, ours), *others = curves.items()
+    for (name, curve), style in zip(curves.items(), styles, strict=True):
+        top.plot(range(1, len(curve) + 1), curve, label=name, **style)
+    for (name, curve), style in zip(others, styles[1:], strict=True):
+        apart = [max(abs(a - b), 1e-9) for a, b in zip(ours, curve, strict=True)]
+        low.plot(range(1, len(curve) + 1), apart, label=name, **style)
+    top.set_title(title, loc="left", fontweight="bold")
+    top.set_ylabel("bits per character, in training")
+    top.legend(frameon=False)
+    low.set_title("distance from the fused operators, 0 drawn as 1e-9", loc="left", fontsize=10)
+    low.set_yscale("log")
+    low.set_xlabel("step")
+    for axes in (top, low):
+        axes.grid(color="#e6e6e6")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 @torch.no_grad()
-def write(
-    model: torch_ext.MinRNNLM, prompt: list[int], count: int, temperature: float, seed: int
-) -> list[int]:
+def write(model: Model, prompt: list[int], count: int, temperature: float, seed: int) -> list[int]:
     """Goes on after the prompt, one `step` per character."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -200,10 +294,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("text", nargs="?", type=Path, default=TEXT, metavar="TEXTFILE", help="text to learn from")
-    add("--layer", choices=["min_gru", "min_lstm"], default="min_gru", help="recurrent layer")
+    add("--layer", choices=list(OPERATORS), default="min_gru", help="recurrent layer")
     add("--dim", type=positive, default=128, help="width of the model")
     add("--layers", type=positive, default=2, help="number of blocks")
-    add("--dropout", type=float, default=0.1, help="in training")
+    add("--dropout", type=float, help="in training; 0.1 if not given, and none in Mamba")
     add("--steps", type=positive, default=800, help="updates of the weights")
     add("--batch", type=positive, default=8, help="tracks read at once")
     add("--length", type=positive, default=128, help="characters between two updates")
@@ -214,9 +308,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=above_zero, default=0.7, help="low is careful, high is inventive")
     add("--prompt", default="\n", help="what the written text begins with")
     add("--save", type=Path, metavar="FILE", help="save the model as TorchScript")
+    add(
+        "--compare-reference",
+        type=Path,
+        metavar="PICTURE",
+        help="train on the operators' references as well, and draw the learning curves",
+    )
     args = parser.parse_args(arguments)
+    if args.dropout is None:
+        args.dropout = 0.0 if args.layer == "mamba" else 0.1
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: {args.dropout} is not in [0, 1)")
+    if args.dropout and args.layer == "mamba":
+        parser.error("argument --dropout: Mamba has none")
     return args
 
 
@@ -231,16 +335,16 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or not args.prompt:
         what = f"characters that the text does not have: {unknown}" if unknown else "nothing in it"
         raise UserError(f"the prompt has {what}; give another with --prompt")
-    if args.save and not args.save.absolute().parent.is_dir():
-        raise UserError(f"--save: there is no folder {args.save.absolute().parent}")
+    for option, file in (("--save", args.save), ("--compare-reference", args.compare_reference)):
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"{option}: there is no folder {file.absolute().parent}")
+    if args.compare_reference and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib, which draws the curves, is missing: pip install matplotlib")
 
     split = len(text) * 9 // 10
     ids = torch.tensor([number[character] for character in text])
     baseline = ngram_bits(text[:split], text[split:])
-    torch.manual_seed(args.seed)
-    model = torch_ext.MinRNNLM(
-        len(characters), args.dim, args.layers, layer=args.layer, dropout=args.dropout
-    )
+    model = make_model(len(characters), args, args.seed)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{args.text.name}: {split:,} characters to learn from, {len(text) - split:,} to test on, "
@@ -249,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{args.layer}, {args.layers} blocks of width {args.dim}: {parameters:,} parameters")
 
     started = time.monotonic()
-    train(model, ids[:split], args)
+    bits = train(model, ids[:split], args, args.seed)
     print(f"{args.steps} steps took {time.monotonic() - started:.0f} s\n")
 
     ours = model_bits(model, ids[split:])
@@ -273,6 +377,11 @@ def main(arguments: list[str] | None = None) -> int:
             extra = {"characters.txt": "".join(characters).encode()}
             torch.jit.save(scripted, str(args.save), _extra_files=extra)
         print(f"\nThe model is in {args.save}.")
+    if args.compare_reference:
+        curves = compare(bits, len(characters), ids[:split], args)
+        title = f"{args.layer}, {args.layers} blocks of width {args.dim}, seed {args.seed}"
+        draw(args.compare_reference, curves, title)
+        print(f"The learning curves are drawn in {args.compare_reference}.")
     return 0
 
 

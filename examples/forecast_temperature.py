@@ -140,10 +140,76 @@ class TorchLSTM(nn.Module):
         return y[:, 0], state
 
 
+class MambaBlock(nn.Module):
+    """torch_ext.Mamba, a norm before and a residual around it.
+
+    Its two states travel as one, (B, d_inner * (d_conv - 1 + d_state)).
+    """
+
+    def __init__(self, size: int, dropout: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(size)
+        self.mamba = torch_ext.Mamba(size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.mamba.prefill(self.norm(x), self._apart(state))
+        return x + self.dropout(y), self._together(after)
+
+    @torch.jit.export
+    def init_state(self, batch_size: int) -> Tensor:
+        return self._together(self.mamba.init_state(batch_size))
+
+    @torch.jit.export
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.mamba.step(self.norm(x_t), self._apart(state))
+        return x_t + self.dropout(y), self._together(after)
+
+    def _together(self, state: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat([state[0], state[1]], -1).flatten(1)
+
+    def _apart(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        parts = state.unflatten(1, [self.mamba.d_inner, -1])
+        return parts[..., : self.mamba.d_conv - 1], parts[..., self.mamba.d_conv - 1 :]
+
+
+class MambaStack(nn.Module):
+    """Blocks of Mamba with the constructor of nn.GRU, as far as Forecaster needs it."""
+
+    def __init__(
+        self, size: int, hidden: int, num_layers: int, *, batch_first: bool, dropout: float
+    ):
+        super().__init__()
+        assert size == hidden and batch_first
+        self.blocks = nn.ModuleList(MambaBlock(size, dropout) for _ in range(num_layers))
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = self.init_state(x.size(0))
+        states: list[Tensor] = []
+        for k, block in enumerate(self.blocks):
+            x, after = block(x, state[k])
+            states.append(after)
+        return x, torch.stack(states)
+
+    @torch.jit.export
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.stack([block.init_state(batch_size) for block in self.blocks])
+
+    @torch.jit.export
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        states: list[Tensor] = []
+        for k, block in enumerate(self.blocks):
+            x_t, after = block.step(x_t, state[k])
+            states.append(after)
+        return x_t, torch.stack(states)
+
+
 # A new layer of torch_ext with one state tensor is one more line here.
 LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "min_gru": (torch_ext.MinGRU, OneState),
     "min_lstm": (torch_ext.MinLSTM, OneState),
+    "mamba": (MambaStack, OneState),
     "nn.GRU": (nn.GRU, TorchGRU),
     "nn.LSTM": (nn.LSTM, TorchLSTM),
 }

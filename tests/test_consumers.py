@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import ALL, Everything, close, over, wide
-from torch import nn
+from torch import Tensor, nn
 
 import torch_ext
 
@@ -407,12 +407,25 @@ def test_export_step(case, generator, device):
     check(program.module()(*x), case.step(*x))
 
 
+class WithMamba(nn.Module):
+    """Every operator, and the Mamba layer, whose methods the C++ program calls too."""
+
+    def __init__(self):
+        super().__init__()
+        self.everything = Everything()
+        self.mamba = torch_ext.Mamba(4, d_state=3)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, final = self.everything(x, state)
+        return x + self.mamba(x), final
+
+
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory, device):
     """One module with every operator, as TorchScript and as an AOTInductor package."""
     torch.manual_seed(0)
     folder = Path(os.environ.get("ARTIFACTS") or tmp_path_factory.mktemp("artifacts"))
-    module = Everything().to(device).eval()
+    module = WithMamba().to(device).eval()
     script(module).save(str(folder / "everything.ts"))
     torch._inductor.aoti_compile_and_package(
         export(module, device), package_path=str(folder / "everything.pt2")
@@ -560,6 +573,7 @@ def has_cmake():
     [
         pytest.param("functions ok", marks=consumer("C++ functions (ops.h), double backward")),
         pytest.param("script ok", marks=consumer("TorchScript module, trained in C++")),
+        pytest.param("steps ok", marks=consumer("TorchScript module, streamed in C++")),
         pytest.param("package ok", marks=consumer("AOTInductor package, run in C++")),
         pytest.param("dispatcher ok", marks=consumer("C++ program, find_package(TorchExt)")),
     ],

@@ -192,8 +192,20 @@ def test_csv_with_comparison(tmp_path, forecasting, capsys):
     assert_readable_picture(tmp_path / "deep" / "out" / "forecast.png")
 
 
+def test_csv_with_mamba(tmp_path, forecasting):
+    path = make_csv(tmp_path / "station.csv")
+    options = ["--csv", path, "--date", "when", "--value", "degrees", "--holdout-days", 20]
+    options += ["--layer", "mamba", "--hidden", 16, "--layers", 1, "--epochs", 2, "--no-compare"]
+    assert forecasting.main([*map(str, options), "--no-package", "--out", str(tmp_path)]) == 0
+    errors = json.loads((tmp_path / "forecast.json").read_text())["errors"]
+    assert list(errors) == ["mamba", "same hour yesterday", "persistence"]
+    for name in ("same hour yesterday", "persistence"):
+        assert errors["mamba"]["mae"] < errors[name]["mae"]
+    assert_readable_picture(tmp_path / "forecast.png")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
-@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm"])
+@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm", "mamba"])
 def test_every_layer_steps_as_it_runs(layer, forecasting):
     torch.manual_seed(0)
     model = forecasting.Forecaster(layer, 8, 2, 0.0, mean=10.0, std=5.0, scale=2.0).eval()
@@ -325,6 +337,39 @@ def test_char_lm_learns_and_writes(tmp_path):
     assert (tmp_path / "model.ts").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
+def test_char_lm_learns_mamba_as_on_the_reference(tmp_path, writing, capsys, monkeypatch):
+    """Per step just as fast: the curves differ by less than those of two seeds, and learn."""
+    text, model, picture = (tmp_path / name for name in ("text.txt", "model.ts", "curves.png"))
+    text.write_text(writing.TEXT.read_text()[:30_000])
+    options = ["--layer", "mamba", "--steps", 60, "--dim", 32, "--layers", 1, "--length", 16]
+    options += ["--batch", 4, "--threads", 1, "--sample", 20, "--lr", 0.02]
+    options += ["--save", model, "--compare-reference", picture]
+    drawn = {}
+    draw = writing.draw
+    monkeypatch.setattr(
+        writing,
+        "draw",
+        lambda path, curves, title: (drawn.update(curves), draw(path, curves, title)),
+    )
+    assert writing.main([str(text), *map(str, options)]) == 0
+    assert "mean of the last 6 steps" in capsys.readouterr().out
+    ours, reference, other = map(np.array, drawn.values())
+    assert len(ours) == 60 and ours[-10:].mean() < 0.7 * ours[0]
+    assert not np.array_equal(ours, reference), "the references were not used"
+    assert np.abs(ours - reference).mean() < 0.1 * np.abs(ours - other).mean()
+    assert_readable_picture(picture)
+    loaded = torch.jit.load(str(model))
+    _, state = loaded.prefill(torch.tensor([[1, 2, 3]]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.step(torch.tensor([4]), state)[0][0],
+            loaded(torch.tensor([[1, 2, 3, 4]]))[0, -1],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
 def test_char_lm_counts_bits(writing):
     """A text that two characters determine, and one that nothing does."""
     assert writing.ngram_bits("abcd" * 500, "abcd" * 50) < 0.05
@@ -349,6 +394,7 @@ def test_char_lm_counts_bits(writing):
         (["binary.txt"], "binary.txt is not a text in UTF-8"),
         (["--prompt", "\u03c0"], "the prompt has characters that the text does not have"),
         (["--save", "nowhere/model.ts"], "--save: there is no folder"),
+        (["--compare-reference", "nowhere/a.png"], "--compare-reference: there is no folder"),
     ],
 )
 def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, monkeypatch):
@@ -357,6 +403,13 @@ def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, 
     Path("binary.txt").write_bytes(b"\xff\xfe\x00" * 5000)
     with pytest.raises(writing.UserError, match=re.escape(message)):
         writing.main(arguments)
+
+
+def test_char_lm_has_no_dropout_in_mamba(writing, capsys):
+    with pytest.raises(SystemExit):
+        writing.parse(["--layer", "mamba", "--dropout", "0.1"])
+    assert "--dropout: Mamba has none" in capsys.readouterr().err
+    assert writing.parse(["--layer", "mamba"]).dropout == 0
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 // min_lstm.py, min_rnn.py. (One file, since torch's headers take longer to compile than all that follows them.)
 #include <torch/nn/init.h>
 
-#include <algorithm>
-#include <limits>
 #include <ostream>
 #include <utility>
 #include <vector>
 
+#include "sampling.h"
 #include "sequence_layer.h"
 #include "torch_ext/ops.h"
 
@@ -83,23 +82,7 @@ template class SequenceLayerImpl<MinLSTMImpl, MinLSTMOptions>;
 
 // ---- the block and the language model ----
 
-namespace {
-
 using detail::shape_of;
-
-// One token (B) from logits (B, vocab_size).
-Tensor sample(Tensor logits, double temperature, std::optional<int64_t> top_k) {
-  if (temperature == 0) return logits.argmax(-1);
-  logits = logits.to(torch::kFloat) / temperature;
-  if (top_k) {
-    const Tensor best = std::get<0>(logits.topk(std::min(*top_k, logits.size(-1))));
-    logits = logits.masked_fill(
-        logits < best.narrow(-1, best.size(-1) - 1, 1), -std::numeric_limits<double>::infinity());
-  }
-  return torch::multinomial(torch::softmax(logits, -1), 1).squeeze(1);
-}
-
-} // namespace
 
 namespace detail {
 
@@ -332,10 +315,10 @@ Tensor MinRNNLMImpl::generate(
   if (max_new_tokens > 0) {
     auto [all_logits, state] = prefill(ids);
     Tensor logits = all_logits.select(1, -1);
-    tokens.push_back(sample(logits, temperature, top_k).unsqueeze(1));
+    tokens.push_back(detail::sample(logits, temperature, top_k, {}).unsqueeze(1));
     for (int64_t n = 1; n < max_new_tokens; ++n) {
       std::tie(logits, state) = step(tokens.back().squeeze(1), state);
-      tokens.push_back(sample(logits, temperature, top_k).unsqueeze(1));
+      tokens.push_back(detail::sample(logits, temperature, top_k, {}).unsqueeze(1));
     }
   }
   return torch::cat(tokens, 1);

@@ -42,6 +42,23 @@ inline std::string shape_of(const Tensor& x) {
   return x.defined() ? shape_text(x.sym_sizes()) : "none (it is undefined)";
 }
 
+inline void check_lengths(
+    const char* name, const Tensor& lengths, int64_t batch_size, int64_t num_steps) {
+  TORCH_CHECK_VALUE(
+      lengths.dim() == 1 && lengths.size(0) == batch_size, name, ": lengths has shape ",
+      shape_of(lengths), ", expected (B=", batch_size, ")");
+  TORCH_CHECK_TYPE(
+      c10::isIntegralType(lengths.scalar_type(), /*includeBool=*/false), name,
+      ": lengths has dtype ", dtype_text(lengths.scalar_type()), ", expected an integer");
+  // Looking at the values of a tensor on a GPU would make the CPU wait for it.
+  if (lengths.is_cpu() && batch_size > 0) {
+    const int64_t low = lengths.min().item<int64_t>(), high = lengths.max().item<int64_t>();
+    TORCH_CHECK_VALUE(
+        low >= 0 && high <= num_steps, name, ": lengths has values from ", low, " to ", high,
+        ", expected values from 0 to T=", num_steps);
+  }
+}
+
 template <class Derived, class Options>
 SequenceLayerImpl<Derived, Options>::SequenceLayerImpl(const Options& options) : options(options) {
   const char* name = Recurrence<Options>::name;
@@ -162,7 +179,7 @@ std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::forward(
   Tensor valid;
   if (lengths.defined()) {
     TORCH_CHECK_VALUE(batched, name, ": lengths is given, expected none without a batch");
-    check_lengths(lengths, batch_size, num_steps);
+    check_lengths(name, lengths, batch_size, num_steps);
     const Tensor steps = torch::arange(num_steps, x.options().dtype(torch::kLong));
     valid = (steps < lengths.to(x.device()).unsqueeze(1)).unsqueeze(2);
     x = torch::where(valid, x, 0.0); // else NaN in the padding reaches the weights' gradients
@@ -231,25 +248,6 @@ void SequenceLayerImpl<Derived, Options>::check_state(
           state.sizes() == torch::IntArrayRef({rows, batch_size, options.hidden_size()}),
       name, ": state has shape ", shape_of(state), ", expected (num_layers * num_directions=", rows,
       ", B=", batch_size, ", hidden_size=", options.hidden_size(), ")");
-}
-
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::check_lengths(
-    const Tensor& lengths, int64_t batch_size, int64_t num_steps) const {
-  const char* name = Recurrence<Options>::name;
-  TORCH_CHECK_VALUE(
-      lengths.dim() == 1 && lengths.size(0) == batch_size, name, ": lengths has shape ",
-      shape_of(lengths), ", expected (B=", batch_size, ")");
-  TORCH_CHECK_TYPE(
-      c10::isIntegralType(lengths.scalar_type(), /*includeBool=*/false), name,
-      ": lengths has dtype ", dtype_text(lengths.scalar_type()), ", expected an integer");
-  // Looking at the values of a tensor on a GPU would make the CPU wait for it.
-  if (lengths.is_cpu() && batch_size > 0) {
-    const int64_t low = lengths.min().item<int64_t>(), high = lengths.max().item<int64_t>();
-    TORCH_CHECK_VALUE(
-        low >= 0 && high <= num_steps, name, ": lengths has values from ", low, " to ", high,
-        ", expected values from 0 to T=", num_steps);
-  }
 }
 
 template <class Derived, class Options>

@@ -8,6 +8,7 @@
 
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
+#include <torch/csrc/jit/serialization/storage_context.h>
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include "torch_ext/nn.h"
@@ -53,6 +54,17 @@ bool unwrap_ordered_dict(std::string& pickle) {
   return true;
 }
 
+// A parameter with attributes, such as the one that keeps weight decay off, is pickled by a function that torch's C++
+// unpickler does not know: _rebuild_parameter_with_state. Its first arguments are those of _rebuild_parameter, which it
+// does know and which ignores the others.
+void drop_attributes(std::string& pickle) {
+  constexpr std::string_view kGlobal = "ctorch._utils\n_rebuild_parameter_with_state\n";
+  constexpr std::string_view kTail = "_with_state";
+  for (size_t at = 0; (at = pickle.find(kGlobal, at)) != std::string::npos;) {
+    pickle.erase(at + kGlobal.size() - 1 - kTail.size(), kTail.size());
+  }
+}
+
 std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
   auto [data, size] = archive.getRecord(name);
   return {static_cast<const char*>(data.get()), size};
@@ -61,6 +73,7 @@ std::string record_text(PyTorchStreamReader& archive, const std::string& name) {
 StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   std::string pickle = record_text(archive, "data.pkl");
   const bool unwrapped = unwrap_ordered_dict(pickle);
+  drop_attributes(pickle);
   size_t position = 0;
   const auto read = [&](char* buffer, size_t size) {
     size = std::min(size, pickle.size() - position);
@@ -73,7 +86,11 @@ StateDict read_pickle(PyTorchStreamReader& archive, const std::string& path) {
   };
   c10::IValue value;
   try {
-    torch::jit::Unpickler unpickler(read, nullptr, nullptr, read_storage, torch::kCPU);
+    using torch::jit::Unpickler, torch::jit::DeserializationStorageContext;
+    // With a context tensors that shared their memory, such as tied weights, share it again.
+    Unpickler unpickler(
+        read, nullptr, nullptr, read_storage, torch::kCPU, /*use_storage_device=*/false,
+        Unpickler::defaultTypeParser, std::make_shared<DeserializationStorageContext>());
     value = unpickler.parse_ivalue();
     if (unwrapped) value = value.toTuple()->elements()[1];
   } catch (const c10::Error& error) {
@@ -155,8 +172,18 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state_dict) {
       }
     }
   }
+  const auto expected = [&](const std::string& name) {
+    return parameters.contains(name) || buffers.contains(name);
+  };
+  const auto is_of_an_expected_one = [&](const torch::Tensor& tensor) {
+    return std::any_of(state_dict.begin(), state_dict.end(), [&](const auto& other) {
+      return expected(other.key()) && tensor.is_alias_of(other.value()) &&
+             tensor.data_ptr() == other.value().data_ptr() &&
+             tensor.sizes() == other.value().sizes() && tensor.strides() == other.value().strides();
+    });
+  };
   for (const auto& source : state_dict) {
-    if (!parameters.contains(source.key()) && !buffers.contains(source.key())) {
+    if (!expected(source.key()) && !is_of_an_expected_one(source.value())) {
       unexpected.push_back(source.key());
     }
   }

@@ -1,4 +1,4 @@
-// What the three programs share: errors as sentences, the table of hourly values, time and memory.
+// What the programs share: errors as sentences, the table of hourly values, time and memory.
 #pragma once
 #include <torch/types.h>
 
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 #ifdef __linux__
+#include <sys/resource.h>
 #include <unistd.h>
 #endif
 
@@ -119,6 +120,17 @@ inline double resident_mib() {
   long pages = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> pages >> resident;
   return double(resident) * double(sysconf(_SC_PAGESIZE)) / (1 << 20);
+#else
+  return 0;
+#endif
+}
+
+// The most memory that the program has occupied so far, in MiB; 0 where that is not known.
+inline double peak_mib() {
+#ifdef __linux__
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return double(usage.ru_maxrss) / 1024;
 #else
   return 0;
 #endif

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the three C++ programs against an installed torch_ext and runs them.
+# Builds the four C++ programs against an installed torch_ext and runs them.
 #
 #   bash examples/cpp/run.sh [FOLDER]
 #
@@ -32,7 +32,8 @@ else
   describe_environment
 fi
 [ -n "$models" ] || echo "  - train a small forecast model (a minute or two)"
-echo "  - compile three C++ programs against torch and torch_ext (two minutes on two cores) and run them (a minute)"
+echo "  - train a small Mamba on Shakespeare (half a minute)"
+echo "  - compile four C++ programs against torch and torch_ext (three minutes on two cores) and run them (a minute)"
 [ "$installed" ] || prepare_environment examples
 
 if [ -z "$models" ]; then
@@ -42,6 +43,11 @@ if [ -z "$models" ]; then
     fail "the forecast model could not be made, the reason is above"
   [ -e "$models/forecast.pt2" ] || fail "forecast_temperature.py made no AOTInductor package, the reason is above"
 fi
+
+say "training a small Mamba"
+mkdir -p "$build/models"
+"$python" "$root/examples/char_lm.py" --layer mamba --steps 250 --sample 0 --save "$build/models/mamba.ts" ||
+  fail "the language model could not be made, the reason is above"
 
 say "compiling the programs"
 cmake=$venv/bin/cmake
@@ -57,6 +63,8 @@ programs=$build/torch-$has_torch
 
 say "stream_forecast: a TorchScript model, step by step"
 "$programs/stream_forecast" "$models/forecast.ts" "$models/recent.csv" || fail "stream_forecast failed"
+say "stream_mamba: a language model in TorchScript, token by token"
+"$programs/stream_mamba" "$build/models/mamba.ts" 20000 "First Citizen:" || fail "stream_mamba failed"
 say "run_package: an AOTInductor package"
 "$programs/run_package" "$models/forecast.pt2" "$models/recent.csv" "$models/forecast.csv" || fail "run_package failed"
 say "train_min_gru: training with the C++ modules"

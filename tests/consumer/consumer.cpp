@@ -1,5 +1,6 @@
-// Every operator in a program without Python: typed functions, a TorchScript module that is trained further,
-// an AOTInductor package, and the dispatcher. Prints one line for each that test_consumers.py looks for.
+// Every operator and the Mamba layer in a program without Python: typed functions, a TorchScript module that is trained
+// further and run in steps, an AOTInductor package, and the dispatcher. Prints one line for each that
+// test_consumers.py looks for.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
 #include <torch/torch.h>
@@ -127,8 +128,11 @@ void package(torch::jit::Module& module, const char* file) {
 }
 
 void train(torch::jit::Module& module) {
-  std::vector<Tensor> parameters;
-  for (const auto& p : module.parameters()) parameters.push_back(p);
+  std::vector<Tensor> parameters, before;
+  for (const auto& p : module.parameters()) {
+    parameters.push_back(p);
+    before.push_back(p.detach().clone());
+  }
   torch::optim::Adam adam(parameters, torch::optim::AdamOptions(1e-2));
   auto x = torch::randn({3, 20, 4}), state = torch::randn({3, 4});
   auto target = torch::cumsum(x, 1).tanh();
@@ -142,7 +146,26 @@ void train(torch::jit::Module& module) {
     (i ? last : first) = loss.item<double>();
   }
   TORCH_CHECK(last < 0.5 * first, "did not learn: ", first, " to ", last);
+  for (size_t i = 0; i < parameters.size(); ++i)
+    TORCH_CHECK(!parameters[i].equal(before[i]), "parameter ", i, " has not changed");
   std::cout << "script ok, loss " << first << " to " << last << "\n";
+}
+
+// A Mamba layer by its exported methods: a chunk, then steps, are the sequence.
+void steps(torch::jit::Module mamba) {
+  torch::NoGradGuard off;
+  auto x = torch::randn({2, 9, 4});
+  auto want = mamba.forward({x}).toTensor();
+  auto state = mamba.run_method("init_state", 2);
+  auto chunk = mamba.run_method("prefill", x.slice(1, 0, 5), state);
+  TORCH_CHECK(close(chunk.toTupleRef().elements()[0].toTensor(), want.slice(1, 0, 5)), "the chunk");
+  state = chunk.toTupleRef().elements()[1];
+  for (int64_t t = 5; t < 9; ++t) {
+    auto result = mamba.run_method("step", x.select(1, t), state);
+    TORCH_CHECK(close(result.toTupleRef().elements()[0].toTensor(), want.select(1, t)), "step ", t);
+    state = result.toTupleRef().elements()[1];
+  }
+  std::cout << "steps ok\n";
 }
 
 } // namespace
@@ -155,4 +178,5 @@ int main(int argc, char** argv) {
   auto module = torch::jit::load(argv[1]);
   package(module, argv[2]);
   train(module);
+  steps(module.attr("mamba").toModule());
 }

@@ -1,5 +1,5 @@
-// The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, streaming, padding, training, saving, loading. That they
-// compute what the Python modules compute is checked by parity.py.
+// The C++ modules (torch_ext/nn.h): torch::nn::GRU's contract, Mamba, streaming, padding, training, saving, loading. That
+// they compute what the Python modules compute is checked by parity.py.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/torch.h>
@@ -379,7 +379,372 @@ TEST(LanguageModel, LearnsAndContinues) {
   EXPECT_MESSAGE(model->forward(text[0]), "MinRNNLM: ids has shape (64,)");
 }
 
+// ---- Mamba ----
+
+TEST(MambaLayer, HasPythonsParametersAndBeginsLikeThem) {
+  torch::manual_seed(seed());
+  Mamba layer(MambaOptions(40).d_state(5).d_conv(3).expand(3).bidirectional(true));
+  const auto parameters = layer->named_parameters();
+  const std::vector<std::pair<std::string, std::vector<int64_t>>> both = {
+      {"conv1d%.weight", {120, 1, 3}},
+      {"conv1d%.bias", {120}},
+      {"x_proj%.weight", {13, 120}},
+      {"dt_proj%.weight", {120, 3}},
+      {"dt_proj%.bias", {120}},
+      {"A%_log", {120, 5}},
+      {"D%", {120}}};
+  EXPECT_EQ(parameters.size(), 2 * both.size() + 2);
+  EXPECT_EQ(parameters["in_proj.weight"].sizes(), (torch::IntArrayRef{240, 40}));
+  EXPECT_EQ(parameters["out_proj.weight"].sizes(), (torch::IntArrayRef{40, 120}));
+  for (const std::string tail : {"", "_b"}) {
+    const auto find = [&](std::string name) {
+      return parameters[name.replace(name.find('%'), 1, tail)];
+    };
+    for (const auto& [name, shape] : both) EXPECT_EQ(find(name).sizes(), shape) << name;
+    expect_close(find("A%_log")[7].exp(), torch::arange(1, 6, torch::kFloat));
+    EXPECT_TRUE((find("D%") == 1).all().item<bool>());
+    const Tensor dt = torch::softplus(find("dt_proj%.bias"));
+    EXPECT_GT(dt.min().item<float>(), 0.0009);
+    EXPECT_LT(dt.min().item<float>(), 0.01);
+    EXPECT_GT(dt.max().item<float>(), 0.01);
+    EXPECT_LT(dt.max().item<float>(), 0.1001);
+    const double bound = 1 / std::sqrt(3.0),
+                 largest = find("dt_proj%.weight").abs().max().item<float>();
+    EXPECT_GT(largest, 0.9 * bound);
+    EXPECT_LE(largest, bound);
+  }
+  Mamba constant(
+      MambaOptions(16).dt_rank(4).dt_init("constant").dt_scale(2).bias(true).conv_bias(false));
+  EXPECT_TRUE((constant->ahead.dt_proj->weight == 1).all().item<bool>());
+  EXPECT_TRUE(constant->in_proj->bias.defined() && constant->out_proj->bias.defined());
+  EXPECT_FALSE(constant->ahead.conv1d->bias.defined());
+  Mamba floored(MambaOptions(16).dt_min(1e-5).dt_max(1e-5).dt_init_floor(0.01));
+  const Tensor dt = torch::softplus(floored->ahead.dt_proj->bias);
+  expect_close(dt, torch::full_like(dt, 0.01), 1e-4);
+}
+
+TEST(MambaLayer, ChunksAndStepsAreTheSequence) {
+  torch::manual_seed(seed());
+  for (const int64_t d_conv : {1, 4}) {
+    Mamba layer(MambaOptions(6).d_state(3).d_conv(d_conv));
+    const Tensor x = torch::randn({2, 9, 6});
+    const auto [y, last] = layer->prefill(x);
+    expect_close(layer->forward(x), y, 0);
+    std::optional<MambaState> state;
+    std::vector<Tensor> parts;
+    for (const auto& [begin, end] : {std::pair(0, 2), {2, 2}, {2, 3}, {3, 9}}) {
+      auto [part, new_state] = layer->prefill(x.slice(1, begin, end), state);
+      parts.push_back(part);
+      state = new_state;
+    }
+    expect_close(torch::cat(parts, 1), y);
+    expect_close(std::get<0>(*state), std::get<0>(last));
+    expect_close(std::get<1>(*state), std::get<1>(last));
+    MambaState stepped = layer->init_state(2);
+    for (int64_t t = 0; t < 9; ++t) {
+      auto [y_t, new_state] = layer->step(x.select(1, t), stepped);
+      expect_close(y_t, y.select(1, t));
+      stepped = new_state;
+    }
+    expect_close(std::get<0>(stepped), std::get<0>(last));
+    expect_close(std::get<1>(stepped), std::get<1>(last));
+  }
+}
+
+TEST(MambaLayer, PaddingDoesNotCount) {
+  torch::manual_seed(seed());
+  const std::vector<int64_t> lengths = {6, 1, 0, 5};
+  for (const bool both : {false, true}) {
+    for (const std::string padding : {"right", "left"}) {
+      Mamba layer(MambaOptions(5).d_state(3).bias(true).bidirectional(both));
+      layer->to(torch::kDouble);
+      const bool left = padding == "left";
+      Tensor x = torch::full({4, 6, 5}, std::numeric_limits<double>::quiet_NaN(), torch::kDouble);
+      std::vector<Tensor> rows, wants;
+      for (int64_t row = 0; row < 4; ++row) {
+        const int64_t length = lengths[size_t(row)];
+        rows.push_back(x.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length));
+        rows.back().normal_();
+      }
+      const Tensor y = layer->forward(x, torch::tensor(lengths, torch::kInt), padding);
+      Tensor want_loss = torch::zeros({}, torch::kDouble);
+      for (int64_t row = 0; row < 4; ++row) {
+        const int64_t length = lengths[size_t(row)];
+        wants.push_back(layer->forward(rows[size_t(row)]));
+        want_loss = want_loss + wants.back().square().sum();
+        expect_close(
+            y.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length),
+            wants.back());
+        const Tensor rest = y[row].slice(0, left ? 0 : length, left ? 6 - length : 6);
+        EXPECT_EQ(rest.abs().sum().item<double>(), 0);
+      }
+      const auto parameters = layer->parameters();
+      const auto got = torch::autograd::grad({y.square().sum()}, parameters);
+      const auto want = torch::autograd::grad({want_loss}, parameters);
+      for (size_t i = 0; i < parameters.size(); ++i) expect_close(got[i], want[i]);
+      if (both) continue;
+      const auto [padded, state] = layer->prefill(x, {}, torch::tensor(lengths), padding);
+      expect_close(padded, y, 0);
+      for (int64_t row = 0; row < 4; ++row) {
+        const auto [alone, one] = layer->prefill(rows[size_t(row)]);
+        expect_close(std::get<0>(state).slice(0, row, row + 1), std::get<0>(one));
+        expect_close(std::get<1>(state).slice(0, row, row + 1), std::get<1>(one));
+      }
+    }
+  }
+}
+
+TEST(MambaLayer, BothDirectionsAreAdded) {
+  torch::manual_seed(seed());
+  Mamba both(MambaOptions(6).d_state(3).bidirectional(true)), one(MambaOptions(6).d_state(3));
+  both->to(torch::kDouble);
+  one->to(torch::kDouble);
+  const Tensor x = torch::randn({2, 7, 6}, torch::kDouble);
+  const auto theirs = both->named_parameters();
+  Tensor sum = torch::zeros_like(x);
+  for (const bool back : {false, true}) {
+    StateDict weights;
+    for (const auto& each : one->named_parameters()) {
+      std::string name = each.key();
+      if (back && !name.starts_with("in_proj") && !name.starts_with("out_proj")) {
+        const size_t end = std::min({name.find('.'), name.find("_log"), name.size()});
+        name.insert(end, "_b");
+      }
+      weights.insert(each.key(), theirs[name]);
+    }
+    load_state_dict(one, weights);
+    const torch::NoGradGuard no_grad;
+    sum += back ? one->forward(x.flip(1)).flip(1) : one->forward(x);
+  }
+  expect_close(both->forward(x), sum);
+}
+
+TEST(MambaLayer, Learns) {
+  torch::manual_seed(seed());
+  // The running mean of the first channel over the last ten steps.
+  Mamba layer(MambaOptions(8).d_state(8));
+  torch::nn::Linear in(3, 8), head(8, 1);
+  std::vector<Tensor> parameters = layer->parameters();
+  for (const auto& part : {in, head})
+    for (const Tensor& each : part->parameters()) parameters.push_back(each);
+  torch::optim::Adam adam(parameters, torch::optim::AdamOptions(1e-2));
+  double first = 0, last = 0;
+  for (int i = 0; i < 100; ++i) {
+    const Tensor x = torch::randn({16, 40, 3});
+    const Tensor sum = x.select(2, 0).cumsum(1);
+    const Tensor target = (sum - torch::constant_pad_nd(sum, {10, 0}).slice(1, 0, 40)) / 10;
+    adam.zero_grad();
+    const Tensor y = head->forward(layer->forward(in->forward(x))).squeeze(-1);
+    const Tensor loss = torch::mse_loss(y, target);
+    loss.backward();
+    adam.step();
+    if (i == 0) {
+      first = loss.item<double>();
+      for (const auto& each : layer->named_parameters()) {
+        EXPECT_GT(each.value().grad().abs().sum().item<float>(), 0) << each.key();
+      }
+    }
+    last = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.4 * first);
+}
+
+TEST(MambaLayer, IsSavedClonedMovedAndPrinted) {
+  torch::manual_seed(seed());
+  for (const auto& options :
+       {MambaOptions(6).d_state(3), MambaOptions(6).conv_bias(false).bidirectional(true)}) {
+    Mamba layer(options), loaded(options), read(options);
+    const Tensor x = torch::randn({2, 7, 6});
+    const Tensor y = layer->forward(x);
+    const TemporaryFile file;
+    torch::save(layer, file.path());
+    torch::load(loaded, file.path());
+    EXPECT_TRUE(torch::equal(loaded->forward(x), y));
+    load_state_dict(read, file.path());
+    EXPECT_TRUE(torch::equal(read->forward(x), y));
+
+    auto copy = std::dynamic_pointer_cast<MambaImpl>(layer->clone());
+    ASSERT_TRUE(copy);
+    EXPECT_TRUE(torch::equal(copy->forward(x), y));
+    {
+      const torch::NoGradGuard no_grad;
+      for (Tensor& each : copy->parameters()) each.zero_();
+    }
+    EXPECT_TRUE(torch::equal(layer->forward(x), y)) << "the copy shares parameters";
+
+    layer->to(torch::kDouble);
+    const Tensor in_double = layer->forward(x.to(torch::kDouble));
+    EXPECT_EQ(in_double.scalar_type(), torch::kDouble);
+    EXPECT_EQ(std::get<1>(layer->init_state(2)).scalar_type(), torch::kDouble);
+    expect_close(in_double.to(torch::kFloat), y);
+    layer->to(torch::kBFloat16);
+    const Tensor in_half = layer->forward(x.to(torch::kBFloat16));
+    EXPECT_EQ(in_half.scalar_type(), torch::kBFloat16);
+    EXPECT_EQ(std::get<0>(layer->init_state(2)).scalar_type(), torch::kFloat);
+    EXPECT_EQ(std::get<1>(layer->init_state(2)).scalar_type(), torch::kFloat);
+    expect_close(in_half.to(torch::kFloat), y, 0.05);
+    torch::nn::AnyModule any(layer);
+    EXPECT_TRUE(torch::equal(any.forward<Tensor>(x.to(torch::kBFloat16)), in_half));
+  }
+  EXPECT_NE(
+      c10::str(Mamba(MambaOptions(40).d_state(3)))
+          .find("d_model=40, d_state=3, d_conv=4, expand=2, dt_rank=3"),
+      std::string::npos);
+}
+
+TEST(MambaLayer, RunsUnderAutocastWithFloatStates) {
+  torch::manual_seed(seed());
+  Mamba layer(MambaOptions(6).d_state(3));
+  const Tensor x = torch::randn({2, 7, 6});
+  const auto [want, want_state] = layer->prefill(x);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const auto [y, state] = layer->prefill(x);
+  const Tensor step = std::get<0>(layer->step(x.select(1, 0), layer->init_state(2)));
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(y.scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(std::get<0>(state).scalar_type(), torch::kFloat);
+  EXPECT_EQ(std::get<1>(state).scalar_type(), torch::kFloat);
+  expect_close(y.to(torch::kFloat), want, 0.03);
+  expect_close(step.to(torch::kFloat), want.select(1, 0), 0.03);
+  expect_close(std::get<1>(state), std::get<1>(want_state), 0.03);
+}
+
+TEST(MambaLayer, SaysWhatIsWrong) {
+  Mamba layer(MambaOptions(8).d_state(3)), both(MambaOptions(8).bidirectional(true));
+  const Tensor x = torch::randn({3, 11, 8});
+  const MambaState state = layer->init_state(3);
+  const Tensor lengths = torch::tensor({1, 2, 3});
+  EXPECT_MESSAGE(layer->forward(x[0]), "Mamba: x has shape (11, 8), expected (B, T, d_model=8)");
+  EXPECT_MESSAGE(layer->forward(Tensor()), "Mamba: x has shape none (it is undefined)");
+  EXPECT_MESSAGE(
+      layer->step(x, state), "Mamba.step: x has shape (3, 11, 8), expected (B, d_model=8)");
+  EXPECT_MESSAGE(
+      layer->step(x.slice(0, 0, 2).select(1, 0), state),
+      "first tensor of state has shape (3, 16, 3)");
+  EXPECT_MESSAGE(
+      layer->prefill(x, MambaState(std::get<0>(state), Tensor())),
+      "second tensor of state has shape none");
+  EXPECT_MESSAGE(
+      layer->forward(x, torch::tensor({1, 2})), "Mamba: lengths has shape (2,), expected (B=3)");
+  EXPECT_MESSAGE(
+      layer->forward(x, torch::tensor({1, 2, 12})), "Mamba: lengths has values from 1 to 12");
+  EXPECT_MESSAGE(layer->forward(x, torch::ones({3})), "Mamba: lengths has dtype float32");
+  EXPECT_MESSAGE(layer->forward(x, lengths, "top"), "Mamba: padding is 'top'");
+  EXPECT_MESSAGE(layer->prefill(x, state, lengths, "left"), "Mamba.prefill: state is given");
+  EXPECT_MESSAGE(both->prefill(x), "Mamba.prefill: the layer is bidirectional");
+  EXPECT_MESSAGE(both->step(x.select(1, 0), state), "Mamba.step: the layer is bidirectional");
+  EXPECT_MESSAGE(Mamba(MambaOptions(0)), "Mamba: d_model is 0");
+  EXPECT_MESSAGE(Mamba(MambaOptions(8).d_conv(0)), "Mamba: d_conv is 0");
+  EXPECT_MESSAGE(Mamba(MambaOptions(8).dt_rank(0)), "Mamba: dt_rank is 0");
+  EXPECT_MESSAGE(Mamba(MambaOptions(8).dt_init("zero")), "Mamba: dt_init is 'zero'");
+  EXPECT_MESSAGE(Mamba(MambaOptions(8).dt_min(1).dt_max(0.1)), "Mamba: dt_min is 1 and dt_max 0.1");
+  EXPECT_MESSAGE(Mamba(MambaOptions(8).expand(0)), "Mamba: expand is 0");
+}
+
+TEST(MambaLanguageModel, LearnsAndContinues) {
+  torch::manual_seed(seed());
+  MambaLM model(MambaLMOptions(8, 16, 2));
+  EXPECT_EQ(model->parameters().size(), 2u * 10 + 2) << "the tied weight counts once";
+  torch::optim::Adam adam(model->parameters(), torch::optim::AdamOptions(1e-2));
+  const Tensor text = (torch::arange(64) * 3 % 8).view({1, 64}); // 0 3 6 1 4 7 2 5
+  double first = 0, last = 0;
+  for (int i = 0; i < 60; ++i) {
+    adam.zero_grad();
+    const Tensor logits = model->forward(text.slice(1, 0, 63));
+    const Tensor loss =
+        torch::nn::functional::cross_entropy(logits.transpose(1, 2), text.slice(1, 1));
+    loss.backward();
+    adam.step();
+    if (i == 0) first = loss.item<double>();
+    last = loss.item<double>();
+  }
+  EXPECT_LT(last, 0.1 * first);
+  EXPECT_TRUE(torch::equal(model->generate(text.slice(1, 0, 5), 20, 0.0), text.slice(1, 0, 25)));
+  EXPECT_EQ(
+      model->generate(text.slice(1, 0, 5), 4, 1.0, 2, 0.9).sizes(), (torch::IntArrayRef{1, 9}));
+  // The smallest share of all is the most likely token.
+  EXPECT_TRUE(
+      torch::equal(model->generate(text.slice(1, 0, 5), 20, 1.0, {}, 1e-6), text.slice(1, 0, 25)));
+  // Rows of different lengths go on as they would alone.
+  Tensor rows = torch::zeros({2, 7}, torch::kLong);
+  rows[0].slice(0, 2).copy_(text[0].slice(0, 0, 5));
+  rows[1].copy_(text[0].slice(0, 1, 8));
+  const Tensor more = model->generate(rows, 9, 0.0, {}, {}, torch::tensor({5, 7}), "left");
+  EXPECT_TRUE(torch::equal(more[0].slice(0, 7), text[0].slice(0, 5, 14)));
+  EXPECT_TRUE(torch::equal(more[1].slice(0, 7), text[0].slice(0, 8, 17)));
+  const auto [logits, state] = model->prefill(text.slice(1, 0, 5), {}, {}, "right", true);
+  const auto [next, next_state] = model->step(text.select(1, 5), state);
+  expect_close(next, model->forward(text.slice(1, 0, 6)).select(1, 5), 1e-4);
+
+  EXPECT_MESSAGE(model->generate(text.slice(1, 0, 0), 2), "MambaLM.generate: ids has shape (1, 0)");
+  EXPECT_MESSAGE(model->generate(text, 2, 1.0, {}, 1.5), "MambaLM.generate: top_p is 1.5");
+  EXPECT_MESSAGE(model->forward(text[0]), "MambaLM: ids has shape (64,)");
+  EXPECT_MESSAGE(model->forward(text + 3), "MambaLM: ids has values from 3 to 10, expected 0 to 7");
+  EXPECT_MESSAGE(model->forward(text.to(torch::kFloat)), "MambaLM: ids has dtype float32");
+  EXPECT_MESSAGE(
+      model->step(text.select(1, 5), {}), "MambaLM: state has 0 entries, expected n_layer=2");
+  EXPECT_MESSAGE(MambaLM(MambaLMOptions(0, 16, 2)), "MambaLM: vocab_size is 0");
+  EXPECT_MESSAGE(MambaLM(MambaLMOptions(8, MambaOptions(16).d_state(0), 2)), "Mamba: d_state is 0");
+  EXPECT_MESSAGE(MambaBlock(16)->forward(text), "MambaBlock: x has shape (1, 64)");
+}
+
+TEST(MambaLanguageModel, IsSavedAndCloned) {
+  torch::manual_seed(seed());
+  const Tensor ids = torch::randint(11, {2, 7});
+  for (const bool tied : {true, false}) {
+    const auto options = MambaLMOptions(11, 8, 2).tie_embeddings(tied);
+    MambaLM model(options), loaded(options), read(options);
+    const Tensor y = model->forward(ids);
+    EXPECT_EQ(y.size(2), 16);
+    const TemporaryFile file;
+    torch::save(model, file.path());
+    torch::load(loaded, file.path());
+    EXPECT_TRUE(torch::equal(loaded->forward(ids), y));
+    load_state_dict(read, file.path());
+    EXPECT_TRUE(torch::equal(read->forward(ids), y));
+    auto copy = std::dynamic_pointer_cast<MambaLMImpl>(model->clone());
+    EXPECT_TRUE(torch::equal(copy->forward(ids), y));
+    EXPECT_EQ(copy->parameters().size(), model->parameters().size());
+    {
+      const torch::NoGradGuard no_grad;
+      for (Tensor& each : copy->parameters()) each.zero_();
+    }
+    EXPECT_TRUE(torch::equal(model->forward(ids), y)) << "the copy shares parameters";
+    EXPECT_EQ(copy->forward(ids).abs().sum().item<float>(), 0) << "the copy has others";
+
+    model->to(torch::kBFloat16);
+    const Tensor half = model->forward(ids);
+    EXPECT_EQ(half.scalar_type(), torch::kBFloat16);
+    expect_close(half.to(torch::kFloat), y, 0.05);
+    torch::nn::AnyModule any(model);
+    EXPECT_TRUE(torch::equal(any.forward<Tensor>(ids), half));
+
+    copy->reset_parameters(); // after zeros everywhere
+    for (const auto& each : copy->named_parameters()) {
+      EXPECT_GT(each.value().abs().sum().item<float>(), 0) << each.key();
+    }
+    EXPECT_TRUE(copy->forward(ids).isfinite().all().item<bool>());
+  }
+}
+
 // ---- weights ----
+
+TEST(StateDict, ASecondNameOfATensorNeedNotBeKnown) {
+  MambaLM model(MambaLMOptions(8, 4, 1));
+  StateDict dict;
+  for (const auto& each : model->named_parameters()) {
+    dict.insert(each.key(), torch::randn_like(each.value()));
+  }
+  const Tensor embedding = dict["backbone.embedding.weight"];
+  StateDict tied = dict, other = dict;
+  tied.insert("lm_head.weight", embedding.view_as(embedding));
+  load_state_dict(model, tied);
+  EXPECT_TRUE(torch::equal(model->backbone->embedding->weight, embedding));
+  other.insert("lm_head.weight", embedding.clone());
+  EXPECT_MESSAGE(load_state_dict(model, other), "unexpected: lm_head.weight");
+}
 
 TEST(StateDict, OfAFileThatPythonCouldHaveWritten) {
   MinGRU rnn(3, 2), other(3, 2);

@@ -85,6 +85,58 @@ void run_lm(const std::string& folder, const MinRNNLMOptions& options) {
   });
 }
 
+void compare_initial(const torch::nn::Module& fresh) {
+  for (const auto& each : fresh.named_parameters()) {
+    compare("initial." + each.key(), each.value());
+  }
+}
+
+void run_mamba(const std::string& folder, const MambaOptions& options) {
+  torch::manual_seed(0); // as in Python: a new layer has the same values
+  Mamba fresh(options);
+  compare_initial(*fresh);
+  run<Mamba>(folder, options, [&](Mamba& module) {
+    const Tensor &x = answers["x"], &lengths = answers["lengths"];
+    compare("y", module->forward(x));
+    compare("right", module->forward(x, lengths));
+    compare("left", module->forward(x, lengths, "left"));
+    if (options.bidirectional()) return;
+    const auto compare_both = [](const std::string& name, const auto& result) {
+      const auto& [y, state] = result;
+      compare(name + "_y", y);
+      compare(name + "_conv", std::get<0>(state));
+      compare(name + "_scan", std::get<1>(state));
+    };
+    compare_both("left", module->prefill(x, {}, lengths, "left"));
+    const auto first = module->prefill(x);
+    compare_both("first", first);
+    compare_both("more", module->prefill(x, std::get<1>(first), lengths));
+    compare_both("step", module->step(x.select(1, 0), std::get<1>(first)));
+  });
+}
+
+void run_mamba_lm(const std::string& folder, const MambaLMOptions& options) {
+  torch::manual_seed(0);
+  compare_initial(*MambaLM(options));
+  run<MambaLM>(folder, options, [&](MambaLM& module) {
+    const Tensor &ids = answers["x"], &lengths = answers["lengths"];
+    compare("y", module->forward(ids));
+    compare("right", module->forward(ids, lengths));
+    compare("left", module->forward(ids, lengths, "left"));
+    const auto [more, state] = module->prefill(ids, std::get<1>(module->prefill(ids)), lengths);
+    compare("more", more);
+    compare("conv", std::get<0>(state[1]));
+    compare("scan", std::get<1>(state[1]));
+    compare("step", std::get<0>(module->step(ids.select(1, 0), state)));
+    for (const std::string padding : {"right", "left"}) {
+      compare("last_" + padding, std::get<0>(module->prefill(ids, {}, lengths, padding, true)));
+      compare(
+          "generated_" + padding,
+          module->generate(ids, 12, 0.0, {}, {}, lengths.clamp_min(1), padding));
+    }
+  });
+}
+
 // The same names and options as in parity.py.
 const std::map<std::string, std::function<void(const std::string& folder)>> kCases = {
     {"min_gru", [](auto& f) { run_layer<MinGRU>(f, MinGRUOptions(5, 7)); }},
@@ -111,6 +163,34 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
                   .expansion(1.5)
                   .mlp_ratio(2)
                   .activation("g"));
+     }},
+    {"mamba", [](auto& f) { run_mamba(f, MambaOptions(20)); }},
+    {"mamba_options",
+     [](auto& f) {
+       run_mamba(
+           f, MambaOptions(20)
+                  .d_state(5)
+                  .d_conv(3)
+                  .expand(1.5)
+                  .dt_rank(4)
+                  .dt_min(0.01)
+                  .dt_max(0.2)
+                  .dt_init("constant")
+                  .dt_scale(0.5)
+                  .dt_init_floor(0.05)
+                  .conv_bias(false)
+                  .bias(true));
+     }},
+    {"mamba_both", [](auto& f) { run_mamba(f, MambaOptions(20).bidirectional(true)); }},
+    {"mambalm", [](auto& f) { run_mamba_lm(f, MambaLMOptions(11, 20, 2)); }},
+    {"mambalm_untied",
+     [](auto& f) {
+       const auto block = MambaBlockOptions(MambaOptions(20).d_state(5).bias(true))
+                              .rms_norm(false)
+                              .norm_eps(1e-3)
+                              .residual_in_fp32(false);
+       run_mamba_lm(
+           f, MambaLMOptions(11, block, 3).tie_embeddings(false).pad_vocab_size_multiple(4));
      }},
     {"lm", [](auto& f) { run_lm(f, MinRNNLMOptions(11, 8, 2).layer("min_lstm")); }},
 };

@@ -48,6 +48,35 @@ CASES = {
         mlp_ratio=2,
         activation="g",
     ),
+    "mamba": lambda: torch_ext.Mamba(20),
+    "mamba_options": lambda: torch_ext.Mamba(
+        20,
+        d_state=5,
+        d_conv=3,
+        expand=1.5,
+        dt_rank=4,
+        dt_min=0.01,
+        dt_max=0.2,
+        dt_init="constant",
+        dt_scale=0.5,
+        dt_init_floor=0.05,
+        conv_bias=False,
+        bias=True,
+    ),
+    "mamba_both": lambda: torch_ext.Mamba(20, bidirectional=True),
+    "mambalm": lambda: torch_ext.MambaLM(11, 20, 2),
+    "mambalm_untied": lambda: torch_ext.MambaLM(
+        11,
+        20,
+        3,
+        d_state=5,
+        bias=True,
+        rms_norm=False,
+        norm_eps=1e-3,
+        residual_in_fp32=False,
+        tie_embeddings=False,
+        pad_vocab_size_multiple=4,
+    ),
     "lm": lambda: torch_ext.MinRNNLM(11, 8, 2, layer="min_lstm"),
 }
 
@@ -60,6 +89,34 @@ def layer_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     answers |= {"padded_y": padded_y, "padded_state": padded_state}
     if not module.bidirectional:
         answers["step_y"], answers["step_state"] = module.step(x[0], state)
+    return answers
+
+
+def mamba_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    x, lengths = torch.randn(3, 9, 20), torch.tensor([9, 1, 6])
+    right, left = module(x, lengths), module(x, lengths, "left")
+    answers = {"x": x, "lengths": lengths, "y": module(x), "right": right, "left": left}
+    if not module.bidirectional:
+        first = module.prefill(x)
+        results = {"first": first, "left": module.prefill(x, None, lengths, "left")}
+        results["more"] = module.prefill(x, first[1], lengths)
+        results["step"] = module.step(x[:, 0], first[1])
+        for name, (y, (conv, scan)) in results.items():
+            answers |= {f"{name}_y": y, f"{name}_conv": conv, f"{name}_scan": scan}
+    return answers
+
+
+def mamba_lm_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids, lengths = torch.randint(11, (3, 6)), torch.tensor([6, 0, 4])
+    more, state = module.prefill(ids, module.prefill(ids)[1], lengths)
+    answers = {"x": ids, "lengths": lengths, "y": module(ids), "more": more}
+    answers |= {"conv": state[1][0], "scan": state[1][1], "step": module.step(ids[:, 0], state)[0]}
+    for padding in ("right", "left"):
+        answers[padding] = module(ids, lengths, padding)
+        answers[f"last_{padding}"] = module.prefill(ids, None, lengths, padding, True)[0]
+        answers[f"generated_{padding}"] = module.generate(
+            ids, 12, 0.0, lengths=lengths.clamp_min(1), padding=padding
+        )
     return answers
 
 
@@ -85,12 +142,13 @@ def main(program: str) -> int:
     for name, make in CASES.items():
         torch.manual_seed(0)
         module = make().eval()
+        initial = {f"initial.{k}": v.detach().clone() for k, v in module.named_parameters()}
         with torch.no_grad():
             for parameter in module.parameters():  # norms and biases too, that all of them count
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            answers = {"lm": lm_answers, "block": block_answers}.get(
-                name.partition("_")[0], layer_answers
-            )(module)
+            kinds = {"lm": lm_answers, "block": block_answers, "mamba": mamba_answers}
+            kinds["mambalm"] = mamba_lm_answers
+            answers = kinds.get(name.partition("_")[0], layer_answers)(module) | initial
         with tempfile.TemporaryDirectory() as folder:
             torch.save(module.state_dict(), Path(folder, "state_dict.pt"))
             torch.save(dict(module.named_parameters()), Path(folder, "parameters.pt"))

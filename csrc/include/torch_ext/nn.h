@@ -23,6 +23,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -117,7 +118,6 @@ class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
   int64_t num_directions() const { return options.bidirectional() ? 2 : 1; }
   torch::Tensor project(const torch::Tensor& x, int64_t layer, int64_t direction) const;
   void check_state(const torch::Tensor& state, int64_t batch_size) const;
-  void check_lengths(const torch::Tensor& lengths, int64_t batch_size, int64_t num_steps) const;
   void check_dtype(const torch::Tensor& x) const;
 
   std::vector<torch::Tensor> weights_, biases_; // of each layer and direction
@@ -291,6 +291,259 @@ class TORCH_EXT_API MinRNNLMImpl : public torch::nn::Cloneable<MinRNNLMImpl> {
 };
 TORCH_MODULE(MinRNNLM);
 
+// ---- Mamba ----
+
+struct TORCH_EXT_API MambaOptions {
+  MambaOptions(int64_t d_model) : d_model_(d_model) {}
+
+  TORCH_ARG(int64_t, d_model);
+  /// states of each inner channel
+  TORCH_ARG(int64_t, d_state) = 16;
+  /// steps that the convolution sees, the current one included
+  TORCH_ARG(int64_t, d_conv) = 4;
+  /// inner channels, in multiples of d_model
+  TORCH_ARG(double, expand) = 2.0;
+  /// rank of the step sizes' projection; ceil(d_model / 16) if left out
+  TORCH_ARG(std::optional<int64_t>, dt_rank) = std::nullopt;
+  /// the step sizes begin between dt_min and dt_max, uniformly in the logarithm, and at least at dt_init_floor
+  TORCH_ARG(double, dt_min) = 0.001;
+  TORCH_ARG(double, dt_max) = 0.1;
+  /// of dt_proj.weight: "random" is uniform between plus and minus dt_scale / sqrt(dt_rank), "constant" that number
+  TORCH_ARG(std::string, dt_init) = "random";
+  TORCH_ARG(double, dt_scale) = 1.0;
+  TORCH_ARG(double, dt_init_floor) = 1e-4;
+  /// the convolution has a bias
+  TORCH_ARG(bool, conv_bias) = true;
+  /// in_proj and out_proj have one
+  TORCH_ARG(bool, bias) = false;
+  /// a second direction with parameters of its own; it has `forward` alone, no states and no steps
+  TORCH_ARG(bool, bidirectional) = false;
+};
+
+/// The convolution's last inputs, and the scan's states.
+using MambaState = std::tuple<torch::Tensor, torch::Tensor>;
+
+/// Mamba, see torch_ext.Mamba in Python and selective_scan in ops.h. Parameters have mamba_ssm's names and shapes:
+/// in_proj.weight, conv1d.weight, conv1d.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D, out_proj.weight;
+/// conv1d_b, x_proj_b, dt_proj_b, A_b_log, D_b for the second direction.
+class TORCH_EXT_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
+ public:
+  explicit MambaImpl(const MambaOptions& options);
+
+  /// Runs all steps, from zero states, x (B, T, d_model) to (B, T, d_model).
+  ///   lengths  number of steps of each row of a padded batch, integers, (B). Padding changes no result of the
+  ///            others, whatever stands there; its own outputs are 0.
+  ///   padding  side on which it is, "right" or "left".
+  torch::Tensor forward(
+      const torch::Tensor& x, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  /// `forward` from a state to a state: that after the last step of each row. Zeros if left out; it has to be
+  /// where padding is on the left.
+  std::tuple<torch::Tensor, MambaState> prefill(
+      const torch::Tensor& x, const std::optional<MambaState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+  /// One step: x and y are (B, d_model).
+  std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
+  /// Zeros: (B, d_inner, d_conv - 1) and (B, d_inner, d_state); float32, float64 in a double module.
+  MambaState init_state(int64_t batch_size) const;
+
+  /// Draws all parameters again.
+  void reset_parameters();
+
+  int64_t d_inner() const { return int64_t(options.expand() * double(options.d_model())); }
+  int64_t dt_rank() const { return options.dt_rank().value_or((options.d_model() + 15) / 16); }
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  /// What each direction has of its own.
+  struct Direction {
+    torch::nn::Conv1d conv1d{nullptr};
+    torch::nn::Linear x_proj{nullptr}, dt_proj{nullptr};
+    torch::Tensor A_log, D;
+  };
+
+  MambaOptions options;
+  torch::nn::Linear in_proj{nullptr}, out_proj{nullptr};
+  Direction ahead, back;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  void reset_recurrence(const Direction& direction);
+  std::tuple<torch::Tensor, MambaState> run(
+      const Direction& direction, const torch::Tensor& inner, const torch::Tensor& z,
+      const MambaState& state, const torch::Tensor& valid);
+  void check_one_direction(const char* method) const;
+  void check_state(const MambaState& state, int64_t batch_size) const;
+};
+TORCH_MODULE(Mamba);
+
+struct TORCH_EXT_API MambaBlockOptions {
+  MambaBlockOptions(int64_t d_model) : mixer_(d_model) {}
+  MambaBlockOptions(MambaOptions mixer) : mixer_(std::move(mixer)) {}
+
+  TORCH_ARG(MambaOptions, mixer);
+  /// the norms are RMSNorms, else LayerNorms
+  TORCH_ARG(bool, rms_norm) = true;
+  /// added to the variance in the norms
+  TORCH_ARG(double, norm_eps) = 1e-5;
+  /// y is float32 whatever x and the parameters are (float64 stays), else of the dtype of x
+  TORCH_ARG(bool, residual_in_fp32) = true;
+};
+
+namespace detail {
+
+/// LayerNorm or RMSNorm of what may be wider than the parameters, in whose dtype the result is.
+class TORCH_EXT_API ResidualNormImpl : public torch::nn::Cloneable<ResidualNormImpl> {
+ public:
+  ResidualNormImpl(int64_t dim, bool rms_norm, double eps);
+  torch::Tensor forward(const torch::Tensor& x);
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  torch::Tensor weight, bias;
+
+ private:
+  int64_t dim_;
+  bool rms_norm_;
+  double eps_;
+};
+TORCH_MODULE(ResidualNorm);
+
+} // namespace detail
+
+/// A residual around a norm and Mamba, y = x + mixer(norm(x)): see torch_ext.MambaBlock in Python, and Mamba for
+/// the arguments.
+class TORCH_EXT_API MambaBlockImpl : public torch::nn::Cloneable<MambaBlockImpl> {
+ public:
+  explicit MambaBlockImpl(const MambaBlockOptions& options);
+
+  torch::Tensor forward(
+      const torch::Tensor& x, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  std::tuple<torch::Tensor, MambaState> prefill(
+      const torch::Tensor& x, const std::optional<MambaState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+  std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
+  MambaState init_state(int64_t batch_size) const { return mixer->init_state(batch_size); }
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  MambaBlockOptions options;
+  detail::ResidualNorm norm{nullptr};
+  Mamba mixer{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  torch::Tensor widen(const torch::Tensor& x) const;
+  torch::Tensor residual(
+      const torch::Tensor& x, const torch::Tensor& lengths, const std::string& padding) const;
+};
+TORCH_MODULE(MambaBlock);
+
+struct TORCH_EXT_API MambaLMOptions {
+  /// `block` is d_model, or MambaOptions, or MambaBlockOptions
+  MambaLMOptions(int64_t vocab_size, MambaBlockOptions block, int64_t n_layer)
+      : vocab_size_(vocab_size), block_(std::move(block)), n_layer_(n_layer) {}
+
+  TORCH_ARG(int64_t, vocab_size);
+  TORCH_ARG(MambaBlockOptions, block);
+  TORCH_ARG(int64_t, n_layer);
+  /// the logits' weight is the embedding's: one parameter, backbone.embedding.weight; else there is lm_head.weight
+  TORCH_ARG(bool, tie_embeddings) = true;
+  /// embedding and logits have as many more rows as make their number V a multiple of this
+  TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
+};
+
+/// A state of Mamba for each block.
+using MambaLMState = std::vector<MambaState>;
+
+namespace detail {
+
+/// Embedding, blocks and the last norm: what MambaLM has as `backbone`. The results are (B, T, d_model), (B, d_model)
+/// with last_only and in a step.
+class TORCH_EXT_API MambaBackboneImpl : public torch::nn::Cloneable<MambaBackboneImpl> {
+ public:
+  explicit MambaBackboneImpl(const MambaLMOptions& options);
+
+  torch::Tensor forward(
+      const torch::Tensor& ids, const torch::Tensor& lengths, const std::string& padding);
+  std::tuple<torch::Tensor, MambaLMState> prefill(
+      const torch::Tensor& ids, const std::optional<MambaLMState>& state,
+      const torch::Tensor& lengths, const std::string& padding, bool last_only);
+  std::tuple<torch::Tensor, MambaLMState> step(const torch::Tensor& ids, const MambaLMState& state);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  MambaBlockImpl& block(int64_t k) { return layers->at<MambaBlockImpl>(size_t(k)); }
+  const MambaBlockImpl& block(int64_t k) const { return layers->at<MambaBlockImpl>(size_t(k)); }
+
+  MambaLMOptions options;
+  torch::nn::Embedding embedding{nullptr};
+  torch::nn::ModuleList layers{nullptr};
+  ResidualNorm norm_f{nullptr};
+
+ private:
+  torch::Tensor embed(const torch::Tensor& ids, const torch::Tensor& valid);
+  void check_state(const MambaLMState& state) const;
+};
+TORCH_MODULE(MambaBackbone);
+
+} // namespace detail
+
+/// A language model of MambaBlocks, see torch_ext.MambaLM in Python: embedding, blocks, norm, logits. Parameters have
+/// mamba_ssm's names. Arguments `lengths` and `padding` are those of Mamba.
+class TORCH_EXT_API MambaLMImpl : public torch::nn::Cloneable<MambaLMImpl> {
+ public:
+  explicit MambaLMImpl(const MambaLMOptions& options);
+
+  /// Logits (B, T, V) of the token after each of ids (B, T).
+  torch::Tensor forward(
+      const torch::Tensor& ids, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  /// `forward` from a state to a state. With last_only logits after each row's last token alone, (B, V).
+  std::tuple<torch::Tensor, MambaLMState> prefill(
+      const torch::Tensor& ids, const std::optional<MambaLMState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right",
+      bool last_only = false);
+  /// One token of each sequence, (B,), to logits (B, V) and a state.
+  std::tuple<torch::Tensor, MambaLMState> step(const torch::Tensor& ids, const MambaLMState& state);
+  /// Zeros.
+  MambaLMState init_state(int64_t batch_size) const;
+  /// Appends tokens to ids (B, T), T >= 1, one at a time in constant memory. A temperature of 0 always takes the most
+  /// likely one; with top_k only that many most likely ones are drawn from, with top_p the fewest that together have
+  /// that probability. Records no gradient.
+  torch::Tensor generate(
+      const torch::Tensor& ids, int64_t max_new_tokens, double temperature = 1.0,
+      std::optional<int64_t> top_k = {}, std::optional<double> top_p = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+
+  void reset() override;
+  /// Draws all parameters again, as the constructor does.
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  MambaLMOptions options;
+  detail::MambaBackbone backbone{nullptr};
+  torch::nn::Linear lm_head{nullptr}; // null with tie_embeddings
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  torch::Tensor logits(const torch::Tensor& x);
+};
+TORCH_MODULE(MambaLM);
+
 // ---- weights ----
 
 using StateDict = torch::OrderedDict<std::string, torch::Tensor>;
@@ -303,7 +556,8 @@ TORCH_EXT_API StateDict read_state_dict(const std::string& path);
 
 /// Copies tensors into the parameters and buffers of the same names; dtype and device remain those of
 /// the module. Names that are missing, unexpected or of another shape are an error, which names all of
-/// them and leaves the module as it was.
+/// them and leaves the module as it was. A second name of a tensor that another name has as well, such
+/// as that of a tied weight, need not be known.
 TORCH_EXT_API void load_state_dict(torch::nn::Module& module, const StateDict& state_dict);
 
 /// The same from a file. `prefix` picks a part of a larger model: "encoder.rnn" takes the tensors
