@@ -22,8 +22,11 @@
 
 #ifdef __CUDACC__
 #define TORCH_EXT_HD __host__ __device__ __forceinline__
+#define TORCH_EXT_UNROLL(n) _Pragma("unroll")
 #else
 #define TORCH_EXT_HD inline __attribute__((always_inline))
+#define TORCH_EXT_PRAGMA(text) _Pragma(#text)
+#define TORCH_EXT_UNROLL(n) TORCH_EXT_PRAGMA(GCC unroll n)
 #endif
 
 namespace torch_ext {

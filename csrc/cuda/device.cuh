@@ -41,6 +41,10 @@ template <class T>
 TORCH_EXT_DEVICE T shuffle(unsigned mask, T x, int from) {
   return __shfl_sync(mask, x, from);
 }
+template <class T>
+TORCH_EXT_DEVICE T shuffle_xor(unsigned mask, T x, int bits) {
+  return __shfl_xor_sync(mask, x, bits);
+}
 
 // ---- shared memory: dynamic, through views ----
 

@@ -1,0 +1,1230 @@
+// Mamba's selective scan on a GPU (core/selective_scan_problem.h; a step: cells/selective_scan.h).
+//
+// A few lanes share a channel, each with some of its states in registers, and step through time: no scan, no atomics.
+// A block owns neighbouring channels of one group. It takes tiles of 16 steps: what a channel has one of per token (time
+// step, input, gate) is made once and laid into shared memory, as numbers of the kind it is computed with, and so are B
+// and C, which all of the block's channels share. Then the lanes step through the tile; what they add up over a channel's
+// states is added up between lanes; and all threads together finish the tile's outputs.
+//
+// A tile lies in one sequence. Packed, the sequences of the row follow each other; steps are counted from each one's start,
+// in the order of time. Where blocks would be too few, a row is cut into segments, a block for each: first they walk from
+// zero, then the states between them are folded in order, by the decay over a whole segment, which is that over the sum
+// of its time steps; then they walk again from there. A segment owns the intervals (between two kept states) that start
+// in it.
+//
+// Backward, tiles are taken from the last to the first. From the kept state before it, eight steps at a time are
+// computed again, decays and states in registers, and walked back over. The sums over channels (of B, C) stay in registers
+// while the lanes go through the block's channels a few at a time; they leave as one number per block, and those over
+// tokens (of A, D, ...) as one per segment; other kernels add them up in order.
+#pragma once
+#include <type_traits>
+
+#include "../cells/selective_scan.h"
+#include "../core/selective_scan_problem.h"
+#include "device.cuh"
+
+namespace torch_ext::cuda {
+
+inline constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32;
+inline constexpr int kScanTile = int(kSelectiveScanTile);
+// Of a tile, backward: so many steps are in registers.
+inline constexpr int kScanHalf = 8;
+
+// 16 bytes of states: what a lane has in one place of memory.
+template <class H>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / int(sizeof(H));
+  H x[kSize];
+};
+// How many of them a lane has of a channel.
+inline constexpr int kForwardPacks = 2;
+
+template <class H>
+struct RealOf {
+  using type = H;
+};
+template <class T>
+struct RealOf<Complex<T>> {
+  using type = T;
+};
+
+// How a call is cut, from shapes alone; and its workspace.
+struct ScanPlan {
+  DType stored = DType::f32; // u, delta, z, out, and B and C where they are real and per token
+  int log_lanes = 0;         // lanes of a channel: a power of two
+  int passes = 1;            // over a channel's states, so many at a time as its lanes hold
+  int turns = 1;             // backward: the block's channels at a time
+  int channels = 0;          // of a block: a power of two, and no more than it has threads
+  int64_t interval = 0;      // between kept states
+  int64_t rows = 0, segments = 1, segment_steps = 0, blocks_per_group = 0;
+  // Between segments, and between tiles where there are several passes: [row][segment][channel][state]. First a
+  // segment's effect from zero, then the state that reaches it.
+  void* carry = nullptr;
+  void* sums = nullptr;    // of time steps: [row][segment][channel]
+  int* restarts = nullptr; // [row][segment]: does its effect know of nothing before it?
+  // Backward. Sums over channels: [B, C][block of the group][row][token][group][state].
+  void* by_token = nullptr;
+  // Sums over tokens: [A, B, C][row][segment][channel][state], and [D, bias][row][segment][channel].
+  void *by_state = nullptr, *by_channel = nullptr;
+  // Of one thread each: [block][slot][thread] packs.
+  void* starts = nullptr;      // states before tiles
+  void* accumulators = nullptr; // what shared memory has no room for
+};
+
+// ---- blocks, sequences ----
+
+template <class Problem>
+struct ScanBlock {
+  int64_t row, segment, group, block_of_group, d0;
+  int channels;
+  TORCH_EXT_DEVICE ScanBlock(const Problem& p, const ScanPlan& q, int64_t segments) {
+    int64_t i = blockIdx.x;
+    block_of_group = i % q.blocks_per_group, i /= q.blocks_per_group;
+    group = i % p.num_groups, i /= p.num_groups;
+    segment = i % segments, row = i / segments;
+    const int64_t own = p.width / p.num_groups, first = block_of_group * q.channels;
+    d0 = group * own + first;
+    channels = own - first < q.channels ? int(own - first) : q.channels;
+  }
+};
+
+// A place in a row: `offset` steps from the start of a sequence, in the order of time. Offsets of sequences are not
+// checked, as that would wait for the device: whatever they are, tokens are those that are there.
+struct ScanPlace {
+  const int64_t* cu_seqlens;
+  int64_t num_sequences, num_steps;
+  bool reverse;
+  int64_t sequence, begin, length, offset = 0;
+
+  TORCH_EXT_DEVICE ScanPlace(const SelectiveScanProblem& p, int64_t row)
+      : cu_seqlens(p.cu_seqlens),
+        num_sequences(p.num_sequences),
+        num_steps(p.num_steps),
+        reverse(p.reverse),
+        sequence(row),
+        begin(0),
+        length(p.num_steps) {}
+  TORCH_EXT_DEVICE static int64_t clamped(int64_t x, int64_t low, int64_t high) {
+    return x < low ? low : x > high ? high : x;
+  }
+  TORCH_EXT_DEVICE void enter(int64_t s) {
+    sequence = s, length = 0;
+    if (s < 0 || s >= num_sequences) return;
+    begin = clamped(cu_seqlens[s], 0, num_steps);
+    length = clamped(cu_seqlens[s + 1], begin, num_steps) - begin;
+  }
+  TORCH_EXT_DEVICE void enter_at(int64_t position) {
+    int64_t low = 0, high = num_sequences;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (cu_seqlens[middle] <= position)
+        low = middle;
+      else
+        high = middle;
+    }
+    enter(low);
+  }
+  TORCH_EXT_DEVICE int64_t position() const { return begin + offset; }
+  TORCH_EXT_DEVICE int64_t token() const {
+    return reverse ? begin + length - 1 - offset : begin + offset;
+  }
+  TORCH_EXT_DEVICE int64_t direction() const { return reverse ? -1 : 1; }
+  // The interval at or after a position; is it before `end`?
+  TORCH_EXT_DEVICE bool first(int64_t position_, int64_t end, int64_t interval) {
+    if (cu_seqlens) enter_at(position_);
+    const int64_t into = position_ - begin;
+    offset = into > 0 ? (into + interval - 1) / interval * interval : 0;
+    return offset < length ? position() < end : next_sequence(end);
+  }
+  TORCH_EXT_DEVICE bool next(int64_t end, int64_t interval) {
+    offset += interval;
+    return offset < length ? position() < end : next_sequence(end);
+  }
+  TORCH_EXT_DEVICE bool next_sequence(int64_t end) {
+    offset = 0;
+    if (!cu_seqlens) return false;
+    do enter(sequence + 1);
+    while (length == 0 && sequence < num_sequences);
+    return sequence < num_sequences && position() < end;
+  }
+  // The last interval that starts before `end`; does it start at or after `first`?
+  TORCH_EXT_DEVICE bool last(int64_t first, int64_t end, int64_t interval) {
+    if (cu_seqlens) enter_at(end - 1);
+    if (length == 0) return previous_sequence(first, interval);
+    const int64_t into = clamped(end - 1 - begin, 0, length - 1);
+    offset = into / interval * interval;
+    return position() >= first;
+  }
+  TORCH_EXT_DEVICE bool previous(int64_t first, int64_t interval) {
+    offset -= interval;
+    return offset >= 0 ? position() >= first : previous_sequence(first, interval);
+  }
+  TORCH_EXT_DEVICE bool previous_sequence(int64_t first, int64_t interval) {
+    if (!cu_seqlens) return false;
+    do enter(sequence - 1);
+    while (length == 0 && sequence > 0);
+    if (length == 0) return false;
+    offset = (length - 1) / interval * interval;
+    return position() >= first;
+  }
+  TORCH_EXT_DEVICE int64_t kept(const SelectiveScanProblem& p, int64_t interval) const {
+    const int64_t before = p.cu_seqlens
+                               ? begin / interval + sequence
+                               : sequence * ((p.num_steps + interval - 1) / interval);
+    return before + offset / interval;
+  }
+};
+
+// ---- memory ----
+
+// f<S>() of what u and its like are stored as.
+template <class R, class F>
+TORCH_EXT_DEVICE void with_stored(DType dtype, F f) {
+  if constexpr (sizeof(R) == 8) {
+    f.template operator()<double>();
+  } else if (dtype == DType::bf16) {
+    f.template operator()<BFloat16>();
+  } else if (dtype == DType::f16) {
+    f.template operator()<Half>();
+  } else {
+    f.template operator()<float>();
+  }
+}
+
+// The elements of a (step, column) tile that a thread takes, lanes along whatever lies side by side in memory. columns: a
+// power of two, at most as many as there are threads.
+struct ScanItems {
+  int t, column, t_next, column_next, count;
+  TORCH_EXT_DEVICE ScanItems(int columns, bool along_time) {
+    const int i = int(threadIdx.x);
+    if (along_time) {
+      t = i % kScanTile, column = i / kScanTile;
+      t_next = 0, column_next = kScanThreads / kScanTile;
+      count = (columns + column_next - 1) / column_next;
+    } else {
+      t = i / columns, column = i % columns;
+      t_next = kScanThreads / columns, column_next = 0;
+      count = (kScanTile + t_next - 1) / t_next;
+    }
+  }
+  TORCH_EXT_DEVICE int64_t first(int64_t time, int64_t stride) const {
+    return t * time + column * stride;
+  }
+  TORCH_EXT_DEVICE int64_t next(int64_t time, int64_t stride) const {
+    return t_next * time + column_next * stride;
+  }
+};
+
+// A thread's elements of an array over time, one after the other.
+template <class S>
+struct ScanCursor {
+  using Number = std::remove_const_t<S>;
+  using R = typename Stored<Number>::Lane;
+  S* at = nullptr;
+  int64_t next = 0;
+  bool any = false;
+  ScanCursor() = default;
+  template <class Data>
+  TORCH_EXT_DEVICE ScanCursor(
+      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t row, const ScanPlace& place,
+      int64_t d0, const ScanItems& items) {
+    any = x.data;
+    if (!any) return;
+    const int64_t time = x.time * place.direction();
+    at = static_cast<S*>(x.data) + (p.cu_seqlens ? 0 : row * x.sequence) + place.token() * x.time +
+         d0 * x.channel + items.first(time, x.channel);
+    next = items.next(time, x.channel);
+  }
+  TORCH_EXT_DEVICE R load() const { return Stored<Number>::widen(load_global(at)); }
+  TORCH_EXT_DEVICE R load_if_any() const { return any ? load() : R(0); }
+  TORCH_EXT_DEVICE void store(R x) const { store_global(at, Stored<Number>::narrow(x)); }
+  TORCH_EXT_DEVICE void advance() { at += next; }
+};
+TORCH_EXT_DEVICE bool runs_along_time(const OverTime<const void*>& x) {
+  return x.channel != 1 && (x.time == 1 || x.time == -1);
+}
+
+// A lane's states of one channel; those beyond the last are zero, and not written.
+template <class H, class Data>
+struct ScanStates {
+  H* data;
+  int64_t row, channel, state, count;
+  bool packed;
+  TORCH_EXT_DEVICE ScanStates(const OverStates<Data>& x, int64_t num_states)
+      : data(static_cast<H*>(const_cast<void*>(static_cast<const void*>(x.data)))),
+        row(x.row),
+        channel(x.channel),
+        state(x.state),
+        count(num_states) {
+    constexpr int K = Pack<H>::kSize;
+    packed = state == 1 && count % K == 0 && row % K == 0 && channel % K == 0 &&
+             reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+  TORCH_EXT_DEVICE Pack<H> load(int64_t r, int64_t d, int64_t n, bool there) const {
+    Pack<H> to{};
+    if (!data || !there || n >= count) return to;
+    const H* from = data + r * row + d * channel + n * state;
+    if (packed) return load_global(reinterpret_cast<const Pack<H>*>(from));
+#pragma unroll
+    for (int j = 0; j < Pack<H>::kSize; ++j)
+      if (n + j < count) to.x[j] = load_global(from + j * state);
+    return to;
+  }
+  TORCH_EXT_DEVICE void store(int64_t r, int64_t d, int64_t n, bool there, Pack<H> from) const {
+    if (!data || !there || n >= count) return;
+    H* to = data + r * row + d * channel + n * state;
+    if (packed) return store_global(reinterpret_cast<Pack<H>*>(to), from);
+#pragma unroll
+    for (int j = 0; j < Pack<H>::kSize; ++j)
+      if (n + j < count) store_global(to + j * state, from.x[j]);
+  }
+};
+// [row][channel][state] without gaps.
+template <class H>
+TORCH_EXT_DEVICE ScanStates<H, void*> dense_states(void* data, int64_t width, int64_t num_states) {
+  return {OverStates<void*>{data, width * num_states, num_states, 1}, num_states};
+}
+template <class H>
+TORCH_EXT_DEVICE Pack<H> in_octaves(Pack<H> A) {
+#pragma unroll
+  for (int j = 0; j < Pack<H>::kSize; ++j) A.x[j] = torch_ext::in_octaves(A.x[j]);
+  return A;
+}
+
+// B or C of a block in shared memory: (step, state) of a tile, or (channel, state) where they are constant.
+template <class H>
+struct ScanCoefficient {
+  using R = typename RealOf<H>::type;
+  static constexpr int K = Pack<H>::kSize;
+  const Coefficient<const void*> x;
+  Shared<H> to;
+
+  // States first .. first + columns of a tile, columns side by side; channels of a block likewise.
+  TORCH_EXT_DEVICE void stage(
+      const SelectiveScanProblem& p, const ScanPlan& q, int64_t row, const ScanPlace& place,
+      int steps, int64_t group, int64_t first, int columns) const {
+    const auto load = [&]<class S>() {
+      const int at_once = columns < kScanThreads ? columns : kScanThreads;
+      const ScanItems items(at_once, x.state != 1 && (x.time == 1 || x.time == -1));
+      const int64_t time = x.time * place.direction();
+      for (int begin = 0; begin < columns; begin += at_once) {
+        const S* from = static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : row * x.sequence) +
+                        place.token() * x.time + group * x.group + (first + begin) * x.state +
+                        items.first(time, x.state);
+        const int64_t next = items.next(time, x.state);
+        int t = items.t, n = begin + items.column;
+#pragma unroll 4
+        for (int i = 0; i < items.count; ++i) {
+          const bool inside = t < kScanTile && n < begin + at_once,
+                     there = t < steps && inside && first + n < p.num_states;
+          H value{};
+          if (there) value = Stored<S>::widen(load_global(from));
+          if (inside) to.store(t * columns + n, value);
+          from += next, t += items.t_next, n += items.column_next;
+        }
+      }
+    };
+    if constexpr (kComplexLane<H>)
+      load.template operator()<H>();
+    else
+      with_stored<R>(q.stored, load);
+  }
+  struct Same {
+    TORCH_EXT_DEVICE H operator()(H x) const { return x; }
+  };
+  template <class Map = Same>
+  TORCH_EXT_DEVICE void stage_constant(
+      const SelectiveScanProblem& p, int64_t d0, int channels, int64_t first, int columns,
+      int all_channels, Map map = {}) const {
+    for (int i = int(threadIdx.x); i < all_channels * columns; i += kScanThreads) {
+      const int c = i / columns, n = i % columns;
+      H value{};
+      if (c < channels && first + n < p.num_states)
+        value = map(load_global(
+            static_cast<const H*>(x.data) + (d0 + c) * x.channel + (first + n) * x.state));
+      to.store(i, value);
+    }
+  }
+};
+
+// ---- sums over lanes ----
+
+template <class X>
+TORCH_EXT_DEVICE X exchange(X x, int bits) {
+  if constexpr (requires { x.re; })
+    return {shuffle_xor(~0u, x.re, bits), shuffle_xor(~0u, x.im, bits)};
+  else
+    return shuffle_xor(~0u, x, bits);
+}
+// kCount sums over `2 * step` lanes that lie `stride` apart: done(index, sum) on the one of them that a sum ends up on.
+template <int kCount, class X, class Done>
+TORCH_EXT_DEVICE void sum_over_lanes(X* v, int step, int stride, int index, bool mine, Done done) {
+  if (step == 0) {
+    if (mine) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) done(index + k, v[k]);
+    }
+    return;
+  }
+  const bool upper = (lane() & (step * stride)) != 0;
+  if constexpr (kCount > 1) {
+    constexpr int kLeft = kCount / 2;
+#pragma unroll
+    for (int k = 0; k < kLeft; ++k) {
+      const X give = upper ? v[k] : v[k + kLeft], keep = upper ? v[k + kLeft] : v[k];
+      v[k] = keep + exchange(give, step * stride);
+    }
+    sum_over_lanes<kLeft>(v, step / 2, stride, upper ? index + kLeft : index, mine, done);
+  } else {
+#pragma unroll 1
+    for (; step > 0; step /= 2) {
+      v[0] = v[0] + exchange(v[0], step * stride);
+      mine = mine && !(lane() & (step * stride));
+    }
+    if (mine) done(index, v[0]);
+  }
+}
+
+// ---- forward, and what a segment does from zero in either direction ----
+
+enum class ScanWalk { forward, forward_effect, backward_effect };
+
+// Shared memory: time steps, inputs and y of a tile's channels; B and C.
+template <class H, ScanWalk kWalk>
+TORCH_EXT_HOST_DEVICE int scan_walk_shared(
+    const ScanPlan& q, bool constant_B, bool constant_C) {
+  using R = typename RealOf<H>::type;
+  const int columns = (kForwardPacks * Pack<H>::kSize) << q.log_lanes;
+  const int arrays = kWalk == ScanWalk::forward ? 3 : 2;
+  const auto coefficient = [&](bool constant) {
+    return (constant ? q.channels : kScanTile) * columns * int(sizeof(H));
+  };
+  const int tile = arrays * kScanTile * (q.channels + 1) * int(sizeof(R));
+  return (kWalk != ScanWalk::backward_effect ? coefficient(constant_B) : 0) +
+         (kWalk != ScanWalk::forward_effect ? coefficient(constant_C) : 0) + (tile + 15) / 16 * 16 +
+         2 * q.channels * int(sizeof(R));
+}
+
+template <class H, ScanWalk kWalk, class Problem>
+__global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
+    selective_scan_walk_kernel(const Problem p, const ScanPlan q) {
+  using R = typename RealOf<H>::type;
+  constexpr int K = Pack<H>::kSize, kPacks = kForwardPacks, kStates = kPacks * K;
+  constexpr bool kFull = kWalk == ScanWalk::forward, kBack = kWalk == ScanWalk::backward_effect;
+  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, columns = kStates << log_lanes;
+  const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1),
+            my_channel = thread >> log_lanes, pitch = q.channels + 1;
+  const ScanBlock<Problem> block(p, q, kFull ? q.segments : q.segments - 1);
+  // Backward, the last segment's effect reaches all others, and the first's none.
+  const int64_t segment = kBack ? block.segment + 1 : block.segment;
+  const int64_t d = block.d0 + my_channel;
+  const bool there = my_channel < block.channels;
+
+  // ---- shared memory ----
+  const int tile = kScanTile * pitch;
+  Shared<H> next = shared_memory<H>();
+  const auto take = [&](bool constant) {
+    const Shared<H> taken = next;
+    next = next + (constant ? q.channels : kScanTile) * columns;
+    return taken;
+  };
+  const ScanCoefficient<H> B{p.B, !kBack ? take(p.B.constant) : next};
+  const ScanCoefficient<H> C{p.C, kFull || kBack ? take(p.C.constant) : next};
+  const Shared<R> bias = next.template view<R>(), skip = bias + q.channels,
+                  steps_of = skip + q.channels, inputs = steps_of + tile, ys = inputs + tile;
+  for (int i = thread; i < q.channels; i += kScanThreads) {
+    const bool in = i < block.channels;
+    const auto get = [&](const OverChannels<const void*>& x) {
+      return in && x.data
+                 ? load_global(static_cast<const R*>(x.data) + (block.d0 + i) * x.channel)
+                 : R(0);
+    };
+    bias.store(i, get(p.delta_bias));
+    if (kFull) skip.store(i, get(p.D));
+  }
+  const bool along_time = runs_along_time(p.delta);
+
+  bool pooled = false; // states in a row of their own
+  int64_t pool_row = 0;
+  if constexpr (kFull) {
+    pooled = p.state_rows != nullptr;
+    if (pooled) pool_row = p.state_rows[block.row];
+    if (pool_row < 0) { // no state: outputs are 0
+      with_stored<R>(q.stored, [&]<class S>() {
+        for (int64_t i = thread; i < p.num_steps * block.channels; i += kScanThreads)
+          store_global(
+              static_cast<S*>(p.out.data) + block.row * p.out.sequence +
+                  i / block.channels * p.out.time +
+                  (block.d0 + i % block.channels) * p.out.channel,
+              Stored<S>::narrow(R(0)));
+      });
+      return;
+    }
+  }
+
+  Pack<H> A[kPacks], h[kPacks];
+  R sum = R(0); // of time steps
+  const int64_t n0 = int64_t(my_lane) * kStates;
+  const auto load = [&](Pack<H>* to, const auto& from, int64_t row, int64_t n) {
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) to[v] = from.load(row, d, n + v * K, there);
+  };
+  const auto store = [&](const auto& to, int64_t row, int64_t n) {
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) to.store(row, d, n + v * K, there, h[v]);
+  };
+  const auto load_A = [&](int64_t n) {
+    load(A, ScanStates<H, const void*>(p.A, p.num_states), 0, n);
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) A[v] = in_octaves(A[v]);
+  };
+  const ScanStates<H, void*> carry = dense_states<H>(q.carry, p.width, p.num_states);
+  const int64_t carried = block.row * q.segments + segment;
+  if (q.passes == 1) load_A(n0);
+#pragma unroll
+  for (int v = 0; v < kPacks; ++v) h[v] = Pack<H>{};
+
+  // Steps t .. t + kSteps of the tile; backward from the last to the first.
+  const Shared<Pack<H>> packs_of_B =
+                            B.to.template view<Pack<H>>() +
+                            ((p.B.constant ? my_channel * columns : 0) / K + my_lane * kPacks),
+                        packs_of_C =
+                            C.to.template view<Pack<H>>() +
+                            ((p.C.constant ? my_channel * columns : 0) / K + my_lane * kPacks);
+  const int step_of_B = p.B.constant ? 0 : columns / K, step_of_C = p.C.constant ? 0 : columns / K;
+  const auto walk = [&]<int kSteps>(int t, bool first_pass) __attribute__((always_inline)) {
+    R y[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int k = t + (kBack ? kSteps - 1 - i : i);
+      const R step = steps_of.load(k * pitch + my_channel),
+              input = inputs.load(k * pitch + my_channel);
+      y[i] = R(0);
+      if (!kFull && first_pass) sum = sum + step;
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        [[maybe_unused]] Pack<H> b, c;
+        if constexpr (!kBack) b = packs_of_B.load(k * step_of_B + v);
+        if constexpr (kFull || kBack) c = packs_of_C.load(k * step_of_C + v);
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+          if constexpr (kBack) {
+            const H all = add_scaled(input, conj(c.x[j]), h[v].x[j]);
+            h[v].x[j] = all * conj(decay(step, A[v].x[j]));
+          } else {
+            h[v].x[j] = scan_step(step, input, A[v].x[j], b.x[j], h[v].x[j]).h;
+            if constexpr (kFull) y[i] = add_real(h[v].x[j], c.x[j], y[i]);
+          }
+        }
+      }
+    }
+    if constexpr (kFull) {
+#pragma unroll 1
+      for (int bits = 1; bits < lanes; bits *= 2) {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) y[i] = y[i] + exchange(y[i], bits);
+      }
+      if (my_lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          const int at = (t + i) * pitch + my_channel;
+          ys.store(at, first_pass ? y[i] : ys.load(at) + y[i]);
+        }
+      }
+    }
+  };
+
+  const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
+                past = begin + (left < q.segment_steps ? left : q.segment_steps);
+  ScanPlace place(p, block.row);
+  bool first_tile = true, restarted = false;
+  bool more = kBack ? place.last(begin, past, q.interval) : place.first(begin, past, q.interval);
+#pragma unroll 1
+  while (more) {
+    const int64_t interval_begin = place.offset, rest = place.length - place.offset,
+                  interval_steps = rest < q.interval ? rest : q.interval;
+    const int tiles = int((interval_steps + kScanTile - 1) / kScanTile);
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      const int into = (kBack ? tiles - 1 - i : i) * kScanTile;
+      const int count = interval_steps - into < kScanTile ? int(interval_steps - into) : kScanTile;
+      place.offset = interval_begin + into;
+      const bool starts = kBack ? place.offset + count == place.length : place.offset == 0;
+      block_sync(); // all have read what stands in shared memory
+      with_stored<R>(q.stored, [&]<class S>() {
+        const ScanItems items(q.channels, along_time);
+        ScanCursor<const S> delta(p.delta, p, block.row, place, block.d0, items), other, z;
+        if constexpr (kBack) {
+          other = {p.grad_out, p, block.row, place, block.d0, items};
+          z = {p.z, p, block.row, place, block.d0, items};
+        } else {
+          other = {p.u, p, block.row, place, block.d0, items};
+        }
+        int t = items.t, c = items.column;
+#pragma unroll 4
+        for (int k = 0; k < items.count; ++k) {
+          if (t < kScanTile && c < q.channels) {
+            R step = R(0), input = R(0);
+            if (t < count && c < block.channels) {
+              step = time_step(R(delta.load() + bias.load(c)), p.delta_softplus);
+              input = other.load_if_any();
+              if constexpr (kBack) {
+                if (p.z.data) input = input * silu_with_slope(R(z.load())).value;
+                input = input * R(kReadout<H>);
+              } else {
+                input = step * input;
+              }
+            }
+            steps_of.store(t * pitch + c, step);
+            inputs.store(t * pitch + c, input);
+          }
+          t += items.t_next, c += items.column_next;
+          delta.advance(), other.advance();
+          if (kBack) z.advance();
+        }
+      });
+#pragma unroll 1
+      for (int pass = 0; pass < q.passes; ++pass) {
+        const int64_t n_first = int64_t(pass) * columns, n = n_first + n0;
+        if (pass > 0) block_sync();
+        const auto stage = [&](const ScanCoefficient<H>& x) {
+          if (!x.x.constant)
+            x.stage(p, q, block.row, place, count, block.group, n_first, columns);
+          else if (first_tile || q.passes > 1)
+            x.stage_constant(p, block.d0, block.channels, n_first, columns, q.channels);
+        };
+        if constexpr (!kBack) stage(B);
+        if constexpr (kFull || kBack) stage(C);
+        if (q.passes > 1) load_A(n);
+        if (starts) {
+          if constexpr (kBack) {
+            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), place.sequence, n);
+          } else {
+            load(
+                h, ScanStates<H, const void*>(p.initial_state, p.num_states),
+                pooled ? pool_row : place.sequence, n);
+          }
+        } else if (!kFull && first_tile) {
+#pragma unroll
+          for (int v = 0; v < kPacks; ++v) h[v] = Pack<H>{};
+        } else if (q.passes > 1 || first_tile) {
+          load(h, carry, carried, n);
+        }
+        if constexpr (kFull) {
+          if (p.checkpoints && i == 0)
+            store(
+                dense_states<H>(p.checkpoints, p.width, p.num_states), place.kept(p, q.interval),
+                n);
+        }
+        block_sync();
+        constexpr int kAtOnce = 4;
+        const int whole = count / kAtOnce * kAtOnce;
+        if constexpr (kBack) {
+          for (int t = count - 1; t >= whole; --t) walk.template operator()<1>(t, pass == 0);
+#pragma unroll 1
+          for (int t = whole - kAtOnce; t >= 0; t -= kAtOnce)
+            walk.template operator()<kAtOnce>(t, pass == 0);
+        } else {
+#pragma unroll 1
+          for (int t = 0; t < whole; t += kAtOnce)
+            walk.template operator()<kAtOnce>(t, pass == 0);
+#pragma unroll 1
+          for (int t = whole; t < count; ++t) walk.template operator()<1>(t, pass == 0);
+        }
+        if (q.passes > 1) store(carry, carried, n);
+        if constexpr (kFull) {
+          if (place.offset + count == place.length)
+            store(
+                ScanStates<H, void*>(p.final_state, p.num_states),
+                pooled ? pool_row : place.sequence, n);
+        }
+      }
+      restarted = restarted || starts;
+      first_tile = false;
+      if constexpr (kFull) {
+        block_sync();
+        with_stored<R>(q.stored, [&]<class S>() {
+          const ScanItems items(q.channels, along_time);
+          ScanCursor<const S> u(p.u, p, block.row, place, block.d0, items),
+              z(p.z, p, block.row, place, block.d0, items);
+          ScanCursor<S> out(p.out, p, block.row, place, block.d0, items);
+          int t = items.t, c = items.column;
+#pragma unroll 4
+          for (int k = 0; k < items.count; ++k) {
+            if (t < count && c < block.channels) {
+              R y = ys.load(t * pitch + c) * R(kReadout<H>);
+              y = fused(skip.load(c), R(u.load()), y);
+              if (p.z.data) y = y * silu(R(z.load()));
+              out.store(y);
+            }
+            t += items.t_next, c += items.column_next;
+            u.advance(), z.advance(), out.advance();
+          }
+        });
+      }
+    }
+    place.offset = interval_begin;
+    more = kBack ? place.previous(begin, q.interval) : place.next(past, q.interval);
+  }
+  if constexpr (!kFull) {
+    if (q.passes == 1 || first_tile) {
+      for (int pass = 0; pass < q.passes; ++pass)
+        store(carry, carried, int64_t(pass) * columns + n0);
+    }
+    if (my_lane == 0 && there) store_global(static_cast<R*>(q.sums) + carried * p.width + d, sum);
+    if (thread == 0) store_global(q.restarts + carried, int(restarted));
+  }
+}
+
+// Thread by thread a state of a row: from what segments do, the state that reaches each of them.
+template <class H, bool kBack, class Problem>
+__global__ void __launch_bounds__(kScanThreads)
+    selective_scan_fold_kernel(const Problem p, const ScanPlan q) {
+  using R = typename RealOf<H>::type;
+  const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
+  if (i >= q.rows * own) return;
+  const int64_t row = i / own, state = i % own, d = state / p.num_states, n = state % p.num_states;
+  const H A = torch_ext::in_octaves(
+      load_global(static_cast<const H*>(p.A.data) + d * p.A.channel + n * p.A.state));
+  H running{};
+#pragma unroll 4
+  for (int64_t k = 0; k < q.segments; ++k) {
+    const int64_t at = row * q.segments + (kBack ? q.segments - 1 - k : k);
+    H* const slot = static_cast<H*>(q.carry) + at * own + state;
+    if (k + 1 == q.segments) return store_global(slot, running);
+    const H effect = load_global(slot);
+    H a = decay(load_global(static_cast<const R*>(q.sums) + at * p.width + d), A);
+    if (kBack) a = conj(a);
+    store_global(slot, running);
+    running = load_global(q.restarts + at) ? effect : fused(a, running, effect);
+  }
+}
+
+// Sequences without a step: what starts is what is left. A thread per state.
+template <class H, class Problem>
+__global__ void __launch_bounds__(kScanThreads)
+    selective_scan_empty_kernel(const Problem p) {
+  const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
+  if (i >= p.num_sequences * own) return;
+  const int64_t s = i / own, d = i % own / p.num_states, n = i % p.num_states;
+  if (p.num_steps > 0 && p.cu_seqlens[s] < p.cu_seqlens[s + 1]) return;
+  const auto copy = [&](const OverStates<const void*>& from, const OverStates<void*>& to) {
+    if (!to.data) return;
+    const H x = from.data ? load_global(
+                                static_cast<const H*>(from.data) + s * from.row +
+                                d * from.channel + n * from.state)
+                          : H{};
+    store_global(static_cast<H*>(to.data) + s * to.row + d * to.channel + n * to.state, x);
+  };
+  if constexpr (requires { p.grad_out; })
+    copy(p.grad_final_state, p.grad_initial_state);
+  else
+    copy(p.initial_state, p.final_state);
+}
+
+// ---- backward ----
+
+// Shared memory of the backward, in bytes from its start. Offsets that are no array's own are another's.
+struct ScanBackwardShared {
+  int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip, bytes;
+};
+// What lanes keep of each pass and turn: the gradient of the state, sums of A's, and where one is constant, of B's and C's.
+TORCH_EXT_HOST_DEVICE inline int scan_accumulators(bool constant) { return constant ? 4 : 2; }
+
+template <class H>
+TORCH_EXT_HOST_DEVICE ScanBackwardShared
+scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
+  using R = typename RealOf<H>::type;
+  const int columns = Pack<H>::kSize << q.log_lanes;
+  const int constants = q.channels * columns * int(sizeof(H)),
+            tokens = kScanTile * columns * int(sizeof(H)),
+            array = kScanTile * (q.channels + 1) * int(sizeof(R));
+  ScanBackwardShared at;
+  int next = 0;
+  const auto take = [&](int bytes) {
+    const int taken = next;
+    next += bytes;
+    return taken;
+  };
+  at.B = take(constant_B ? constants : tokens);
+  at.C = take(constant_C ? constants : tokens);
+  at.A = take(constants);
+  // Several passes: in global memory.
+  at.accumulators = take(
+      q.passes > 1 ? 0
+                   : scan_accumulators(constant_B || constant_C) * q.turns * kScanThreads * 16);
+  at.warps = take(kScanWarps * 2 * kScanHalf * columns * int(sizeof(H)));
+  at.steps = take(array);
+  at.inputs = take(array);
+  at.grad_ys = take(array);
+  at.ys = take(array);
+  // A pass reads what the one before it would have written over.
+  at.to_input = q.passes > 1 ? take(array) : at.inputs;
+  at.to_step = q.passes > 1 ? take(array) : at.grad_ys;
+  at.bias = take(q.channels * int(sizeof(R)));
+  at.skip = take(q.channels * int(sizeof(R)));
+  at.bytes = next;
+  return at;
+}
+
+template <class H>
+__global__ void __launch_bounds__(kScanThreads, 2)
+    selective_scan_backward_kernel(const SelectiveScanBackward p, const ScanPlan q) {
+  using R = typename RealOf<H>::type;
+  using Lanes = Pack<H>;
+  constexpr int K = Lanes::kSize;
+  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, columns = K << log_lanes;
+  const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1), pitch = q.channels + 1;
+  const int at_once = kScanThreads >> log_lanes; // channels of a turn
+  const ScanBlock<SelectiveScanBackward> block(p, q, q.segments);
+  const int64_t segment = block.segment, part = block.row * q.segments + segment;
+  const bool constant = p.B.constant || p.C.constant, gate = p.z.data;
+
+  const ScanBackwardShared at = scan_backward_shared<H>(q, p.B.constant, p.C.constant);
+  const ScanCoefficient<H> B{p.B, shared_memory<H>(at.B)}, C{p.C, shared_memory<H>(at.C)};
+  const Shared<H> As = shared_memory<H>(at.A), warps = shared_memory<H>(at.warps);
+  const Shared<R> steps_of = shared_memory<R>(at.steps), inputs = shared_memory<R>(at.inputs),
+                  grad_ys = shared_memory<R>(at.grad_ys), ys = shared_memory<R>(at.ys),
+                  to_input = shared_memory<R>(at.to_input), to_step = shared_memory<R>(at.to_step),
+                  bias = shared_memory<R>(at.bias), skip = shared_memory<R>(at.skip);
+  for (int i = thread; i < q.channels; i += kScanThreads) {
+    const bool in = i < block.channels;
+    const auto get = [&](const OverChannels<const void*>& x) {
+      return in && x.data
+                 ? load_global(static_cast<const R*>(x.data) + (block.d0 + i) * x.channel)
+                 : R(0);
+    };
+    bias.store(i, get(p.delta_bias)), skip.store(i, get(p.D));
+  }
+  const bool along_time = runs_along_time(p.delta);
+
+  // ---- what is a lane's own ----
+  enum { kGradH, kGradA, kGradB, kGradC };
+  const int kinds = scan_accumulators(constant);
+  const Shared<Lanes> own = shared_memory<Lanes>(at.accumulators) + thread;
+  Lanes* const own_global = static_cast<Lanes*>(q.accumulators) +
+                            int64_t(blockIdx.x) * q.passes * q.turns * kinds * kScanThreads +
+                            thread;
+  const auto slot = [&](int pass, int turn, int kind) {
+    return ((pass * q.turns + turn) * kinds + kind) * kScanThreads;
+  };
+  const auto get_own = [&](int pass, int turn, int kind) {
+    return q.passes == 1 ? own.load(slot(pass, turn, kind))
+                         : load_global(own_global + slot(pass, turn, kind));
+  };
+  const auto put_own = [&](int pass, int turn, int kind, const Lanes& x) {
+    if (q.passes == 1)
+      own.store(slot(pass, turn, kind), x);
+    else
+      store_global(own_global + slot(pass, turn, kind), x);
+  };
+  // The states before the tiles of an interval, but for the first, which is kept.
+  const int64_t tiles_kept = q.interval / kScanTile - 1;
+  Lanes* const starts = static_cast<Lanes*>(q.starts) +
+                        int64_t(blockIdx.x) * tiles_kept * q.passes * q.turns * kScanThreads +
+                        thread;
+  const auto start_of = [&](int tile, int pass, int turn) {
+    return starts + (int64_t(tile - 1) * q.passes + pass) * q.turns * kScanThreads +
+           turn * kScanThreads;
+  };
+  const auto channel_of = [&](int turn) { return turn * at_once + (thread >> log_lanes); };
+  const ScanStates<H, void*> kept = dense_states<H>(
+      const_cast<void*>(p.checkpoints), p.width, p.num_states);
+
+  const auto over_own = [&](auto f) { // f(pass, turn, channel of the block, first state)
+#pragma unroll 1
+    for (int pass = 0; pass < q.passes; ++pass) {
+#pragma unroll 1
+      for (int turn = 0; turn < q.turns; ++turn)
+        f(pass, turn, channel_of(turn), int64_t(pass) * columns + my_lane * K);
+    }
+  };
+  over_own([&](int pass, int turn, int, int64_t) {
+    for (int kind = 0; kind < kinds; ++kind) put_own(pass, turn, kind, Lanes{});
+  });
+
+  const auto stage_constant = [&](int64_t first) {
+    const ScanCoefficient<H> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
+    A.stage_constant(
+        p, block.d0, block.channels, first, columns, q.channels,
+        [](H x) { return torch_ext::in_octaves(x); });
+    if (p.B.constant)
+      B.stage_constant(p, block.d0, block.channels, first, columns, q.channels);
+    if (p.C.constant)
+      C.stage_constant(p, block.d0, block.channels, first, columns, q.channels);
+  };
+  if (q.passes == 1) stage_constant(0);
+
+  // Time steps and inputs of a tile, and with `all` the gradient of y.
+  const auto stage_tile = [&](const ScanPlace& place, int count, bool all) {
+    with_stored<R>(q.stored, [&]<class S>() {
+      const ScanItems items(q.channels, along_time);
+      ScanCursor<const S> delta(p.delta, p, block.row, place, block.d0, items),
+          u(p.u, p, block.row, place, block.d0, items),
+          z(p.z, p, block.row, place, block.d0, items),
+          grad(p.grad_out, p, block.row, place, block.d0, items);
+      int t = items.t, c = items.column;
+#pragma unroll 4
+      for (int k = 0; k < items.count; ++k) {
+        if (t < kScanTile && c < q.channels) {
+          R step = R(0), input = R(0), grad_y = R(0);
+          if (t < count && c < block.channels) {
+            step = time_step(R(delta.load() + bias.load(c)), p.delta_softplus);
+            input = step * u.load();
+            if (all) {
+              grad_y = grad.load_if_any();
+              if (gate) grad_y = grad_y * silu_with_slope(R(z.load())).value;
+              grad_y = grad_y * R(kReadout<H>);
+            }
+          }
+          steps_of.store(t * pitch + c, step), inputs.store(t * pitch + c, input);
+          if (all) grad_ys.store(t * pitch + c, grad_y);
+        }
+        t += items.t_next, c += items.column_next;
+        delta.advance(), u.advance(), z.advance(), grad.advance();
+      }
+    });
+  };
+  const auto stage_coefficients = [&](const ScanPlace& place, int count, int pass, bool all) {
+    const int64_t first = int64_t(pass) * columns;
+    if (q.passes > 1) stage_constant(first);
+    if (!p.B.constant) B.stage(p, q, block.row, place, count, block.group, first, columns);
+    if (all && !p.C.constant) C.stage(p, q, block.row, place, count, block.group, first, columns);
+  };
+  const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
+                      packs_of_B = B.to.template view<Lanes>() + my_lane,
+                      packs_of_C = C.to.template view<Lanes>() + my_lane;
+  // B's pack of step t and channel c: the t * step + c * channel-th.
+  const int step_of_B = p.B.constant ? 0 : lanes, channel_of_B = p.B.constant ? lanes : 0,
+            step_of_C = p.C.constant ? 0 : lanes, channel_of_C = p.C.constant ? lanes : 0;
+  // Through the first `count` steps of the tile.
+  const auto replay = [&](Lanes& h, const Lanes& A, int c, int count) {
+    Shared<Lanes> b_at = packs_of_B + c * channel_of_B;
+    Shared<R> at_step = steps_of + c, at_input = inputs + c;
+#pragma unroll 4
+    for (int t = 0; t < count; ++t) {
+      const R step = at_step.load(0), input = at_input.load(0);
+      const Lanes b = b_at.load(0);
+#pragma unroll
+      for (int j = 0; j < K; ++j) h.x[j] = scan_step(step, input, A.x[j], b.x[j], h.x[j]).h;
+      b_at = b_at + step_of_B, at_step = at_step + pitch, at_input = at_input + pitch;
+    }
+  };
+
+  R grad_D = R(0), grad_bias = R(0); // of the thread-th channel
+  const int64_t tokens = q.rows * p.num_steps;
+  H* const slab_of_B = static_cast<H*>(q.by_token) +
+                       block.block_of_group * tokens * p.num_groups * p.num_states,
+           *const slab_of_C = slab_of_B +
+                              q.blocks_per_group * tokens * p.num_groups * p.num_states;
+
+  const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
+                past = begin + (left < q.segment_steps ? left : q.segment_steps);
+  ScanPlace place(p, block.row);
+  bool first_interval = true;
+#pragma unroll 1
+  for (bool more = place.last(begin, past, q.interval); more;
+       more = place.previous(begin, q.interval)) {
+    const int64_t interval_begin = place.offset, rest = place.length - place.offset,
+                  interval_steps = rest < q.interval ? rest : q.interval, index = place.kept(p, q.interval);
+    const int tiles = int((interval_steps + kScanTile - 1) / kScanTile);
+    if (rest <= q.interval || first_interval) {
+      const bool ends = rest <= q.interval;
+      const ScanStates<H, const void*> last(p.grad_final_state, p.num_states);
+      const ScanStates<H, void*> carry = dense_states<H>(q.carry, p.width, p.num_states);
+      over_own([&](int pass, int turn, int c, int64_t n) {
+        const bool there = c < block.channels;
+        put_own(
+            pass, turn, kGradH,
+            ends ? last.load(place.sequence, block.d0 + c, n, there)
+                 : carry.load(part, block.d0 + c, n, there));
+      });
+    }
+    first_interval = false;
+    // ---- the states before the interval's tiles ----
+#pragma unroll 1
+    for (int tile = 0; tile + 1 < tiles; ++tile) {
+      place.offset = interval_begin + tile * kScanTile;
+      block_sync();
+      stage_tile(place, kScanTile, false);
+#pragma unroll 1
+      for (int pass = 0; pass < q.passes; ++pass) {
+        if (pass > 0) block_sync();
+        stage_coefficients(place, kScanTile, pass, false);
+        block_sync();
+#pragma unroll 1
+        for (int turn = 0; turn < q.turns; ++turn) {
+          const int c = channel_of(turn);
+          Lanes h = tile == 0 ? kept.load(
+                                    index, block.d0 + c, int64_t(pass) * columns + my_lane * K,
+                                    c < block.channels)
+                              : load_global(start_of(tile, pass, turn));
+          replay(h, packs_of_A.load(c * lanes), c, kScanTile);
+          store_global(start_of(tile + 1, pass, turn), h);
+        }
+      }
+    }
+    // ---- and back ----
+#pragma unroll 1
+    for (int tile = tiles - 1; tile >= 0; --tile) {
+      place.offset = interval_begin + tile * kScanTile;
+      const int64_t steps_left = interval_steps - tile * kScanTile;
+      const int count = steps_left < kScanTile ? int(steps_left) : kScanTile;
+      block_sync();
+      stage_tile(place, count, true);
+#pragma unroll 1
+      for (int pass = 0; pass < q.passes; ++pass) {
+        const int64_t n_first = int64_t(pass) * columns, n = n_first + my_lane * K;
+        if (pass > 0) block_sync();
+        stage_coefficients(place, count, pass, true);
+        block_sync();
+#pragma unroll 1
+        for (int half = count > kScanHalf ? kScanHalf : 0; half >= 0; half -= kScanHalf) {
+          H grad_B[kScanHalf * K], grad_C[kScanHalf * K];
+#pragma unroll
+          for (int i = 0; i < kScanHalf * K; ++i) grad_B[i] = grad_C[i] = H{};
+          const auto start = [&](int turn) {
+            const int c = channel_of(turn);
+            return tile == 0 ? kept.load(index, block.d0 + c, n, c < block.channels)
+                             : load_global(start_of(tile, pass, turn));
+          };
+          Lanes next_start = start(0);
+#pragma unroll 1
+          for (int turn = 0; turn < q.turns; ++turn) {
+            const int c = channel_of(turn);
+            Lanes h = next_start;
+            if (turn + 1 < q.turns) next_start = start(turn + 1);
+            const Lanes A = packs_of_A.load(c * lanes);
+            replay(h, A, c, half);
+
+            H decays[kScanHalf][K], states[kScanHalf + 1][K];
+            R step[kScanHalf], input[kScanHalf], grad_y[kScanHalf];
+            R sums[3][kScanHalf]; // of the gradient of the input, of the time step; of y
+#pragma unroll
+            for (int j = 0; j < K; ++j) states[0][j] = h.x[j];
+            const int from = half * pitch + c;
+#pragma unroll
+            for (int t = 0; t < kScanHalf; ++t) {
+              step[t] = steps_of.load(from + t * pitch), input[t] = inputs.load(from + t * pitch);
+              grad_y[t] = grad_ys.load(from + t * pitch);
+              const Lanes b = packs_of_B.load((half + t) * step_of_B + c * channel_of_B);
+#pragma unroll
+              for (int j = 0; j < K; ++j) {
+                const ScanStep<R, H> s =
+                    scan_step(step[t], input[t], A.x[j], b.x[j], states[t][j]);
+                decays[t][j] = s.decay, states[t + 1][j] = s.h;
+              }
+            }
+            Lanes g = get_own(pass, turn, kGradH), gA = get_own(pass, turn, kGradA);
+#pragma unroll
+            for (int t = kScanHalf - 1; t >= 0; --t) {
+              const Lanes b = packs_of_B.load((half + t) * step_of_B + c * channel_of_B),
+                          cc = packs_of_C.load((half + t) * step_of_C + c * channel_of_C);
+              ScanSums<R, H> sum{};
+              R y = R(0);
+#pragma unroll
+              for (int j = 0; j < K; ++j) {
+                scan_step_vjp(
+                    step[t], input[t], A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
+                    states[t + 1][j], grad_y[t], g.x[j], gA.x[j], grad_B[t * K + j],
+                    grad_C[t * K + j], sum);
+                if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
+              }
+              sums[0][t] = sum.input, sums[1][t] = out_of_octaves(sum.parts), sums[2][t] = y;
+            }
+            put_own(pass, turn, kGradH, g), put_own(pass, turn, kGradA, gA);
+            if (constant) {
+              const auto fold = [&](int kind, H* v) {
+                Lanes all = get_own(pass, turn, kind);
+#pragma unroll
+                for (int t = kScanHalf - 1; t >= 0; --t) {
+#pragma unroll
+                  for (int j = 0; j < K; ++j)
+                    all.x[j] = all.x[j] + v[t * K + j], v[t * K + j] = H{};
+                }
+                put_own(pass, turn, kind, all);
+              };
+              if (p.B.constant) fold(kGradB, grad_B);
+              if (p.C.constant) fold(kGradC, grad_C);
+            }
+            warp_sync(); // all lanes of the channel have read what is written over
+            const auto put = [&](const Shared<R>& to, R* v) {
+              sum_over_lanes<kScanHalf>(v, lanes / 2, 1, 0, true, [&](int t, R sum) {
+                const int at = from + t * pitch;
+                to.store(at, pass > 0 ? to.load(at) + sum : sum);
+              });
+            };
+            put(to_input, sums[0]), put(to_step, sums[1]);
+            if (gate) put(ys, sums[2]);
+          }
+          // ---- over the channels ----
+          const auto gather = [&](int which, H* v) {
+            sum_over_lanes<kScanHalf * K>(v, (32 >> log_lanes) / 2, lanes, 0, true, [&](int i, H sum) {
+              warps.store(
+                  ((warp() * 2 + which) * kScanHalf + i / K) * columns + my_lane * K + i % K, sum);
+            });
+          };
+          const bool of_B = !p.B.constant && p.grad_B.data, of_C = !p.C.constant && p.grad_C.data;
+          if (of_B) gather(0, grad_B);
+          if (of_C) gather(1, grad_C);
+          block_sync();
+          const auto leave = [&](int which, H* slab) {
+            for (int i = thread; i < kScanHalf * columns; i += kScanThreads) {
+              const int t = i / columns, column = i % columns;
+              if (half + t >= count || n_first + column >= p.num_states) continue;
+              H sum = warps.load(which * kScanHalf * columns + i);
+#pragma unroll
+              for (int w = 1; w < kScanWarps; ++w)
+                sum = sum + warps.load((w * 2 + which) * kScanHalf * columns + i);
+              const int64_t token = block.row * p.num_steps + place.token() +
+                                    (half + t) * place.direction();
+              store_global(
+                  slab + (token * p.num_groups + block.group) * p.num_states + n_first + column,
+                  sum);
+            }
+          };
+          if (of_B) leave(0, slab_of_B);
+          if (of_C) leave(1, slab_of_C);
+          block_sync();
+        }
+      }
+      // ---- outputs ----
+      with_stored<R>(q.stored, [&]<class S>() {
+        const ScanItems items(q.channels, along_time);
+        const auto cursor = [&](const OverTime<const void*>& x) {
+          return ScanCursor<const S>(x, p, block.row, place, block.d0, items);
+        };
+        const auto output = [&](const OverTime<void*>& x) {
+          return ScanCursor<S>(x, p, block.row, place, block.d0, items);
+        };
+        ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
+                            grad = cursor(p.grad_out);
+        ScanCursor<S> grad_u = output(p.grad_u), grad_delta = output(p.grad_delta),
+                      grad_z = output(p.grad_z);
+        int t = items.t, c = items.column;
+#pragma unroll 2
+        for (int k = 0; k < items.count; ++k) {
+          if (t < kScanTile && c < q.channels) {
+            const int i = t * pitch + c;
+            R of_D = R(0), of_bias = R(0);
+            if (t < count && c < block.channels) {
+              const R x = u.load(), by_input = to_input.load(i), D = skip.load(c);
+              R g = grad.load_if_any();
+              if (gate) {
+                const Gate<R> silu = silu_with_slope(R(z.load()));
+                const R y = ys.load(i) * R(kReadout<H>);
+                if (grad_z.any) grad_z.store(g * silu.slope * fused(D, x, y));
+                g = g * silu.value;
+              }
+              of_D = g * x;
+              of_bias = fused(by_input, x, to_step.load(i)) *
+                        time_step_slope(R(delta.load() + bias.load(c)), p.delta_softplus);
+              grad_delta.store(of_bias);
+              grad_u.store(fused(by_input, steps_of.load(i), D * g));
+            }
+            to_input.store(i, of_D), to_step.store(i, of_bias);
+          }
+          t += items.t_next, c += items.column_next;
+          delta.advance(), u.advance(), z.advance(), grad.advance();
+          grad_u.advance(), grad_delta.advance(), grad_z.advance();
+        }
+      });
+      block_sync();
+      if (thread < q.channels) {
+#pragma unroll
+        for (int t = kScanTile - 1; t >= 0; --t) {
+          grad_D = grad_D + to_input.load(t * pitch + thread);
+          grad_bias = grad_bias + to_step.load(t * pitch + thread);
+        }
+      }
+    }
+    place.offset = interval_begin;
+    if (interval_begin == 0) {
+      const ScanStates<H, void*> to(p.grad_initial_state, p.num_states);
+      over_own([&](int pass, int turn, int c, int64_t n) {
+        to.store(
+            place.sequence, block.d0 + c, n, c < block.channels, get_own(pass, turn, kGradH));
+      });
+    }
+  }
+  // ---- sums over tokens ----
+  const int64_t parts = q.rows * q.segments;
+  over_own([&](int pass, int turn, int c, int64_t n) {
+    const bool there = c < block.channels;
+    const auto put = [&](int64_t kind, int from) {
+      dense_states<H>(q.by_state, p.width, p.num_states)
+          .store(kind * parts + part, block.d0 + c, n, there, get_own(pass, turn, from));
+    };
+    put(0, kGradA);
+    if (constant) put(1, kGradB), put(2, kGradC);
+  });
+  if (thread < block.channels) {
+    R* const to = static_cast<R*>(q.by_channel) + part * p.width + block.d0 + thread;
+    store_global(to, grad_D);
+    store_global(to + parts * p.width, grad_bias);
+  }
+}
+
+// Sums over channels, from all blocks: a thread per token, group and state.
+template <class H>
+__global__ void __launch_bounds__(kScanThreads)
+    selective_scan_tokens_kernel(const SelectiveScanBackward p, const ScanPlan q) {
+  using R = typename RealOf<H>::type;
+  const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x,
+                of_token = p.num_groups * p.num_states, all = q.rows * p.num_steps * of_token;
+  if (i >= all) return;
+  const int64_t token = i / of_token, group = i % of_token / p.num_states, n = i % p.num_states,
+                row = token / p.num_steps, t = token % p.num_steps;
+  const auto add = [&](const Coefficient<void*>& x, int64_t which) {
+    if (!x.data || x.constant) return;
+    const H* from = static_cast<const H*>(q.by_token) + which * q.blocks_per_group * all + i;
+    H sum = load_global(from);
+#pragma unroll 4
+    for (int64_t b = 1; b < q.blocks_per_group; ++b) sum = sum + load_global(from + b * all);
+    const int64_t at = row * x.sequence + t * x.time + group * x.group + n * x.state;
+    if constexpr (kComplexLane<H>)
+      store_global(static_cast<H*>(x.data) + at, sum);
+    else
+      with_stored<R>(q.stored, [&]<class S>() {
+        store_global(static_cast<S*>(x.data) + at, Stored<S>::narrow(sum));
+      });
+  };
+  add(p.grad_B, 0);
+  add(p.grad_C, 1);
+}
+
+// Sums over tokens, from all segments of all rows: a thread per channel and state.
+template <class H>
+__global__ void __launch_bounds__(kScanThreads)
+    selective_scan_channels_kernel(const SelectiveScanBackward p, const ScanPlan q) {
+  using R = typename RealOf<H>::type;
+  const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
+  if (i >= own) return;
+  const int64_t parts = q.rows * q.segments, d = i / p.num_states, n = i % p.num_states;
+  const auto sum = [&]<class X>(const X* from, int64_t count) {
+    X sum{};
+#pragma unroll 8
+    for (int64_t k = 0; k < parts; ++k) sum = sum + load_global(from + k * count);
+    return sum;
+  };
+  const auto add = [&](void* data, int64_t at, int64_t which) {
+    if (data)
+      store_global(
+          static_cast<H*>(data) + at,
+          sum(static_cast<const H*>(q.by_state) + which * parts * own + i, own));
+  };
+  add(p.grad_A.data, d * p.grad_A.channel + n * p.grad_A.state, 0);
+  if (p.B.constant) add(p.grad_B.data, d * p.grad_B.channel + n * p.grad_B.state, 1);
+  if (p.C.constant) add(p.grad_C.data, d * p.grad_C.channel + n * p.grad_C.state, 2);
+  if (n > 0) return;
+  const auto add_channel = [&](const OverChannels<void*>& x, int64_t which) {
+    if (x.data)
+      store_global(
+          static_cast<R*>(x.data) + d * x.channel,
+          sum(static_cast<const R*>(q.by_channel) + which * parts * p.width + d, p.width));
+  };
+  add_channel(p.grad_D, 0);
+  add_channel(p.grad_delta_bias, 1);
+}
+
+} // namespace torch_ext::cuda
