@@ -29,6 +29,13 @@ inline constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32;
 inline constexpr int kScanTile = int(kSelectiveScanTile);
 // Of a tile, backward: so many steps are in registers.
 inline constexpr int kScanHalf = 8;
+// The block's channels come in at most so many turns, backward.
+inline constexpr int kScanMostTurns = 4;
+// Bytes of shared memory that every GPU from compute capability 7.5 on has for a block.
+inline constexpr int kScanMostShared = 64 << 10;
+// So many blocks fill a GPU, and with fewer steps a segment costs more than it gains. Not asked of the device: results
+// would depend on it.
+inline constexpr int kScanEnoughBlocks = 256, kScanLeastSteps = 64;
 
 // 16 bytes of states: what a lane has in one place of memory.
 template <class H>
@@ -729,7 +736,7 @@ struct ScanBackwardShared {
   int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip, bytes;
 };
 // What lanes keep of each pass and turn: the gradient of the state, sums of A's, and where one is constant, of B's and C's.
-TORCH_EXT_HOST_DEVICE inline int scan_accumulators(bool constant) { return constant ? 4 : 2; }
+TORCH_EXT_HOST_DEVICE int scan_accumulators(bool constant) { return constant ? 4 : 2; }
 
 template <class H>
 TORCH_EXT_HOST_DEVICE ScanBackwardShared
