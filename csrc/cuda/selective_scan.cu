@@ -47,6 +47,7 @@ struct ScanDriver {
   static ScanPlan basic(DType dtype, const SelectiveScanProblem& p) {
     ScanPlan q;
     q.stored = dtype;
+    q.stored_bytes = dtype == DType::bf16 || dtype == DType::f16 ? 2 : int(sizeof(R));
     q.interval = selective_scan_interval(p.num_states, kComplex);
     q.rows = p.cu_seqlens ? 1 : p.num_sequences;
     return q;

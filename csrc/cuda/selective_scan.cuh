@@ -58,6 +58,7 @@ struct RealOf<Complex<T>> {
 // How a call is cut, from shapes alone; and its workspace.
 struct ScanPlan {
   DType stored = DType::f32; // u, delta, z, out, and B and C where they are real and per token
+  int stored_bytes = 4;
   int log_lanes = 0;         // lanes of a channel: a power of two
   int passes = 1;            // over a channel's states, so many at a time as its lanes hold
   int turns = 1;             // backward: the block's channels at a time
@@ -222,29 +223,31 @@ struct ScanItems {
   }
 };
 
-// A thread's elements of an array over time, one after the other.
-template <class S>
+// A thread's elements of an array over time, one after the other. Counted in bytes: addresses are then the same ones
+// whatever the elements are.
 struct ScanCursor {
-  using Number = std::remove_const_t<S>;
-  using R = typename Stored<Number>::Lane;
-  S* at = nullptr;
+  char* at = nullptr;
   int64_t next = 0;
-  bool any = false;
   ScanCursor() = default;
   template <class Data>
   TORCH_EXT_DEVICE ScanCursor(
-      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t row, const ScanPlace& place,
-      int64_t d0, const ScanItems& items) {
-    any = x.data;
-    if (!any) return;
-    const int64_t time = x.time * place.direction();
-    at = static_cast<S*>(x.data) + (p.cu_seqlens ? 0 : row * x.sequence) + place.token() * x.time +
-         d0 * x.channel + items.first(time, x.channel);
-    next = items.next(time, x.channel);
+      const OverTime<Data>& x, const SelectiveScanProblem& p, const ScanPlan& q, int64_t row,
+      const ScanPlace& place, int64_t d0, const ScanItems& items) {
+    const int64_t time = x.time * place.direction(), size = q.stored_bytes;
+    at = static_cast<char*>(const_cast<void*>(static_cast<const void*>(x.data))) +
+         ((p.cu_seqlens ? 0 : row * x.sequence) + place.token() * x.time + d0 * x.channel +
+          items.first(time, x.channel)) *
+             size;
+    next = items.next(time, x.channel) * size;
   }
-  TORCH_EXT_DEVICE R load() const { return Stored<Number>::widen(load_global(at)); }
-  TORCH_EXT_DEVICE R load_if_any() const { return any ? load() : R(0); }
-  TORCH_EXT_DEVICE void store(R x) const { store_global(at, Stored<Number>::narrow(x)); }
+  template <class S>
+  TORCH_EXT_DEVICE typename Stored<S>::Lane load() const {
+    return Stored<S>::widen(load_global(reinterpret_cast<const S*>(at)));
+  }
+  template <class S>
+  TORCH_EXT_DEVICE void store(typename Stored<S>::Lane x) const {
+    store_global(reinterpret_cast<S*>(at), Stored<S>::narrow(x));
+  }
   TORCH_EXT_DEVICE void advance() { at += next; }
 };
 TORCH_EXT_DEVICE bool runs_along_time(const OverTime<const void*>& x) {
@@ -449,7 +452,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
     bias.store(i, get(p.delta_bias));
     if (kFull) skip.store(i, get(p.D));
   }
-  const bool along_time = runs_along_time(p.delta);
+  const ScanItems items(q.channels, runs_along_time(p.delta));
 
   bool pooled = false; // states in a row of their own
   int64_t pool_row = 0;
@@ -558,25 +561,27 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
       place.offset = interval_begin + into;
       const bool starts = kBack ? place.offset + count == place.length : place.offset == 0;
       block_sync(); // all have read what stands in shared memory
+      const auto cursor = [&](const auto& x) {
+        return ScanCursor(x, p, q, block.row, place, block.d0, items);
+      };
+      ScanCursor deltas = cursor(p.delta), others, zs;
+      bool any = true;
+      if constexpr (kBack)
+        others = cursor(p.grad_out), zs = cursor(p.z), any = p.grad_out.data;
+      else
+        others = cursor(p.u);
       with_stored<R>(q.stored, [&]<class S>() {
-        const ScanItems items(q.channels, along_time);
-        ScanCursor<const S> delta(p.delta, p, block.row, place, block.d0, items), other, z;
-        if constexpr (kBack) {
-          other = {p.grad_out, p, block.row, place, block.d0, items};
-          z = {p.z, p, block.row, place, block.d0, items};
-        } else {
-          other = {p.u, p, block.row, place, block.d0, items};
-        }
+        ScanCursor delta = deltas, other = others, z = zs;
         int t = items.t, c = items.column;
 #pragma unroll 4
         for (int k = 0; k < items.count; ++k) {
           if (t < kScanTile && c < q.channels) {
             R step = R(0), input = R(0);
             if (t < count && c < block.channels) {
-              step = time_step(R(delta.load() + bias.load(c)), p.delta_softplus);
-              input = other.load_if_any();
+              step = time_step(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
+              if (any) input = other.template load<S>();
               if constexpr (kBack) {
-                if (p.z.data) input = input * silu_with_slope(R(z.load())).value;
+                if (p.z.data) input = input * silu_with_slope(R(z.template load<S>())).value;
                 input = input * R(kReadout<H>);
               } else {
                 input = step * input;
@@ -650,19 +655,17 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
       first_tile = false;
       if constexpr (kFull) {
         block_sync();
+        const ScanCursor us = cursor(p.u), zs = cursor(p.z), outs = cursor(p.out);
         with_stored<R>(q.stored, [&]<class S>() {
-          const ScanItems items(q.channels, along_time);
-          ScanCursor<const S> u(p.u, p, block.row, place, block.d0, items),
-              z(p.z, p, block.row, place, block.d0, items);
-          ScanCursor<S> out(p.out, p, block.row, place, block.d0, items);
+          ScanCursor u = us, z = zs, out = outs;
           int t = items.t, c = items.column;
 #pragma unroll 4
           for (int k = 0; k < items.count; ++k) {
             if (t < count && c < block.channels) {
               R y = ys.load(t * pitch + c) * R(kReadout<H>);
-              y = fused(skip.load(c), R(u.load()), y);
-              if (p.z.data) y = y * silu(R(z.load()));
-              out.store(y);
+              y = fused(skip.load(c), R(u.template load<S>()), y);
+              if (p.z.data) y = y * silu(R(z.template load<S>()));
+              out.template store<S>(y);
             }
             t += items.t_next, c += items.column_next;
             u.advance(), z.advance(), out.advance();
@@ -803,7 +806,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     };
     bias.store(i, get(p.delta_bias)), skip.store(i, get(p.D));
   }
-  const bool along_time = runs_along_time(p.delta);
+  const ScanItems items(q.channels, runs_along_time(p.delta));
 
   // ---- what is a lane's own ----
   enum { kGradH, kGradA, kGradB, kGradC };
@@ -862,25 +865,26 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   };
   if (q.passes == 1) stage_constant(0);
 
+  const auto cursor = [&](const auto& x, const ScanPlace& place) {
+    return ScanCursor(x, p, q, block.row, place, block.d0, items);
+  };
   // Time steps and inputs of a tile, and with `all` the gradient of y.
   const auto stage_tile = [&](const ScanPlace& place, int count, bool all) {
+    const ScanCursor deltas = cursor(p.delta, place), us = cursor(p.u, place),
+                     zs = cursor(p.z, place), grads = cursor(p.grad_out, place);
     with_stored<R>(q.stored, [&]<class S>() {
-      const ScanItems items(q.channels, along_time);
-      ScanCursor<const S> delta(p.delta, p, block.row, place, block.d0, items),
-          u(p.u, p, block.row, place, block.d0, items),
-          z(p.z, p, block.row, place, block.d0, items),
-          grad(p.grad_out, p, block.row, place, block.d0, items);
+      ScanCursor delta = deltas, u = us, z = zs, grad = grads;
       int t = items.t, c = items.column;
 #pragma unroll 4
       for (int k = 0; k < items.count; ++k) {
         if (t < kScanTile && c < q.channels) {
           R step = R(0), input = R(0), grad_y = R(0);
           if (t < count && c < block.channels) {
-            step = time_step(R(delta.load() + bias.load(c)), p.delta_softplus);
-            input = step * u.load();
+            step = time_step(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
+            input = step * u.template load<S>();
             if (all) {
-              grad_y = grad.load_if_any();
-              if (gate) grad_y = grad_y * silu_with_slope(R(z.load())).value;
+              if (p.grad_out.data) grad_y = grad.template load<S>();
+              if (gate) grad_y = grad_y * silu_with_slope(R(z.template load<S>())).value;
               grad_y = grad_y * R(kReadout<H>);
             }
           }
@@ -1096,18 +1100,14 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
       // ---- outputs ----
+      const ScanCursor deltas = cursor(p.delta, place), us = cursor(p.u, place),
+                       zs = cursor(p.z, place), grads = cursor(p.grad_out, place),
+                       grad_us = cursor(p.grad_u, place),
+                       grad_deltas = cursor(p.grad_delta, place),
+                       grad_zs = cursor(p.grad_z, place);
       with_stored<R>(q.stored, [&]<class S>() {
-        const ScanItems items(q.channels, along_time);
-        const auto cursor = [&](const OverTime<const void*>& x) {
-          return ScanCursor<const S>(x, p, block.row, place, block.d0, items);
-        };
-        const auto output = [&](const OverTime<void*>& x) {
-          return ScanCursor<S>(x, p, block.row, place, block.d0, items);
-        };
-        ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
-                            grad = cursor(p.grad_out);
-        ScanCursor<S> grad_u = output(p.grad_u), grad_delta = output(p.grad_delta),
-                      grad_z = output(p.grad_z);
+        ScanCursor delta = deltas, u = us, z = zs, grad = grads, grad_u = grad_us,
+                   grad_delta = grad_deltas, grad_z = grad_zs;
         int t = items.t, c = items.column;
 #pragma unroll 2
         for (int k = 0; k < items.count; ++k) {
@@ -1115,19 +1115,20 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             const int i = t * pitch + c;
             R of_D = R(0), of_bias = R(0);
             if (t < count && c < block.channels) {
-              const R x = u.load(), by_input = to_input.load(i), D = skip.load(c);
-              R g = grad.load_if_any();
+              const R x = u.template load<S>(), by_input = to_input.load(i), D = skip.load(c);
+              R g = R(0);
+              if (p.grad_out.data) g = grad.template load<S>();
               if (gate) {
-                const Gate<R> silu = silu_with_slope(R(z.load()));
+                const Gate<R> silu = silu_with_slope(R(z.template load<S>()));
                 const R y = ys.load(i) * R(kReadout<H>);
-                if (grad_z.any) grad_z.store(g * silu.slope * fused(D, x, y));
+                if (p.grad_z.data) grad_z.template store<S>(g * silu.slope * fused(D, x, y));
                 g = g * silu.value;
               }
               of_D = g * x;
               of_bias = fused(by_input, x, to_step.load(i)) *
-                        time_step_slope(R(delta.load() + bias.load(c)), p.delta_softplus);
-              grad_delta.store(of_bias);
-              grad_u.store(fused(by_input, steps_of.load(i), D * g));
+                        time_step_slope(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
+              grad_delta.template store<S>(of_bias);
+              grad_u.template store<S>(fused(by_input, steps_of.load(i), D * g));
             }
             to_input.store(i, of_D), to_step.store(i, of_bias);
           }
