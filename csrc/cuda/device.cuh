@@ -18,6 +18,7 @@ T load_written_by_blocks(const T* p) {
   return load_global(p);
 }
 inline void zero(void* p, int64_t bytes, cudaStream_t) { memset(p, 0, size_t(bytes)); }
+inline int recomputed(int x) { return x; }
 } // namespace torch_ext::cuda
 #else
 #include <cuda_bf16.h>
@@ -44,6 +45,12 @@ TORCH_EXT_DEVICE T shuffle(unsigned mask, T x, int from) {
 template <class T>
 TORCH_EXT_DEVICE T shuffle_xor(unsigned mask, T x, int bits) {
   return __shfl_xor_sync(mask, x, bits);
+}
+
+// x itself. What depends on it is computed where it stands: ahead of a loop it would wait in registers that the loop needs.
+TORCH_EXT_DEVICE int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // ---- shared memory: dynamic, through views ----

@@ -28,6 +28,7 @@ struct ScanDriver {
   static void spread_channels(ScanPlan& q, const SelectiveScanProblem& p, int turns) {
     q.turns = turns;
     q.channels = (kScanThreads >> q.log_lanes) * turns;
+    for (q.log_channels = 0; 1 << q.log_channels < q.channels;) ++q.log_channels;
     q.blocks_per_group = scan_divide_up(p.width / p.num_groups, q.channels);
   }
   static int64_t blocks(const ScanPlan& q, const SelectiveScanProblem& p, int64_t segments = 1) {

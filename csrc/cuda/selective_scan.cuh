@@ -63,6 +63,7 @@ struct ScanPlan {
   int passes = 1;            // over a channel's states, so many at a time as its lanes hold
   int turns = 1;             // backward: the block's channels at a time
   int channels = 0;          // of a block: a power of two, and no more than it has threads
+  int log_channels = 0;
   int64_t interval = 0;      // between kept states
   int64_t rows = 0, segments = 1, segment_steps = 0, blocks_per_group = 0;
   // Between segments, and between tiles where there are several passes: [row][segment][channel][state]. First a
@@ -99,87 +100,78 @@ struct ScanBlock {
 // A place in a row: `offset` steps from the start of a sequence, in the order of time. Offsets of sequences are not
 // checked, as that would wait for the device: whatever they are, tokens are those that are there.
 struct ScanPlace {
-  const int64_t* cu_seqlens;
-  int64_t num_sequences, num_steps;
-  bool reverse;
-  int64_t sequence, begin, length, offset = 0;
+  const SelectiveScanProblem& p;
+  const int64_t interval;
+  int64_t sequence, begin = 0, length; // where it begins in the row
+  int64_t kept = 0;                    // kept states before the sequence's first
+  int64_t index = 0, offset = 0;       // of an interval: its number and first step
 
-  TORCH_EXT_DEVICE ScanPlace(const SelectiveScanProblem& p, int64_t row)
-      : cu_seqlens(p.cu_seqlens),
-        num_sequences(p.num_sequences),
-        num_steps(p.num_steps),
-        reverse(p.reverse),
-        sequence(row),
-        begin(0),
-        length(p.num_steps) {}
+  TORCH_EXT_DEVICE ScanPlace(const SelectiveScanProblem& problem, int64_t an_interval, int64_t row)
+      : p(problem), interval(an_interval), sequence(row), length(p.num_steps) {
+    if (!p.cu_seqlens) kept = row * ((p.num_steps + interval - 1) / interval);
+  }
   TORCH_EXT_DEVICE static int64_t clamped(int64_t x, int64_t low, int64_t high) {
     return x < low ? low : x > high ? high : x;
   }
   TORCH_EXT_DEVICE void enter(int64_t s) {
     sequence = s, length = 0;
-    if (s < 0 || s >= num_sequences) return;
-    begin = clamped(cu_seqlens[s], 0, num_steps);
-    length = clamped(cu_seqlens[s + 1], begin, num_steps) - begin;
+    if (s < 0 || s >= p.num_sequences) return;
+    begin = clamped(p.cu_seqlens[s], 0, p.num_steps);
+    length = clamped(p.cu_seqlens[s + 1], begin, p.num_steps) - begin;
+    kept = begin / interval + s;
   }
   TORCH_EXT_DEVICE void enter_at(int64_t position) {
-    int64_t low = 0, high = num_sequences;
+    int64_t low = 0, high = p.num_sequences;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (cu_seqlens[middle] <= position)
+      if (p.cu_seqlens[middle] <= position)
         low = middle;
       else
         high = middle;
     }
     enter(low);
   }
+  TORCH_EXT_DEVICE void go_to(int64_t number) { index = number, offset = number * interval; }
   TORCH_EXT_DEVICE int64_t position() const { return begin + offset; }
-  TORCH_EXT_DEVICE int64_t token() const {
-    return reverse ? begin + length - 1 - offset : begin + offset;
+  // Of a step after the interval's first.
+  TORCH_EXT_DEVICE int64_t token(int64_t step) const {
+    return p.reverse ? begin + length - 1 - offset - step : begin + offset + step;
   }
-  TORCH_EXT_DEVICE int64_t direction() const { return reverse ? -1 : 1; }
   // The interval at or after a position; is it before `end`?
-  TORCH_EXT_DEVICE bool first(int64_t position_, int64_t end, int64_t interval) {
-    if (cu_seqlens) enter_at(position_);
-    const int64_t into = position_ - begin;
-    offset = into > 0 ? (into + interval - 1) / interval * interval : 0;
+  TORCH_EXT_DEVICE bool first(int64_t from, int64_t end) {
+    if (p.cu_seqlens) enter_at(from);
+    go_to(from > begin ? (from - begin + interval - 1) / interval : 0);
     return offset < length ? position() < end : next_sequence(end);
   }
-  TORCH_EXT_DEVICE bool next(int64_t end, int64_t interval) {
-    offset += interval;
+  TORCH_EXT_DEVICE bool next(int64_t end) {
+    ++index, offset += interval;
     return offset < length ? position() < end : next_sequence(end);
   }
   TORCH_EXT_DEVICE bool next_sequence(int64_t end) {
-    offset = 0;
-    if (!cu_seqlens) return false;
+    go_to(0);
+    if (!p.cu_seqlens) return false;
     do enter(sequence + 1);
-    while (length == 0 && sequence < num_sequences);
-    return sequence < num_sequences && position() < end;
+    while (length == 0 && sequence < p.num_sequences);
+    return sequence < p.num_sequences && position() < end;
   }
-  // The last interval that starts before `end`; does it start at or after `first`?
-  TORCH_EXT_DEVICE bool last(int64_t first, int64_t end, int64_t interval) {
-    if (cu_seqlens) enter_at(end - 1);
-    if (length == 0) return previous_sequence(first, interval);
-    const int64_t into = clamped(end - 1 - begin, 0, length - 1);
-    offset = into / interval * interval;
-    return position() >= first;
+  // The last interval that starts before `end`; does it start at or after `from`?
+  TORCH_EXT_DEVICE bool last(int64_t from, int64_t end) {
+    if (p.cu_seqlens) enter_at(end - 1);
+    if (length == 0) return previous_sequence(from);
+    go_to(clamped(end - 1 - begin, 0, length - 1) / interval);
+    return position() >= from;
   }
-  TORCH_EXT_DEVICE bool previous(int64_t first, int64_t interval) {
-    offset -= interval;
-    return offset >= 0 ? position() >= first : previous_sequence(first, interval);
+  TORCH_EXT_DEVICE bool previous(int64_t from) {
+    --index, offset -= interval;
+    return offset >= 0 ? position() >= from : previous_sequence(from);
   }
-  TORCH_EXT_DEVICE bool previous_sequence(int64_t first, int64_t interval) {
-    if (!cu_seqlens) return false;
+  TORCH_EXT_DEVICE bool previous_sequence(int64_t from) {
+    if (!p.cu_seqlens) return false;
     do enter(sequence - 1);
     while (length == 0 && sequence > 0);
     if (length == 0) return false;
-    offset = (length - 1) / interval * interval;
-    return position() >= first;
-  }
-  TORCH_EXT_DEVICE int64_t kept(const SelectiveScanProblem& p, int64_t interval) const {
-    const int64_t before = p.cu_seqlens
-                               ? begin / interval + sequence
-                               : sequence * ((p.num_steps + interval - 1) / interval);
-    return before + offset / interval;
+    go_to((length - 1) / interval);
+    return position() >= from;
   }
 };
 
@@ -203,15 +195,15 @@ TORCH_EXT_DEVICE void with_stored(DType dtype, F f) {
 // power of two, at most as many as there are threads.
 struct ScanItems {
   int t, column, t_next, column_next, count;
-  TORCH_EXT_DEVICE ScanItems(int columns, bool along_time) {
-    const int i = int(threadIdx.x);
+  TORCH_EXT_DEVICE ScanItems(int log_columns, bool along_time) {
+    const int i = recomputed(int(threadIdx.x));
     if (along_time) {
       t = i % kScanTile, column = i / kScanTile;
       t_next = 0, column_next = kScanThreads / kScanTile;
-      count = (columns + column_next - 1) / column_next;
+      count = ((1 << log_columns) + column_next - 1) / column_next;
     } else {
-      t = i / columns, column = i % columns;
-      t_next = kScanThreads / columns, column_next = 0;
+      t = i >> log_columns, column = i & ((1 << log_columns) - 1);
+      t_next = kScanThreads >> log_columns, column_next = 0;
       count = (kScanTile + t_next - 1) / t_next;
     }
   }
@@ -232,10 +224,10 @@ struct ScanCursor {
   template <class Data>
   TORCH_EXT_DEVICE ScanCursor(
       const OverTime<Data>& x, const SelectiveScanProblem& p, const ScanPlan& q, int64_t row,
-      const ScanPlace& place, int64_t d0, const ScanItems& items) {
-    const int64_t time = x.time * place.direction(), size = q.stored_bytes;
+      int64_t token, int64_t d0, const ScanItems& items) {
+    const int64_t time = p.reverse ? -x.time : x.time, size = q.stored_bytes;
     at = static_cast<char*>(const_cast<void*>(static_cast<const void*>(x.data))) +
-         ((p.cu_seqlens ? 0 : row * x.sequence) + place.token() * x.time + d0 * x.channel +
+         ((p.cu_seqlens ? 0 : row * x.sequence) + token * x.time + d0 * x.channel +
           items.first(time, x.channel)) *
              size;
     next = items.next(time, x.channel) * size;
@@ -311,15 +303,18 @@ struct ScanCoefficient {
 
   // States first .. first + columns of a tile, columns side by side; channels of a block likewise.
   TORCH_EXT_DEVICE void stage(
-      const SelectiveScanProblem& p, const ScanPlan& q, int64_t row, const ScanPlace& place,
-      int steps, int64_t group, int64_t first, int columns) const {
+      const SelectiveScanProblem& p, const ScanPlan& q, int64_t row, int64_t token,
+      int steps, int64_t group, int64_t first, int log_columns) const {
     const auto load = [&]<class S>() {
-      const int at_once = columns < kScanThreads ? columns : kScanThreads;
-      const ScanItems items(at_once, x.state != 1 && (x.time == 1 || x.time == -1));
-      const int64_t time = x.time * place.direction();
+      constexpr int kMost = 7; // kScanThreads columns
+      static_assert(1 << kMost == kScanThreads);
+      const int columns = 1 << log_columns, log_at_once = log_columns < kMost ? log_columns : kMost,
+                at_once = 1 << log_at_once;
+      const ScanItems items(log_at_once, x.state != 1 && (x.time == 1 || x.time == -1));
+      const int64_t time = p.reverse ? -x.time : x.time;
       for (int begin = 0; begin < columns; begin += at_once) {
         const S* from = static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : row * x.sequence) +
-                        place.token() * x.time + group * x.group + (first + begin) * x.state +
+                        token * x.time + group * x.group + (first + begin) * x.state +
                         items.first(time, x.state);
         const int64_t next = items.next(time, x.state);
         int t = items.t, n = begin + items.column;
@@ -344,10 +339,10 @@ struct ScanCoefficient {
   };
   template <class Map = Same>
   TORCH_EXT_DEVICE void stage_constant(
-      const SelectiveScanProblem& p, int64_t d0, int channels, int64_t first, int columns,
+      const SelectiveScanProblem& p, int64_t d0, int channels, int64_t first, int log_columns,
       int all_channels, Map map = {}) const {
-    for (int i = int(threadIdx.x); i < all_channels * columns; i += kScanThreads) {
-      const int c = i / columns, n = i % columns;
+    for (int i = int(threadIdx.x); i < all_channels << log_columns; i += kScanThreads) {
+      const int c = i >> log_columns, n = i & ((1 << log_columns) - 1);
       H value{};
       if (c < channels && first + n < p.num_states)
         value = map(load_global(
@@ -421,7 +416,10 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
   using R = typename RealOf<H>::type;
   constexpr int K = Pack<H>::kSize, kPacks = kForwardPacks, kStates = kPacks * K;
   constexpr bool kFull = kWalk == ScanWalk::forward, kBack = kWalk == ScanWalk::backward_effect;
-  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, columns = kStates << log_lanes;
+  constexpr int kLogStates = kStates == 8 ? 3 : kStates == 4 ? 2 : 1;
+  static_assert(1 << kLogStates == kStates);
+  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, log_columns = log_lanes + kLogStates,
+            columns = 1 << log_columns;
   const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1),
             my_channel = thread >> log_lanes, pitch = q.channels + 1;
   const ScanBlock<Problem> block(p, q, kFull ? q.segments : q.segments - 1);
@@ -452,7 +450,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
     bias.store(i, get(p.delta_bias));
     if (kFull) skip.store(i, get(p.D));
   }
-  const ScanItems items(q.channels, runs_along_time(p.delta));
+  const bool along_time = runs_along_time(p.delta);
 
   bool pooled = false; // states in a row of their own
   int64_t pool_row = 0;
@@ -477,11 +475,13 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
   const int64_t n0 = int64_t(my_lane) * kStates;
   const auto load = [&](Pack<H>* to, const auto& from, int64_t row, int64_t n) {
 #pragma unroll
-    for (int v = 0; v < kPacks; ++v) to[v] = from.load(row, d, n + v * K, there);
+    for (int v = 0; v < kPacks; ++v)
+      to[v] = from.load(row, block.d0 + recomputed(my_channel), n + v * K, there);
   };
   const auto store = [&](const auto& to, int64_t row, int64_t n) {
 #pragma unroll
-    for (int v = 0; v < kPacks; ++v) to.store(row, d, n + v * K, there, h[v]);
+    for (int v = 0; v < kPacks; ++v)
+      to.store(row, block.d0 + recomputed(my_channel), n + v * K, there, h[v]);
   };
   const auto load_A = [&](int64_t n) {
     load(A, ScanStates<H, const void*>(p.A, p.num_states), 0, n);
@@ -546,23 +546,25 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
 
   const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
                 past = begin + (left < q.segment_steps ? left : q.segment_steps);
-  ScanPlace place(p, block.row);
+  ScanPlace place(p, q.interval, block.row);
   bool first_tile = true, restarted = false;
-  bool more = kBack ? place.last(begin, past, q.interval) : place.first(begin, past, q.interval);
+  bool more = kBack ? place.last(begin, past) : place.first(begin, past);
 #pragma unroll 1
   while (more) {
-    const int64_t interval_begin = place.offset, rest = place.length - place.offset,
-                  interval_steps = rest < q.interval ? rest : q.interval;
-    const int tiles = int((interval_steps + kScanTile - 1) / kScanTile);
+    const int64_t rest = place.length - place.offset;
+    const int interval_steps = int(rest < q.interval ? rest : q.interval);
+    const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int into = (kBack ? tiles - 1 - i : i) * kScanTile;
-      const int count = interval_steps - into < kScanTile ? int(interval_steps - into) : kScanTile;
-      place.offset = interval_begin + into;
-      const bool starts = kBack ? place.offset + count == place.length : place.offset == 0;
+      const int count = interval_steps - into < kScanTile ? interval_steps - into : kScanTile;
+      const int64_t token = place.token(into);
+      const bool from_start = place.offset + into == 0, to_end = into + count == rest,
+                 starts = kBack ? to_end : from_start;
       block_sync(); // all have read what stands in shared memory
+      const ScanItems items(q.log_channels, along_time);
       const auto cursor = [&](const auto& x) {
-        return ScanCursor(x, p, q, block.row, place, block.d0, items);
+        return ScanCursor(x, p, q, block.row, token, block.d0, items);
       };
       ScanCursor deltas = cursor(p.delta), others, zs;
       bool any = true;
@@ -597,13 +599,14 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
       });
 #pragma unroll 1
       for (int pass = 0; pass < q.passes; ++pass) {
-        const int64_t n_first = int64_t(pass) * columns, n = n_first + n0;
+        const int64_t n_first = int64_t(pass) * columns,
+                      n = n_first + recomputed(my_lane) * kStates;
         if (pass > 0) block_sync();
         const auto stage = [&](const ScanCoefficient<H>& x) {
           if (!x.x.constant)
-            x.stage(p, q, block.row, place, count, block.group, n_first, columns);
+            x.stage(p, q, block.row, token, count, block.group, n_first, log_columns);
           else if (first_tile || q.passes > 1)
-            x.stage_constant(p, block.d0, block.channels, n_first, columns, q.channels);
+            x.stage_constant(p, block.d0, block.channels, n_first, log_columns, q.channels);
         };
         if constexpr (!kBack) stage(B);
         if constexpr (kFull || kBack) stage(C);
@@ -625,7 +628,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
         if constexpr (kFull) {
           if (p.checkpoints && i == 0)
             store(
-                dense_states<H>(p.checkpoints, p.width, p.num_states), place.kept(p, q.interval),
+                dense_states<H>(p.checkpoints, p.width, p.num_states), place.kept + place.index,
                 n);
         }
         block_sync();
@@ -645,7 +648,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
         }
         if (q.passes > 1) store(carry, carried, n);
         if constexpr (kFull) {
-          if (place.offset + count == place.length)
+          if (to_end)
             store(
                 ScanStates<H, void*>(p.final_state, p.num_states),
                 pooled ? pool_row : place.sequence, n);
@@ -655,6 +658,10 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
       first_tile = false;
       if constexpr (kFull) {
         block_sync();
+        const ScanItems items(q.log_channels, along_time);
+        const auto cursor = [&](const auto& x) {
+          return ScanCursor(x, p, q, block.row, token, block.d0, items);
+        };
         const ScanCursor us = cursor(p.u), zs = cursor(p.z), outs = cursor(p.out);
         with_stored<R>(q.stored, [&]<class S>() {
           ScanCursor u = us, z = zs, out = outs;
@@ -673,8 +680,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
         });
       }
     }
-    place.offset = interval_begin;
-    more = kBack ? place.previous(begin, q.interval) : place.next(past, q.interval);
+    more = kBack ? place.previous(begin) : place.next(past);
   }
   if constexpr (!kFull) {
     if (q.passes == 1 || first_tile) {
@@ -783,7 +789,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   using R = typename RealOf<H>::type;
   using Lanes = Pack<H>;
   constexpr int K = Lanes::kSize;
-  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, columns = K << log_lanes;
+  constexpr int kLogStates = K == 4 ? 2 : K == 2 ? 1 : 0;
+  static_assert(1 << kLogStates == K);
+  const int log_lanes = q.log_lanes, lanes = 1 << log_lanes, log_columns = log_lanes + kLogStates,
+            columns = 1 << log_columns;
   const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1), pitch = q.channels + 1;
   const int at_once = kScanThreads >> log_lanes; // channels of a turn
   const ScanBlock<SelectiveScanBackward> block(p, q, q.segments);
@@ -806,7 +815,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     };
     bias.store(i, get(p.delta_bias)), skip.store(i, get(p.D));
   }
-  const ScanItems items(q.channels, runs_along_time(p.delta));
+  const bool along_time = runs_along_time(p.delta);
 
   // ---- what is a lane's own ----
   enum { kGradH, kGradA, kGradB, kGradC };
@@ -856,22 +865,23 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const auto stage_constant = [&](int64_t first) {
     const ScanCoefficient<H> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
     A.stage_constant(
-        p, block.d0, block.channels, first, columns, q.channels,
+        p, block.d0, block.channels, first, log_columns, q.channels,
         [](H x) { return torch_ext::in_octaves(x); });
     if (p.B.constant)
-      B.stage_constant(p, block.d0, block.channels, first, columns, q.channels);
+      B.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
     if (p.C.constant)
-      C.stage_constant(p, block.d0, block.channels, first, columns, q.channels);
+      C.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
   };
   if (q.passes == 1) stage_constant(0);
 
-  const auto cursor = [&](const auto& x, const ScanPlace& place) {
-    return ScanCursor(x, p, q, block.row, place, block.d0, items);
+  const auto cursor = [&](const auto& x, int64_t token, const ScanItems& items) {
+    return ScanCursor(x, p, q, block.row, token, block.d0, items);
   };
   // Time steps and inputs of a tile, and with `all` the gradient of y.
-  const auto stage_tile = [&](const ScanPlace& place, int count, bool all) {
-    const ScanCursor deltas = cursor(p.delta, place), us = cursor(p.u, place),
-                     zs = cursor(p.z, place), grads = cursor(p.grad_out, place);
+  const auto stage_tile = [&](int64_t token, int count, bool all) {
+    const ScanItems items(q.log_channels, along_time);
+    const ScanCursor deltas = cursor(p.delta, token, items), us = cursor(p.u, token, items),
+                     zs = cursor(p.z, token, items), grads = cursor(p.grad_out, token, items);
     with_stored<R>(q.stored, [&]<class S>() {
       ScanCursor delta = deltas, u = us, z = zs, grad = grads;
       int t = items.t, c = items.column;
@@ -896,11 +906,11 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       }
     });
   };
-  const auto stage_coefficients = [&](const ScanPlace& place, int count, int pass, bool all) {
+  const auto stage_coefficients = [&](int64_t token, int count, int pass, bool all) {
     const int64_t first = int64_t(pass) * columns;
     if (q.passes > 1) stage_constant(first);
-    if (!p.B.constant) B.stage(p, q, block.row, place, count, block.group, first, columns);
-    if (all && !p.C.constant) C.stage(p, q, block.row, place, count, block.group, first, columns);
+    if (!p.B.constant) B.stage(p, q, block.row, token, count, block.group, first, log_columns);
+    if (all && !p.C.constant) C.stage(p, q, block.row, token, count, block.group, first, log_columns);
   };
   const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
                       packs_of_B = B.to.template view<Lanes>() + my_lane,
@@ -931,14 +941,13 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 
   const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
                 past = begin + (left < q.segment_steps ? left : q.segment_steps);
-  ScanPlace place(p, block.row);
+  ScanPlace place(p, q.interval, block.row);
   bool first_interval = true;
 #pragma unroll 1
-  for (bool more = place.last(begin, past, q.interval); more;
-       more = place.previous(begin, q.interval)) {
-    const int64_t interval_begin = place.offset, rest = place.length - place.offset,
-                  interval_steps = rest < q.interval ? rest : q.interval, index = place.kept(p, q.interval);
-    const int tiles = int((interval_steps + kScanTile - 1) / kScanTile);
+  for (bool more = place.last(begin, past); more; more = place.previous(begin)) {
+    const int64_t rest = place.length - place.offset, index = place.kept + place.index;
+    const int interval_steps = int(rest < q.interval ? rest : q.interval);
+    const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
     if (rest <= q.interval || first_interval) {
       const bool ends = rest <= q.interval;
       const ScanStates<H, const void*> last(p.grad_final_state, p.num_states);
@@ -955,13 +964,13 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     // ---- the states before the interval's tiles ----
 #pragma unroll 1
     for (int tile = 0; tile + 1 < tiles; ++tile) {
-      place.offset = interval_begin + tile * kScanTile;
+      const int64_t token = place.token(tile * kScanTile);
       block_sync();
-      stage_tile(place, kScanTile, false);
+      stage_tile(token, kScanTile, false);
 #pragma unroll 1
       for (int pass = 0; pass < q.passes; ++pass) {
         if (pass > 0) block_sync();
-        stage_coefficients(place, kScanTile, pass, false);
+        stage_coefficients(token, kScanTile, pass, false);
         block_sync();
 #pragma unroll 1
         for (int turn = 0; turn < q.turns; ++turn) {
@@ -978,16 +987,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     // ---- and back ----
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile) {
-      place.offset = interval_begin + tile * kScanTile;
-      const int64_t steps_left = interval_steps - tile * kScanTile;
-      const int count = steps_left < kScanTile ? int(steps_left) : kScanTile;
+      const int64_t token = place.token(tile * kScanTile);
+      const int steps_left = interval_steps - tile * kScanTile,
+                count = steps_left < kScanTile ? steps_left : kScanTile;
       block_sync();
-      stage_tile(place, count, true);
+      stage_tile(token, count, true);
 #pragma unroll 1
       for (int pass = 0; pass < q.passes; ++pass) {
         const int64_t n_first = int64_t(pass) * columns, n = n_first + my_lane * K;
         if (pass > 0) block_sync();
-        stage_coefficients(place, count, pass, true);
+        stage_coefficients(token, count, pass, true);
         block_sync();
 #pragma unroll 1
         for (int half = count > kScanHalf ? kScanHalf : 0; half >= 0; half -= kScanHalf) {
@@ -1026,6 +1035,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                 decays[t][j] = s.decay, states[t + 1][j] = s.h;
               }
             }
+            warp_sync(); // B is loaded again: kept, it would take the registers of the sums
             Lanes g = get_own(pass, turn, kGradH), gA = get_own(pass, turn, kGradA);
 #pragma unroll
             for (int t = kScanHalf - 1; t >= 0; --t) {
@@ -1081,16 +1091,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           block_sync();
           const auto leave = [&](int which, H* slab) {
             for (int i = thread; i < kScanHalf * columns; i += kScanThreads) {
-              const int t = i / columns, column = i % columns;
+              const int t = i >> log_columns, column = i & (columns - 1);
               if (half + t >= count || n_first + column >= p.num_states) continue;
               H sum = warps.load(which * kScanHalf * columns + i);
 #pragma unroll
               for (int w = 1; w < kScanWarps; ++w)
                 sum = sum + warps.load((w * 2 + which) * kScanHalf * columns + i);
-              const int64_t token = block.row * p.num_steps + place.token() +
-                                    (half + t) * place.direction();
+              const int64_t step = half + t,
+                            to = block.row * p.num_steps + (p.reverse ? token - step : token + step);
               store_global(
-                  slab + (token * p.num_groups + block.group) * p.num_states + n_first + column,
+                  slab + (to * p.num_groups + block.group) * p.num_states + n_first + column,
                   sum);
             }
           };
@@ -1100,11 +1110,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
       // ---- outputs ----
-      const ScanCursor deltas = cursor(p.delta, place), us = cursor(p.u, place),
-                       zs = cursor(p.z, place), grads = cursor(p.grad_out, place),
-                       grad_us = cursor(p.grad_u, place),
-                       grad_deltas = cursor(p.grad_delta, place),
-                       grad_zs = cursor(p.grad_z, place);
+      const ScanItems items(q.log_channels, along_time);
+      const ScanCursor deltas = cursor(p.delta, token, items), us = cursor(p.u, token, items),
+                       zs = cursor(p.z, token, items), grads = cursor(p.grad_out, token, items),
+                       grad_us = cursor(p.grad_u, token, items),
+                       grad_deltas = cursor(p.grad_delta, token, items),
+                       grad_zs = cursor(p.grad_z, token, items);
       with_stored<R>(q.stored, [&]<class S>() {
         ScanCursor delta = deltas, u = us, z = zs, grad = grads, grad_u = grad_us,
                    grad_delta = grad_deltas, grad_z = grad_zs;
@@ -1146,8 +1157,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
     }
-    place.offset = interval_begin;
-    if (interval_begin == 0) {
+    if (place.offset == 0) {
       const ScanStates<H, void*> to(p.grad_initial_state, p.num_states);
       over_own([&](int pass, int turn, int c, int64_t n) {
         to.store(
