@@ -18,7 +18,10 @@ T load_written_by_blocks(const T* p) {
   return load_global(p);
 }
 inline void zero(void* p, int64_t bytes, cudaStream_t) { memset(p, 0, size_t(bytes)); }
-inline int recomputed(int x) { return x; }
+template <class T>
+T recomputed(T x) {
+  return x;
+}
 } // namespace torch_ext::cuda
 #else
 #include <cuda_bf16.h>
@@ -50,6 +53,10 @@ TORCH_EXT_DEVICE T shuffle_xor(unsigned mask, T x, int bits) {
 // x itself. What depends on it is computed where it stands: ahead of a loop it would wait in registers that the loop needs.
 TORCH_EXT_DEVICE int recomputed(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+TORCH_EXT_DEVICE int64_t recomputed(int64_t x) {
+  asm volatile("" : "+l"(x));
   return x;
 }
 

@@ -11,12 +11,13 @@ int64_t scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSte
 
 int64_t scan_divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-template <class H>
+template <class S, bool kComplex>
 struct ScanDriver {
-  using R = typename RealOf<H>::type;
+  using Types = ScanTypes<S, kComplex>;
+  using R = typename Types::R;
+  using H = typename Types::H;
   using Forward = SelectiveScanForward;
   using Backward = SelectiveScanBackward;
-  static constexpr bool kComplex = kComplexLane<H>;
   static constexpr int K = Pack<H>::kSize;
 
   // Lanes and passes, where a lane has so many states.
@@ -45,16 +46,14 @@ struct ScanDriver {
     if (segments < 3) return; // twice the work for twice the blocks
     q.segments = segments, q.segment_steps = intervals * q.interval;
   }
-  static ScanPlan basic(DType dtype, const SelectiveScanProblem& p) {
+  static ScanPlan basic(const SelectiveScanProblem& p) {
     ScanPlan q;
-    q.stored = dtype;
-    q.stored_bytes = dtype == DType::bf16 || dtype == DType::f16 ? 2 : int(sizeof(R));
     q.interval = selective_scan_interval(p.num_states, kComplex);
     q.rows = p.cu_seqlens ? 1 : p.num_sequences;
     return q;
   }
-  static ScanPlan plan(DType dtype, const Forward& p) {
-    ScanPlan q = basic(dtype, p);
+  static ScanPlan plan(const Forward& p) {
+    ScanPlan q = basic(p);
     spread_states(q, p.num_states, kForwardPacks * K);
     spread_channels(q, p, 1);
     if (p.state_rows)
@@ -63,13 +62,13 @@ struct ScanDriver {
       cut_time(q, p);
     return q;
   }
-  static ScanPlan plan(DType dtype, const Backward& p) {
-    ScanPlan q = basic(dtype, p);
+  static ScanPlan plan(const Backward& p) {
+    ScanPlan q = basic(p);
     spread_states(q, p.num_states, K);
     int turns = 1 << q.log_lanes < kScanMostTurns ? 1 << q.log_lanes : kScanMostTurns;
     spread_channels(q, p, turns);
     const auto shared = [&] {
-      return scan_backward_shared<H>(q, p.B.constant, p.C.constant).bytes;
+      return scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes;
     };
     while (turns > 1 && (blocks(q, p) < scan_enough_blocks || shared() > kScanMostShared))
       spread_channels(q, p, turns /= 2);
@@ -123,8 +122,8 @@ struct ScanDriver {
     return parts.bytes;
   }
   template <class Problem>
-  static int64_t workspace(DType dtype, const Problem& p) {
-    ScanPlan q = plan(dtype, p);
+  static int64_t workspace(const Problem& p) {
+    ScanPlan q = plan(p);
     return share_out(q, p, nullptr);
   }
 
@@ -138,33 +137,33 @@ struct ScanDriver {
   template <ScanWalk kWalk, class Problem>
   static void walk(const Problem& p, const ScanPlan& q, int64_t segments, cudaStream_t stream) {
     launch(
-        selective_scan_walk_kernel<H, kWalk, Problem>, dim3(unsigned(blocks(q, p, segments))),
-        kScanThreads, scan_walk_shared<H, kWalk>(q, p.B.constant, p.C.constant), stream, p, q);
+        selective_scan_walk_kernel<Types, kWalk, Problem>, dim3(unsigned(blocks(q, p, segments))),
+        kScanThreads, scan_walk_shared<Types, kWalk>(q, p.B.constant, p.C.constant), stream, p, q);
   }
   template <class Problem>
   static void empty_sequences(const Problem& p, cudaStream_t stream) {
     if (p.cu_seqlens || p.num_steps == 0)
       for_all(
-          selective_scan_empty_kernel<H, Problem>, p.num_sequences * p.width * p.num_states, stream,
+          selective_scan_empty_kernel<Types, Problem>, p.num_sequences * p.width * p.num_states, stream,
           p);
   }
 
-  static void run(DType dtype, const Forward& p, void* workspace, cudaStream_t stream) {
+  static void run(const Forward& p, void* workspace, cudaStream_t stream) {
     empty_sequences(p, stream);
-    ScanPlan q = plan(dtype, p);
+    ScanPlan q = plan(p);
     if (blocks(q, p) == 0 || p.num_steps == 0) return;
     share_out(q, p, workspace);
     if (q.segments > 1) {
       walk<ScanWalk::forward_effect>(p, q, q.segments - 1, stream);
       for_all(
-          selective_scan_fold_kernel<H, false, Forward>, q.rows * p.width * p.num_states, stream, p,
+          selective_scan_fold_kernel<Types, false, Forward>, q.rows * p.width * p.num_states, stream, p,
           q);
     }
     walk<ScanWalk::forward>(p, q, q.segments, stream);
   }
-  static void run(DType dtype, const Backward& p, void* workspace, cudaStream_t stream) {
+  static void run(const Backward& p, void* workspace, cudaStream_t stream) {
     empty_sequences(p, stream);
-    ScanPlan q = plan(dtype, p);
+    ScanPlan q = plan(p);
     if (p.width == 0) return;
     share_out(q, p, workspace);
     if (p.num_steps == 0) q.rows = 0;
@@ -172,42 +171,40 @@ struct ScanDriver {
       if (q.segments > 1) {
         walk<ScanWalk::backward_effect>(p, effect_plan(q, p), q.segments - 1, stream);
         for_all(
-            selective_scan_fold_kernel<H, true, Backward>, q.rows * p.width * p.num_states, stream,
+            selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states, stream,
             p, q);
       }
       launch(
-          selective_scan_backward_kernel<H>, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
-          scan_backward_shared<H>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
+          selective_scan_backward_kernel<Types>, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
+          scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
       if (q.by_token)
         for_all(
-            selective_scan_tokens_kernel<H>, q.rows * p.num_steps * p.num_groups * p.num_states,
+            selective_scan_tokens_kernel<Types>, q.rows * p.num_steps * p.num_groups * p.num_states,
             stream, p, q);
     }
-    for_all(selective_scan_channels_kernel<H>, p.width * p.num_states, stream, p, q);
+    for_all(selective_scan_channels_kernel<Types>, p.width * p.num_states, stream, p, q);
   }
 };
 
 template <class F>
 void scan_dispatch(DType dtype, F f) {
-  if (dtype == DType::f64)
-    f(ScanDriver<double>{});
-  else if (dtype == DType::c64)
-    f(ScanDriver<Complex<float>>{});
-  else if (dtype == DType::c128)
-    f(ScanDriver<Complex<double>>{});
-  else
-    f(ScanDriver<float>{});
+  if (dtype == DType::f32) f(ScanDriver<float, false>{});
+  if (dtype == DType::f64) f(ScanDriver<double, false>{});
+  if (dtype == DType::bf16) f(ScanDriver<BFloat16, false>{});
+  if (dtype == DType::f16) f(ScanDriver<Half, false>{});
+  if (dtype == DType::c64) f(ScanDriver<float, true>{});
+  if (dtype == DType::c128) f(ScanDriver<double, true>{});
 }
 template <class Problem>
-int64_t scan_workspace(DType dtype, const Problem& p) {
+int64_t scan_workspace(const Problem& p) {
   int64_t bytes = 0;
-  scan_dispatch(dtype, [&](auto driver) { bytes = driver.workspace(dtype, p); });
+  scan_dispatch(dtype, [&](auto driver) { bytes = driver.workspace(p); });
   return bytes;
 }
 template <class Problem>
 void scan_run(DType dtype, const Problem& p, void* workspace, void* stream) {
   scan_dispatch(dtype, [&](auto driver) {
-    driver.run(dtype, p, workspace, static_cast<cudaStream_t>(stream));
+    driver.run(p, workspace, static_cast<cudaStream_t>(stream));
   });
 }
 

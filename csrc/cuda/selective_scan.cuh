@@ -46,19 +46,17 @@ struct alignas(16) Pack {
 // How many of them a lane has of a channel.
 inline constexpr int kForwardPacks = 2;
 
-template <class H>
-struct RealOf {
-  using type = H;
-};
-template <class T>
-struct RealOf<Complex<T>> {
-  using type = T;
+// The types of a call: S of what runs over time, R to compute with, H of states, PerToken of B and C over time.
+template <class S_, bool kComplex>
+struct ScanTypes {
+  using S = S_;
+  using R = typename Stored<S>::Lane;
+  using H = std::conditional_t<kComplex, Complex<R>, R>;
+  using PerToken = std::conditional_t<kComplex, H, S>;
 };
 
 // How a call is cut, from shapes alone; and its workspace.
 struct ScanPlan {
-  DType stored = DType::f32; // u, delta, z, out, and B and C where they are real and per token
-  int stored_bytes = 4;
   int log_lanes = 0;         // lanes of a channel: a power of two
   int passes = 1;            // over a channel's states, so many at a time as its lanes hold
   int turns = 1;             // backward: the block's channels at a time
@@ -110,6 +108,17 @@ struct ScanPlace {
       : p(problem), interval(an_interval), sequence(row), length(p.num_steps) {
     if (!p.cu_seqlens) kept = row * ((p.num_steps + interval - 1) / interval);
   }
+  // Shared memory holds it, where one thread takes it from interval to interval: in registers it would crowd out states.
+  enum Word { kSequence, kBegin, kLength, kKept, kIndex, kOffset, kMore, kWords = 8 };
+  TORCH_EXT_DEVICE void put(Shared<int64_t> to, bool more) const {
+    to.store(kSequence, sequence), to.store(kBegin, begin), to.store(kLength, length);
+    to.store(kKept, kept), to.store(kIndex, index), to.store(kOffset, offset);
+    to.store(kMore, more);
+  }
+  TORCH_EXT_DEVICE void get(Shared<int64_t> from) {
+    sequence = from.load(kSequence), begin = from.load(kBegin), length = from.load(kLength);
+    kept = from.load(kKept), index = from.load(kIndex), offset = from.load(kOffset);
+  }
   TORCH_EXT_DEVICE static int64_t clamped(int64_t x, int64_t low, int64_t high) {
     return x < low ? low : x > high ? high : x;
   }
@@ -133,10 +142,6 @@ struct ScanPlace {
   }
   TORCH_EXT_DEVICE void go_to(int64_t number) { index = number, offset = number * interval; }
   TORCH_EXT_DEVICE int64_t position() const { return begin + offset; }
-  // Of a step after the interval's first.
-  TORCH_EXT_DEVICE int64_t token(int64_t step) const {
-    return p.reverse ? begin + length - 1 - offset - step : begin + offset + step;
-  }
   // The interval at or after a position; is it before `end`?
   TORCH_EXT_DEVICE bool first(int64_t from, int64_t end) {
     if (p.cu_seqlens) enter_at(from);
@@ -175,21 +180,26 @@ struct ScanPlace {
   }
 };
 
-// ---- memory ----
-
-// f<S>() of what u and its like are stored as.
-template <class R, class F>
-TORCH_EXT_DEVICE void with_stored(DType dtype, F f) {
-  if constexpr (sizeof(R) == 8) {
-    f.template operator()<double>();
-  } else if (dtype == DType::bf16) {
-    f.template operator()<BFloat16>();
-  } else if (dtype == DType::f16) {
-    f.template operator()<Half>();
-  } else {
-    f.template operator()<float>();
+// What a block's threads know of an interval.
+struct ScanInterval {
+  int64_t token, kept; // of its first step; of the state before it
+  int steps;
+  bool first, last, reverse; // of its sequence?
+  TORCH_EXT_DEVICE ScanInterval(const SelectiveScanProblem& p, int64_t interval, Shared<int64_t> at) {
+    const int64_t begin = at.load(ScanPlace::kBegin), length = at.load(ScanPlace::kLength),
+                  offset = at.load(ScanPlace::kOffset);
+    reverse = p.reverse;
+    token = reverse ? begin + length - 1 - offset : begin + offset;
+    kept = at.load(ScanPlace::kKept) + at.load(ScanPlace::kIndex);
+    first = offset == 0, last = length - offset <= interval;
+    steps = int(last ? length - offset : interval);
   }
-}
+  TORCH_EXT_DEVICE int64_t token_of(int step) const {
+    return reverse ? token - step : token + step;
+  }
+};
+
+// ---- memory ----
 
 // The elements of a (step, column) tile that a thread takes, lanes along whatever lies side by side in memory. columns: a
 // power of two, at most as many as there are threads.
@@ -215,33 +225,33 @@ struct ScanItems {
   }
 };
 
-// A thread's elements of an array over time, one after the other. Counted in bytes: addresses are then the same ones
-// whatever the elements are.
+// A thread's elements of an array over time, one after the other; where there is no array, zeros.
+template <class S>
 struct ScanCursor {
-  char* at = nullptr;
+  using Number = std::remove_const_t<S>;
+  using R = typename Stored<Number>::Lane;
+  S* at = nullptr;
   int64_t next = 0;
+  bool any = false;
   ScanCursor() = default;
   template <class Data>
   TORCH_EXT_DEVICE ScanCursor(
-      const OverTime<Data>& x, const SelectiveScanProblem& p, const ScanPlan& q, int64_t row,
-      int64_t token, int64_t d0, const ScanItems& items) {
-    const int64_t time = p.reverse ? -x.time : x.time, size = q.stored_bytes;
-    at = static_cast<char*>(const_cast<void*>(static_cast<const void*>(x.data))) +
-         ((p.cu_seqlens ? 0 : row * x.sequence) + token * x.time + d0 * x.channel +
-          items.first(time, x.channel)) *
-             size;
-    next = items.next(time, x.channel) * size;
+      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t row, int64_t token,
+      int64_t d0, const ScanItems& items) {
+    const int64_t time = x.time * recomputed(p.reverse ? -1 : 1);
+    any = x.data;
+    at = static_cast<S*>(x.data) + recomputed(row) * x.sequence + token * x.time +
+         recomputed(d0) * x.channel + items.first(time, x.channel);
+    next = items.next(time, x.channel);
   }
-  template <class S>
-  TORCH_EXT_DEVICE typename Stored<S>::Lane load() const {
-    return Stored<S>::widen(load_global(reinterpret_cast<const S*>(at)));
+  TORCH_EXT_DEVICE R load(bool there) const {
+    return there && any ? Stored<Number>::widen(load_global(at)) : R(0);
   }
-  template <class S>
-  TORCH_EXT_DEVICE void store(typename Stored<S>::Lane x) const {
-    store_global(reinterpret_cast<S*>(at), Stored<S>::narrow(x));
-  }
+  TORCH_EXT_DEVICE void store(R x) const { store_global(at, Stored<Number>::narrow(x)); }
   TORCH_EXT_DEVICE void advance() { at += next; }
 };
+// So many elements are on their way at once.
+inline constexpr int kScanAhead = 4;
 TORCH_EXT_DEVICE bool runs_along_time(const OverTime<const void*>& x) {
   return x.channel != 1 && (x.time == 1 || x.time == -1);
 }
@@ -294,10 +304,10 @@ TORCH_EXT_DEVICE Pack<H> in_octaves(Pack<H> A) {
 }
 
 // B or C of a block in shared memory: (step, state) of a tile, or (channel, state) where they are constant.
-template <class H>
+template <class Types>
 struct ScanCoefficient {
-  using R = typename RealOf<H>::type;
-  static constexpr int K = Pack<H>::kSize;
+  using H = typename Types::H;
+  using PerToken = typename Types::PerToken;
   const Coefficient<const void*> x;
   Shared<H> to;
 
@@ -305,34 +315,39 @@ struct ScanCoefficient {
   TORCH_EXT_DEVICE void stage(
       const SelectiveScanProblem& p, const ScanPlan& q, int64_t row, int64_t token,
       int steps, int64_t group, int64_t first, int log_columns) const {
-    const auto load = [&]<class S>() {
-      constexpr int kMost = 7; // kScanThreads columns
-      static_assert(1 << kMost == kScanThreads);
-      const int columns = 1 << log_columns, log_at_once = log_columns < kMost ? log_columns : kMost,
-                at_once = 1 << log_at_once;
-      const ScanItems items(log_at_once, x.state != 1 && (x.time == 1 || x.time == -1));
-      const int64_t time = p.reverse ? -x.time : x.time;
-      for (int begin = 0; begin < columns; begin += at_once) {
-        const S* from = static_cast<const S*>(x.data) + (p.cu_seqlens ? 0 : row * x.sequence) +
-                        token * x.time + group * x.group + (first + begin) * x.state +
-                        items.first(time, x.state);
-        const int64_t next = items.next(time, x.state);
-        int t = items.t, n = begin + items.column;
-#pragma unroll 4
-        for (int i = 0; i < items.count; ++i) {
-          const bool inside = t < kScanTile && n < begin + at_once,
-                     there = t < steps && inside && first + n < p.num_states;
-          H value{};
-          if (there) value = Stored<S>::widen(load_global(from));
-          if (inside) to.store(t * columns + n, value);
-          from += next, t += items.t_next, n += items.column_next;
+    constexpr int kMost = 7; // kScanThreads columns
+    static_assert(1 << kMost == kScanThreads);
+    const int columns = 1 << log_columns, log_at_once = log_columns < kMost ? log_columns : kMost,
+              at_once = 1 << log_at_once;
+    const ScanItems items(log_at_once, x.state != 1 && (x.time == 1 || x.time == -1));
+    const int64_t time = x.time * recomputed(p.reverse ? -1 : 1);
+#pragma unroll 1
+    for (int begin = 0; begin < columns; begin += at_once) {
+      const PerToken* from = static_cast<const PerToken*>(x.data) +
+                             recomputed(row) * x.sequence + token * x.time +
+                             recomputed(group) * x.group + (first + begin) * x.state +
+                             items.first(time, x.state);
+      const int64_t next = items.next(time, x.state);
+      int t = items.t, n = begin + items.column;
+#pragma unroll 1
+      for (int i = 0; i < items.count; i += kScanAhead) {
+        H value[kScanAhead];
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const int tk = t + k * items.t_next, nk = n + k * items.column_next;
+          value[k] = H{};
+          if (tk < steps && nk < begin + at_once && first + nk < p.num_states)
+            value[k] = Stored<PerToken>::widen(load_global(from + k * next));
         }
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const int tk = t + k * items.t_next, nk = n + k * items.column_next;
+          if (tk < kScanTile && nk < begin + at_once) to.store(tk * columns + nk, value[k]);
+        }
+        from += kScanAhead * next, t += kScanAhead * items.t_next,
+            n += kScanAhead * items.column_next;
       }
-    };
-    if constexpr (kComplexLane<H>)
-      load.template operator()<H>();
-    else
-      with_stored<R>(q.stored, load);
+    }
   }
   struct Same {
     TORCH_EXT_DEVICE H operator()(H x) const { return x; }
@@ -395,10 +410,11 @@ TORCH_EXT_DEVICE void sum_over_lanes(X* v, int step, int stride, int index, bool
 enum class ScanWalk { forward, forward_effect, backward_effect };
 
 // Shared memory: time steps, inputs and y of a tile's channels; B and C.
-template <class H, ScanWalk kWalk>
+template <class Types, ScanWalk kWalk>
 TORCH_EXT_HOST_DEVICE int scan_walk_shared(
     const ScanPlan& q, bool constant_B, bool constant_C) {
-  using R = typename RealOf<H>::type;
+  using R = typename Types::R;
+  using H = typename Types::H;
   const int columns = (kForwardPacks * Pack<H>::kSize) << q.log_lanes;
   const int arrays = kWalk == ScanWalk::forward ? 3 : 2;
   const auto coefficient = [&](bool constant) {
@@ -407,13 +423,15 @@ TORCH_EXT_HOST_DEVICE int scan_walk_shared(
   const int tile = arrays * kScanTile * (q.channels + 1) * int(sizeof(R));
   return (kWalk != ScanWalk::backward_effect ? coefficient(constant_B) : 0) +
          (kWalk != ScanWalk::forward_effect ? coefficient(constant_C) : 0) + (tile + 15) / 16 * 16 +
-         2 * q.channels * int(sizeof(R));
+         2 * q.channels * int(sizeof(R)) + ScanPlace::kWords * int(sizeof(int64_t));
 }
 
-template <class H, ScanWalk kWalk, class Problem>
-__global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
+template <class Types, ScanWalk kWalk, class Problem>
+__global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ? 4 : 2)
     selective_scan_walk_kernel(const Problem p, const ScanPlan q) {
-  using R = typename RealOf<H>::type;
+  using S = typename Types::S;
+  using R = typename Types::R;
+  using H = typename Types::H;
   constexpr int K = Pack<H>::kSize, kPacks = kForwardPacks, kStates = kPacks * K;
   constexpr bool kFull = kWalk == ScanWalk::forward, kBack = kWalk == ScanWalk::backward_effect;
   constexpr int kLogStates = kStates == 8 ? 3 : kStates == 4 ? 2 : 1;
@@ -436,10 +454,13 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
     next = next + (constant ? q.channels : kScanTile) * columns;
     return taken;
   };
-  const ScanCoefficient<H> B{p.B, !kBack ? take(p.B.constant) : next};
-  const ScanCoefficient<H> C{p.C, kFull || kBack ? take(p.C.constant) : next};
+  const ScanCoefficient<Types> B{p.B, !kBack ? take(p.B.constant) : next};
+  const ScanCoefficient<Types> C{p.C, kFull || kBack ? take(p.C.constant) : next};
   const Shared<R> bias = next.template view<R>(), skip = bias + q.channels,
                   steps_of = skip + q.channels, inputs = steps_of + tile, ys = inputs + tile;
+  const Shared<int64_t> place_of =
+      shared_memory<int64_t>(scan_walk_shared<Types, kWalk>(q, p.B.constant, p.C.constant) -
+                             ScanPlace::kWords * int(sizeof(int64_t)));
   for (int i = thread; i < q.channels; i += kScanThreads) {
     const bool in = i < block.channels;
     const auto get = [&](const OverChannels<const void*>& x) {
@@ -458,14 +479,11 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
     pooled = p.state_rows != nullptr;
     if (pooled) pool_row = p.state_rows[block.row];
     if (pool_row < 0) { // no state: outputs are 0
-      with_stored<R>(q.stored, [&]<class S>() {
-        for (int64_t i = thread; i < p.num_steps * block.channels; i += kScanThreads)
-          store_global(
-              static_cast<S*>(p.out.data) + block.row * p.out.sequence +
-                  i / block.channels * p.out.time +
-                  (block.d0 + i % block.channels) * p.out.channel,
-              Stored<S>::narrow(R(0)));
-      });
+      for (int64_t i = thread; i < p.num_steps * block.channels; i += kScanThreads)
+        store_global(
+            static_cast<S*>(p.out.data) + block.row * p.out.sequence +
+                i / block.channels * p.out.time + (block.d0 + i % block.channels) * p.out.channel,
+            Stored<S>::narrow(R(0)));
       return;
     }
   }
@@ -544,65 +562,80 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
     }
   };
 
-  const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
-                past = begin + (left < q.segment_steps ? left : q.segment_steps);
-  ScanPlace place(p, q.interval, block.row);
+  // f(the place, the first position of the segment, the one behind its last): is there another interval?
+  const auto move = [&](bool from_memory, auto f) {
+    if (thread == 0) {
+      const int64_t begin = recomputed(segment) * q.segment_steps, left = p.num_steps - begin,
+                    past = begin + (left < q.segment_steps ? left : q.segment_steps);
+      ScanPlace place(p, q.interval, block.row);
+      if (from_memory) place.get(place_of);
+      place.put(place_of, f(place, begin, past));
+    }
+    block_sync();
+  };
+  move(false, [](ScanPlace& place, int64_t begin, int64_t past) {
+    return kBack ? place.last(begin, past) : place.first(begin, past);
+  });
   bool first_tile = true, restarted = false;
-  bool more = kBack ? place.last(begin, past) : place.first(begin, past);
 #pragma unroll 1
-  while (more) {
-    const int64_t rest = place.length - place.offset;
-    const int interval_steps = int(rest < q.interval ? rest : q.interval);
+  while (place_of.load(ScanPlace::kMore)) {
+    const ScanInterval interval(p, q.interval, place_of);
+    const int interval_steps = interval.steps;
     const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int into = (kBack ? tiles - 1 - i : i) * kScanTile;
       const int count = interval_steps - into < kScanTile ? interval_steps - into : kScanTile;
-      const int64_t token = place.token(into);
-      const bool from_start = place.offset + into == 0, to_end = into + count == rest,
-                 starts = kBack ? to_end : from_start;
+      const int64_t token = interval.token_of(into);
+      const bool to_end = interval.last && into + count == interval_steps,
+                 starts = kBack ? to_end : interval.first && i == 0;
       block_sync(); // all have read what stands in shared memory
-      const ScanItems items(q.log_channels, along_time);
-      const auto cursor = [&](const auto& x) {
-        return ScanCursor(x, p, q, block.row, token, block.d0, items);
-      };
-      ScanCursor deltas = cursor(p.delta), others, zs;
-      bool any = true;
-      if constexpr (kBack)
-        others = cursor(p.grad_out), zs = cursor(p.z), any = p.grad_out.data;
-      else
-        others = cursor(p.u);
-      with_stored<R>(q.stored, [&]<class S>() {
-        ScanCursor delta = deltas, other = others, z = zs;
+      {
+        const ScanItems items(q.log_channels, along_time);
+        const auto cursor = [&](const OverTime<const void*>& x) {
+          return ScanCursor<const S>(x, p, block.row, token, block.d0, items);
+        };
+        ScanCursor<const S> delta = cursor(p.delta), other, z;
+        if constexpr (kBack)
+          other = cursor(p.grad_out), z = cursor(p.z);
+        else
+          other = cursor(p.u);
         int t = items.t, c = items.column;
-#pragma unroll 4
-        for (int k = 0; k < items.count; ++k) {
-          if (t < kScanTile && c < q.channels) {
-            R step = R(0), input = R(0);
-            if (t < count && c < block.channels) {
-              step = time_step(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
-              if (any) input = other.template load<S>();
-              if constexpr (kBack) {
-                if (p.z.data) input = input * silu_with_slope(R(z.template load<S>())).value;
-                input = input * R(kReadout<H>);
-              } else {
-                input = step * input;
-              }
-            }
-            steps_of.store(t * pitch + c, step);
-            inputs.store(t * pitch + c, input);
+#pragma unroll 1
+        for (int i = 0; i < items.count; i += kScanAhead) {
+          R step[kScanAhead], input[kScanAhead], gate[kScanAhead];
+#pragma unroll
+          for (int k = 0; k < kScanAhead; ++k) {
+            const int tk = t + k * items.t_next, ck = c + k * items.column_next;
+            const bool in = tk < count && ck < block.channels;
+            step[k] = delta.load(in), input[k] = other.load(in);
+            if (kBack) gate[k] = z.load(in), z.advance();
+            delta.advance(), other.advance();
           }
-          t += items.t_next, c += items.column_next;
-          delta.advance(), other.advance();
-          if (kBack) z.advance();
+#pragma unroll
+          for (int k = 0; k < kScanAhead; ++k) {
+            if (t < kScanTile && c < q.channels) {
+              const R dt = time_step(step[k] + bias.load(c), p.delta_softplus);
+              if constexpr (kBack) {
+                if (z.any) input[k] = input[k] * silu_with_slope(gate[k]).value;
+                input[k] = input[k] * R(kReadout<H>);
+              } else {
+                input[k] = dt * input[k];
+              }
+              const bool in = t < count;
+              steps_of.store(t * pitch + c, in ? dt : R(0));
+              inputs.store(t * pitch + c, in ? input[k] : R(0));
+            }
+            t += items.t_next, c += items.column_next;
+          }
         }
-      });
+      }
 #pragma unroll 1
       for (int pass = 0; pass < q.passes; ++pass) {
         const int64_t n_first = int64_t(pass) * columns,
                       n = n_first + recomputed(my_lane) * kStates;
         if (pass > 0) block_sync();
-        const auto stage = [&](const ScanCoefficient<H>& x) {
+        const auto stage = [&](const ScanCoefficient<Types>& x) {
           if (!x.x.constant)
             x.stage(p, q, block.row, token, count, block.group, n_first, log_columns);
           else if (first_tile || q.passes > 1)
@@ -613,11 +646,12 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
         if (q.passes > 1) load_A(n);
         if (starts) {
           if constexpr (kBack) {
-            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), place.sequence, n);
+            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), place_of.load(ScanPlace::kSequence),
+                n);
           } else {
             load(
                 h, ScanStates<H, const void*>(p.initial_state, p.num_states),
-                pooled ? pool_row : place.sequence, n);
+                pooled ? pool_row : place_of.load(ScanPlace::kSequence), n);
           }
         } else if (!kFull && first_tile) {
 #pragma unroll
@@ -628,7 +662,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
         if constexpr (kFull) {
           if (p.checkpoints && i == 0)
             store(
-                dense_states<H>(p.checkpoints, p.width, p.num_states), place.kept + place.index,
+                dense_states<H>(p.checkpoints, p.width, p.num_states), interval.kept,
                 n);
         }
         block_sync();
@@ -651,7 +685,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
           if (to_end)
             store(
                 ScanStates<H, void*>(p.final_state, p.num_states),
-                pooled ? pool_row : place.sequence, n);
+                pooled ? pool_row : place_of.load(ScanPlace::kSequence), n);
         }
       }
       restarted = restarted || starts;
@@ -659,28 +693,36 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
       if constexpr (kFull) {
         block_sync();
         const ScanItems items(q.log_channels, along_time);
-        const auto cursor = [&](const auto& x) {
-          return ScanCursor(x, p, q, block.row, token, block.d0, items);
-        };
-        const ScanCursor us = cursor(p.u), zs = cursor(p.z), outs = cursor(p.out);
-        with_stored<R>(q.stored, [&]<class S>() {
-          ScanCursor u = us, z = zs, out = outs;
-          int t = items.t, c = items.column;
-#pragma unroll 4
-          for (int k = 0; k < items.count; ++k) {
+        ScanCursor<const S> u(p.u, p, block.row, token, block.d0, items),
+            z(p.z, p, block.row, token, block.d0, items);
+        ScanCursor<S> out(p.out, p, block.row, token, block.d0, items);
+        int t = items.t, c = items.column;
+#pragma unroll 1
+        for (int i = 0; i < items.count; i += kScanAhead) {
+          R x[kScanAhead], gate[kScanAhead];
+#pragma unroll
+          for (int k = 0; k < kScanAhead; ++k) {
+            const bool in = t + k * items.t_next < count && c + k * items.column_next < block.channels;
+            x[k] = u.load(in), gate[k] = z.load(in);
+            u.advance(), z.advance();
+          }
+#pragma unroll
+          for (int k = 0; k < kScanAhead; ++k) {
             if (t < count && c < block.channels) {
-              R y = ys.load(t * pitch + c) * R(kReadout<H>);
-              y = fused(skip.load(c), R(u.template load<S>()), y);
-              if (p.z.data) y = y * silu(R(z.template load<S>()));
-              out.template store<S>(y);
+              R y = fused(skip.load(c), x[k], ys.load(t * pitch + c) * R(kReadout<H>));
+              if (z.any) y = y * silu(gate[k]);
+              out.store(y);
             }
             t += items.t_next, c += items.column_next;
-            u.advance(), z.advance(), out.advance();
+            out.advance();
           }
-        });
+        }
       }
     }
-    more = kBack ? place.previous(begin) : place.next(past);
+    block_sync(); // all have read where the interval lies
+    move(true, [](ScanPlace& place, int64_t begin, int64_t past) {
+      return kBack ? place.previous(begin) : place.next(past);
+    });
   }
   if constexpr (!kFull) {
     if (q.passes == 1 || first_tile) {
@@ -693,10 +735,11 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(H) == 4 ? 4 : 2)
 }
 
 // Thread by thread a state of a row: from what segments do, the state that reaches each of them.
-template <class H, bool kBack, class Problem>
+template <class Types, bool kBack, class Problem>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_fold_kernel(const Problem p, const ScanPlan q) {
-  using R = typename RealOf<H>::type;
+  using R = typename Types::R;
+  using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
   if (i >= q.rows * own) return;
   const int64_t row = i / own, state = i % own, d = state / p.num_states, n = state % p.num_states;
@@ -717,9 +760,10 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 // Sequences without a step: what starts is what is left. A thread per state.
-template <class H, class Problem>
+template <class Types, class Problem>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_empty_kernel(const Problem p) {
+  using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
   if (i >= p.num_sequences * own) return;
   const int64_t s = i / own, d = i % own / p.num_states, n = i % p.num_states;
@@ -742,15 +786,16 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // Shared memory of the backward, in bytes from its start. Offsets that are no array's own are another's.
 struct ScanBackwardShared {
-  int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip, bytes;
+  int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip, place, bytes;
 };
 // What lanes keep of each pass and turn: the gradient of the state, sums of A's, and where one is constant, of B's and C's.
 TORCH_EXT_HOST_DEVICE int scan_accumulators(bool constant) { return constant ? 4 : 2; }
 
-template <class H>
+template <class Types>
 TORCH_EXT_HOST_DEVICE ScanBackwardShared
 scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
-  using R = typename RealOf<H>::type;
+  using R = typename Types::R;
+  using H = typename Types::H;
   const int columns = Pack<H>::kSize << q.log_lanes;
   const int constants = q.channels * columns * int(sizeof(H)),
             tokens = kScanTile * columns * int(sizeof(H)),
@@ -779,14 +824,17 @@ scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
   at.to_step = q.passes > 1 ? take(array) : at.grad_ys;
   at.bias = take(q.channels * int(sizeof(R)));
   at.skip = take(q.channels * int(sizeof(R)));
+  at.place = take(ScanPlace::kWords * int(sizeof(int64_t)));
   at.bytes = next;
   return at;
 }
 
-template <class H>
+template <class Types>
 __global__ void __launch_bounds__(kScanThreads, 2)
     selective_scan_backward_kernel(const SelectiveScanBackward p, const ScanPlan q) {
-  using R = typename RealOf<H>::type;
+  using S = typename Types::S;
+  using R = typename Types::R;
+  using H = typename Types::H;
   using Lanes = Pack<H>;
   constexpr int K = Lanes::kSize;
   constexpr int kLogStates = K == 4 ? 2 : K == 2 ? 1 : 0;
@@ -799,13 +847,14 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const int64_t segment = block.segment, part = block.row * q.segments + segment;
   const bool constant = p.B.constant || p.C.constant, gate = p.z.data;
 
-  const ScanBackwardShared at = scan_backward_shared<H>(q, p.B.constant, p.C.constant);
-  const ScanCoefficient<H> B{p.B, shared_memory<H>(at.B)}, C{p.C, shared_memory<H>(at.C)};
+  const ScanBackwardShared at = scan_backward_shared<Types>(q, p.B.constant, p.C.constant);
+  const ScanCoefficient<Types> B{p.B, shared_memory<H>(at.B)}, C{p.C, shared_memory<H>(at.C)};
   const Shared<H> As = shared_memory<H>(at.A), warps = shared_memory<H>(at.warps);
   const Shared<R> steps_of = shared_memory<R>(at.steps), inputs = shared_memory<R>(at.inputs),
                   grad_ys = shared_memory<R>(at.grad_ys), ys = shared_memory<R>(at.ys),
                   to_input = shared_memory<R>(at.to_input), to_step = shared_memory<R>(at.to_step),
                   bias = shared_memory<R>(at.bias), skip = shared_memory<R>(at.skip);
+  const Shared<int64_t> place_of = shared_memory<int64_t>(at.place);
   for (int i = thread; i < q.channels; i += kScanThreads) {
     const bool in = i < block.channels;
     const auto get = [&](const OverChannels<const void*>& x) {
@@ -863,7 +912,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   });
 
   const auto stage_constant = [&](int64_t first) {
-    const ScanCoefficient<H> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
+    const ScanCoefficient<Types> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
     A.stage_constant(
         p, block.d0, block.channels, first, log_columns, q.channels,
         [](H x) { return torch_ext::in_octaves(x); });
@@ -874,37 +923,36 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   };
   if (q.passes == 1) stage_constant(0);
 
-  const auto cursor = [&](const auto& x, int64_t token, const ScanItems& items) {
-    return ScanCursor(x, p, q, block.row, token, block.d0, items);
-  };
   // Time steps and inputs of a tile, and with `all` the gradient of y.
   const auto stage_tile = [&](int64_t token, int count, bool all) {
     const ScanItems items(q.log_channels, along_time);
-    const ScanCursor deltas = cursor(p.delta, token, items), us = cursor(p.u, token, items),
-                     zs = cursor(p.z, token, items), grads = cursor(p.grad_out, token, items);
-    with_stored<R>(q.stored, [&]<class S>() {
-      ScanCursor delta = deltas, u = us, z = zs, grad = grads;
-      int t = items.t, c = items.column;
-#pragma unroll 4
-      for (int k = 0; k < items.count; ++k) {
-        if (t < kScanTile && c < q.channels) {
-          R step = R(0), input = R(0), grad_y = R(0);
-          if (t < count && c < block.channels) {
-            step = time_step(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
-            input = step * u.template load<S>();
-            if (all) {
-              if (p.grad_out.data) grad_y = grad.template load<S>();
-              if (gate) grad_y = grad_y * silu_with_slope(R(z.template load<S>())).value;
-              grad_y = grad_y * R(kReadout<H>);
-            }
-          }
-          steps_of.store(t * pitch + c, step), inputs.store(t * pitch + c, input);
-          if (all) grad_ys.store(t * pitch + c, grad_y);
-        }
-        t += items.t_next, c += items.column_next;
+    ScanCursor<const S> delta(p.delta, p, block.row, token, block.d0, items),
+        u(p.u, p, block.row, token, block.d0, items), z(p.z, p, block.row, token, block.d0, items),
+        grad(p.grad_out, p, block.row, token, block.d0, items);
+    int t = items.t, c = items.column;
+#pragma unroll 1
+    for (int i = 0; i < items.count; i += kScanAhead) {
+      R step[kScanAhead], input[kScanAhead], gates[kScanAhead], grad_y[kScanAhead];
+#pragma unroll
+      for (int k = 0; k < kScanAhead; ++k) {
+        const bool in = t + k * items.t_next < count && c + k * items.column_next < block.channels;
+        step[k] = delta.load(in), input[k] = u.load(in);
+        gates[k] = z.load(in && all), grad_y[k] = grad.load(in && all);
         delta.advance(), u.advance(), z.advance(), grad.advance();
       }
-    });
+#pragma unroll
+      for (int k = 0; k < kScanAhead; ++k) {
+        if (t < kScanTile && c < q.channels) {
+          const R dt = t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
+          steps_of.store(t * pitch + c, dt), inputs.store(t * pitch + c, dt * input[k]);
+          if (all) {
+            if (gate) grad_y[k] = grad_y[k] * silu_with_slope(gates[k]).value;
+            grad_ys.store(t * pitch + c, grad_y[k] * R(kReadout<H>));
+          }
+        }
+        t += items.t_next, c += items.column_next;
+      }
+    }
   };
   const auto stage_coefficients = [&](int64_t token, int count, int pass, bool all) {
     const int64_t first = int64_t(pass) * columns;
@@ -939,24 +987,33 @@ __global__ void __launch_bounds__(kScanThreads, 2)
            *const slab_of_C = slab_of_B +
                               q.blocks_per_group * tokens * p.num_groups * p.num_states;
 
-  const int64_t begin = segment * q.segment_steps, left = p.num_steps - begin,
-                past = begin + (left < q.segment_steps ? left : q.segment_steps);
-  ScanPlace place(p, q.interval, block.row);
+  const auto move = [&](bool from_memory, auto f) {
+    if (thread == 0) {
+      const int64_t begin = recomputed(segment) * q.segment_steps, left = p.num_steps - begin,
+                    past = begin + (left < q.segment_steps ? left : q.segment_steps);
+      ScanPlace place(p, q.interval, block.row);
+      if (from_memory) place.get(place_of);
+      place.put(place_of, f(place, begin, past));
+    }
+    block_sync();
+  };
+  move(false, [](ScanPlace& place, int64_t begin, int64_t past) {
+    return place.last(begin, past);
+  });
   bool first_interval = true;
 #pragma unroll 1
-  for (bool more = place.last(begin, past); more; more = place.previous(begin)) {
-    const int64_t rest = place.length - place.offset, index = place.kept + place.index;
-    const int interval_steps = int(rest < q.interval ? rest : q.interval);
+  while (place_of.load(ScanPlace::kMore)) {
+    const ScanInterval interval(p, q.interval, place_of);
+    const int interval_steps = interval.steps;
     const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
-    if (rest <= q.interval || first_interval) {
-      const bool ends = rest <= q.interval;
+    if (interval.last || first_interval) {
       const ScanStates<H, const void*> last(p.grad_final_state, p.num_states);
       const ScanStates<H, void*> carry = dense_states<H>(q.carry, p.width, p.num_states);
       over_own([&](int pass, int turn, int c, int64_t n) {
         const bool there = c < block.channels;
         put_own(
             pass, turn, kGradH,
-            ends ? last.load(place.sequence, block.d0 + c, n, there)
+            interval.last ? last.load(place_of.load(ScanPlace::kSequence), block.d0 + c, n, there)
                  : carry.load(part, block.d0 + c, n, there));
       });
     }
@@ -964,7 +1021,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     // ---- the states before the interval's tiles ----
 #pragma unroll 1
     for (int tile = 0; tile + 1 < tiles; ++tile) {
-      const int64_t token = place.token(tile * kScanTile);
+      const int64_t token = interval.token_of(tile * kScanTile);
       block_sync();
       stage_tile(token, kScanTile, false);
 #pragma unroll 1
@@ -976,7 +1033,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         for (int turn = 0; turn < q.turns; ++turn) {
           const int c = channel_of(turn);
           Lanes h = tile == 0 ? kept.load(
-                                    index, block.d0 + c, int64_t(pass) * columns + my_lane * K,
+                                    interval.kept, block.d0 + c, int64_t(pass) * columns + my_lane * K,
                                     c < block.channels)
                               : load_global(start_of(tile, pass, turn));
           replay(h, packs_of_A.load(c * lanes), c, kScanTile);
@@ -987,7 +1044,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     // ---- and back ----
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int64_t token = place.token(tile * kScanTile);
+      const int64_t token = interval.token_of(tile * kScanTile);
       const int steps_left = interval_steps - tile * kScanTile,
                 count = steps_left < kScanTile ? steps_left : kScanTile;
       block_sync();
@@ -1005,7 +1062,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           for (int i = 0; i < kScanHalf * K; ++i) grad_B[i] = grad_C[i] = H{};
           const auto start = [&](int turn) {
             const int c = channel_of(turn);
-            return tile == 0 ? kept.load(index, block.d0 + c, n, c < block.channels)
+            return tile == 0 ? kept.load(interval.kept, block.d0 + c, n, c < block.channels)
                              : load_global(start_of(tile, pass, turn));
           };
           Lanes next_start = start(0);
@@ -1110,44 +1167,54 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
       // ---- outputs ----
-      const ScanItems items(q.log_channels, along_time);
-      const ScanCursor deltas = cursor(p.delta, token, items), us = cursor(p.u, token, items),
-                       zs = cursor(p.z, token, items), grads = cursor(p.grad_out, token, items),
-                       grad_us = cursor(p.grad_u, token, items),
-                       grad_deltas = cursor(p.grad_delta, token, items),
-                       grad_zs = cursor(p.grad_z, token, items);
-      with_stored<R>(q.stored, [&]<class S>() {
-        ScanCursor delta = deltas, u = us, z = zs, grad = grads, grad_u = grad_us,
-                   grad_delta = grad_deltas, grad_z = grad_zs;
+      {
+        const ScanItems items(q.log_channels, along_time);
+        ScanCursor<const S> delta(p.delta, p, block.row, token, block.d0, items),
+            u(p.u, p, block.row, token, block.d0, items),
+            z(p.z, p, block.row, token, block.d0, items),
+            grad(p.grad_out, p, block.row, token, block.d0, items);
+        ScanCursor<S> grad_u(p.grad_u, p, block.row, token, block.d0, items),
+            grad_delta(p.grad_delta, p, block.row, token, block.d0, items),
+            grad_z(p.grad_z, p, block.row, token, block.d0, items);
+        constexpr int kAhead = 2;
         int t = items.t, c = items.column;
-#pragma unroll 2
-        for (int k = 0; k < items.count; ++k) {
-          if (t < kScanTile && c < q.channels) {
-            const int i = t * pitch + c;
-            R of_D = R(0), of_bias = R(0);
-            if (t < count && c < block.channels) {
-              const R x = u.template load<S>(), by_input = to_input.load(i), D = skip.load(c);
-              R g = R(0);
-              if (p.grad_out.data) g = grad.template load<S>();
-              if (gate) {
-                const Gate<R> silu = silu_with_slope(R(z.template load<S>()));
-                const R y = ys.load(i) * R(kReadout<H>);
-                if (p.grad_z.data) grad_z.template store<S>(g * silu.slope * fused(D, x, y));
-                g = g * silu.value;
-              }
-              of_D = g * x;
-              of_bias = fused(by_input, x, to_step.load(i)) *
-                        time_step_slope(R(delta.template load<S>() + bias.load(c)), p.delta_softplus);
-              grad_delta.template store<S>(of_bias);
-              grad_u.template store<S>(fused(by_input, steps_of.load(i), D * g));
-            }
-            to_input.store(i, of_D), to_step.store(i, of_bias);
+#pragma unroll 1
+        for (int i = 0; i < items.count; i += kAhead) {
+          R step[kAhead], x[kAhead], gates[kAhead], g[kAhead];
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k) {
+            const bool in =
+                t + k * items.t_next < count && c + k * items.column_next < block.channels;
+            step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in);
+            g[k] = grad.load(in);
+            delta.advance(), u.advance(), z.advance(), grad.advance();
           }
-          t += items.t_next, c += items.column_next;
-          delta.advance(), u.advance(), z.advance(), grad.advance();
-          grad_u.advance(), grad_delta.advance(), grad_z.advance();
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k) {
+            if (t < kScanTile && c < q.channels) {
+              const int at = t * pitch + c;
+              R of_D = R(0), of_bias = R(0);
+              if (t < count && c < block.channels) {
+                const R by_input = to_input.load(at), D = skip.load(c);
+                if (gate) {
+                  const Gate<R> silu = silu_with_slope(gates[k]);
+                  const R y = ys.load(at) * R(kReadout<H>);
+                  if (grad_z.any) grad_z.store(g[k] * silu.slope * fused(D, x[k], y));
+                  g[k] = g[k] * silu.value;
+                }
+                of_D = g[k] * x[k];
+                of_bias = fused(by_input, x[k], to_step.load(at)) *
+                          time_step_slope(step[k] + bias.load(c), p.delta_softplus);
+                grad_delta.store(of_bias);
+                grad_u.store(fused(by_input, steps_of.load(at), D * g[k]));
+              }
+              to_input.store(at, of_D), to_step.store(at, of_bias);
+            }
+            t += items.t_next, c += items.column_next;
+            grad_u.advance(), grad_delta.advance(), grad_z.advance();
+          }
         }
-      });
+      }
       block_sync();
       if (thread < q.channels) {
 #pragma unroll
@@ -1157,13 +1224,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
     }
-    if (place.offset == 0) {
+    if (interval.first) {
       const ScanStates<H, void*> to(p.grad_initial_state, p.num_states);
       over_own([&](int pass, int turn, int c, int64_t n) {
         to.store(
-            place.sequence, block.d0 + c, n, c < block.channels, get_own(pass, turn, kGradH));
+            place_of.load(ScanPlace::kSequence), block.d0 + c, n, c < block.channels,
+            get_own(pass, turn, kGradH));
       });
     }
+    block_sync(); // all have read where the interval lies
+    move(true, [](ScanPlace& place, int64_t begin, int64_t) { return place.previous(begin); });
   }
   // ---- sums over tokens ----
   const int64_t parts = q.rows * q.segments;
@@ -1184,10 +1254,11 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 }
 
 // Sums over channels, from all blocks: a thread per token, group and state.
-template <class H>
+template <class Types>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_tokens_kernel(const SelectiveScanBackward p, const ScanPlan q) {
-  using R = typename RealOf<H>::type;
+  using R = typename Types::R;
+  using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x,
                 of_token = p.num_groups * p.num_states, all = q.rows * p.num_steps * of_token;
   if (i >= all) return;
@@ -1200,22 +1271,19 @@ __global__ void __launch_bounds__(kScanThreads)
 #pragma unroll 4
     for (int64_t b = 1; b < q.blocks_per_group; ++b) sum = sum + load_global(from + b * all);
     const int64_t at = row * x.sequence + t * x.time + group * x.group + n * x.state;
-    if constexpr (kComplexLane<H>)
-      store_global(static_cast<H*>(x.data) + at, sum);
-    else
-      with_stored<R>(q.stored, [&]<class S>() {
-        store_global(static_cast<S*>(x.data) + at, Stored<S>::narrow(sum));
-      });
+    using PerToken = typename Types::PerToken;
+    store_global(static_cast<PerToken*>(x.data) + at, Stored<PerToken>::narrow(sum));
   };
   add(p.grad_B, 0);
   add(p.grad_C, 1);
 }
 
 // Sums over tokens, from all segments of all rows: a thread per channel and state.
-template <class H>
+template <class Types>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_channels_kernel(const SelectiveScanBackward p, const ScanPlan q) {
-  using R = typename RealOf<H>::type;
+  using R = typename Types::R;
+  using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
   if (i >= own) return;
   const int64_t parts = q.rows * q.segments, d = i / p.num_states, n = i % p.num_states;
