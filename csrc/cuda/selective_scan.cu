@@ -19,6 +19,8 @@ struct ScanDriver {
   using Forward = SelectiveScanForward;
   using Backward = SelectiveScanBackward;
   static constexpr int K = Pack<H>::kSize;
+  // Is there a backward kernel for what nearly all calls are? One more to compile.
+  static constexpr bool kHasPlain = !kComplex && sizeof(R) == 4;
 
   // Lanes and passes, where a lane has so many states.
   static void spread_states(ScanPlan& q, int64_t num_states, int states) {
@@ -174,9 +176,17 @@ struct ScanDriver {
             selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states, stream,
             p, q);
       }
-      launch(
-          selective_scan_backward_kernel<Types>, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
-          scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
+      const auto backward = [&](auto kernel) {
+        launch(
+            kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
+            scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
+      };
+      bool plain = false;
+      if constexpr (kHasPlain) {
+        plain = q.passes == 1 && !p.B.constant && !p.C.constant;
+        if (plain) backward(selective_scan_backward_kernel<Types, true>);
+      }
+      if (!plain) backward(selective_scan_backward_kernel<Types, false>);
       if (q.by_token)
         for_all(
             selective_scan_tokens_kernel<Types>, q.rows * p.num_steps * p.num_groups * p.num_states,
@@ -196,7 +206,7 @@ void scan_dispatch(DType dtype, F f) {
   if (dtype == DType::c128) f(ScanDriver<double, true>{});
 }
 template <class Problem>
-int64_t scan_workspace(const Problem& p) {
+int64_t scan_workspace(DType dtype, const Problem& p) {
   int64_t bytes = 0;
   scan_dispatch(dtype, [&](auto driver) { bytes = driver.workspace(p); });
   return bytes;

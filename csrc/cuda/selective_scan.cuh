@@ -829,13 +829,15 @@ scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
   return at;
 }
 
-template <class Types>
+// kPlain: one pass, and neither B nor C is constant. Else fewer steps at a time are in registers.
+template <class Types, bool kPlain>
 __global__ void __launch_bounds__(kScanThreads, 2)
     selective_scan_backward_kernel(const SelectiveScanBackward p, const ScanPlan q) {
   using S = typename Types::S;
   using R = typename Types::R;
   using H = typename Types::H;
   using Lanes = Pack<H>;
+  constexpr int kHalf = kPlain ? kScanHalf : sizeof(R) == 4 ? kScanHalf / 2 : 1;
   constexpr int K = Lanes::kSize;
   constexpr int kLogStates = K == 4 ? 2 : K == 2 ? 1 : 0;
   static_assert(1 << kLogStates == K);
@@ -845,9 +847,11 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const int at_once = kScanThreads >> log_lanes; // channels of a turn
   const ScanBlock<SelectiveScanBackward> block(p, q, q.segments);
   const int64_t segment = block.segment, part = block.row * q.segments + segment;
-  const bool constant = p.B.constant || p.C.constant, gate = p.z.data;
+  const bool constant_B = !kPlain && p.B.constant, constant_C = !kPlain && p.C.constant,
+             constant = constant_B || constant_C, gate = p.z.data;
+  const int passes = kPlain ? 1 : q.passes;
 
-  const ScanBackwardShared at = scan_backward_shared<Types>(q, p.B.constant, p.C.constant);
+  const ScanBackwardShared at = scan_backward_shared<Types>(q, constant_B, constant_C);
   const ScanCoefficient<Types> B{p.B, shared_memory<H>(at.B)}, C{p.C, shared_memory<H>(at.C)};
   const Shared<H> As = shared_memory<H>(at.A), warps = shared_memory<H>(at.warps);
   const Shared<R> steps_of = shared_memory<R>(at.steps), inputs = shared_memory<R>(at.inputs),
@@ -871,17 +875,17 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const int kinds = scan_accumulators(constant);
   const Shared<Lanes> own = shared_memory<Lanes>(at.accumulators) + thread;
   Lanes* const own_global = static_cast<Lanes*>(q.accumulators) +
-                            int64_t(blockIdx.x) * q.passes * q.turns * kinds * kScanThreads +
+                            int64_t(blockIdx.x) * passes * q.turns * kinds * kScanThreads +
                             thread;
   const auto slot = [&](int pass, int turn, int kind) {
     return ((pass * q.turns + turn) * kinds + kind) * kScanThreads;
   };
   const auto get_own = [&](int pass, int turn, int kind) {
-    return q.passes == 1 ? own.load(slot(pass, turn, kind))
+    return passes == 1 ? own.load(slot(pass, turn, kind))
                          : load_global(own_global + slot(pass, turn, kind));
   };
   const auto put_own = [&](int pass, int turn, int kind, const Lanes& x) {
-    if (q.passes == 1)
+    if (passes == 1)
       own.store(slot(pass, turn, kind), x);
     else
       store_global(own_global + slot(pass, turn, kind), x);
@@ -889,10 +893,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   // The states before the tiles of an interval, but for the first, which is kept.
   const int64_t tiles_kept = q.interval / kScanTile - 1;
   Lanes* const starts = static_cast<Lanes*>(q.starts) +
-                        int64_t(blockIdx.x) * tiles_kept * q.passes * q.turns * kScanThreads +
+                        int64_t(blockIdx.x) * tiles_kept * passes * q.turns * kScanThreads +
                         thread;
   const auto start_of = [&](int tile, int pass, int turn) {
-    return starts + (int64_t(tile - 1) * q.passes + pass) * q.turns * kScanThreads +
+    return starts + (int64_t(tile - 1) * passes + pass) * q.turns * kScanThreads +
            turn * kScanThreads;
   };
   const auto channel_of = [&](int turn) { return turn * at_once + (thread >> log_lanes); };
@@ -901,7 +905,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 
   const auto over_own = [&](auto f) { // f(pass, turn, channel of the block, first state)
 #pragma unroll 1
-    for (int pass = 0; pass < q.passes; ++pass) {
+    for (int pass = 0; pass < passes; ++pass) {
 #pragma unroll 1
       for (int turn = 0; turn < q.turns; ++turn)
         f(pass, turn, channel_of(turn), int64_t(pass) * columns + my_lane * K);
@@ -916,12 +920,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     A.stage_constant(
         p, block.d0, block.channels, first, log_columns, q.channels,
         [](H x) { return torch_ext::in_octaves(x); });
-    if (p.B.constant)
+    if (constant_B)
       B.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
-    if (p.C.constant)
+    if (constant_C)
       C.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
   };
-  if (q.passes == 1) stage_constant(0);
+  if (passes == 1) stage_constant(0);
 
   // Time steps and inputs of a tile, and with `all` the gradient of y.
   const auto stage_tile = [&](int64_t token, int count, bool all) {
@@ -956,16 +960,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   };
   const auto stage_coefficients = [&](int64_t token, int count, int pass, bool all) {
     const int64_t first = int64_t(pass) * columns;
-    if (q.passes > 1) stage_constant(first);
-    if (!p.B.constant) B.stage(p, q, block.row, token, count, block.group, first, log_columns);
-    if (all && !p.C.constant) C.stage(p, q, block.row, token, count, block.group, first, log_columns);
+    if (passes > 1) stage_constant(first);
+    if (!constant_B) B.stage(p, q, block.row, token, count, block.group, first, log_columns);
+    if (all && !constant_C) C.stage(p, q, block.row, token, count, block.group, first, log_columns);
   };
   const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
                       packs_of_B = B.to.template view<Lanes>() + my_lane,
                       packs_of_C = C.to.template view<Lanes>() + my_lane;
   // B's pack of step t and channel c: the t * step + c * channel-th.
-  const int step_of_B = p.B.constant ? 0 : lanes, channel_of_B = p.B.constant ? lanes : 0,
-            step_of_C = p.C.constant ? 0 : lanes, channel_of_C = p.C.constant ? lanes : 0;
+  const int step_of_B = constant_B ? 0 : lanes, channel_of_B = constant_B ? lanes : 0,
+            step_of_C = constant_C ? 0 : lanes, channel_of_C = constant_C ? lanes : 0;
   // Through the first `count` steps of the tile.
   const auto replay = [&](Lanes& h, const Lanes& A, int c, int count) {
     Shared<Lanes> b_at = packs_of_B + c * channel_of_B;
@@ -1025,7 +1029,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       block_sync();
       stage_tile(token, kScanTile, false);
 #pragma unroll 1
-      for (int pass = 0; pass < q.passes; ++pass) {
+      for (int pass = 0; pass < passes; ++pass) {
         if (pass > 0) block_sync();
         stage_coefficients(token, kScanTile, pass, false);
         block_sync();
@@ -1050,16 +1054,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       block_sync();
       stage_tile(token, count, true);
 #pragma unroll 1
-      for (int pass = 0; pass < q.passes; ++pass) {
+      for (int pass = 0; pass < passes; ++pass) {
         const int64_t n_first = int64_t(pass) * columns, n = n_first + my_lane * K;
         if (pass > 0) block_sync();
         stage_coefficients(token, count, pass, true);
         block_sync();
 #pragma unroll 1
-        for (int half = count > kScanHalf ? kScanHalf : 0; half >= 0; half -= kScanHalf) {
-          H grad_B[kScanHalf * K], grad_C[kScanHalf * K];
+        for (int half = (count - 1) / kHalf * kHalf; half >= 0; half -= kHalf) {
+          H grad_B[kHalf * K], grad_C[kHalf * K];
 #pragma unroll
-          for (int i = 0; i < kScanHalf * K; ++i) grad_B[i] = grad_C[i] = H{};
+          for (int i = 0; i < kHalf * K; ++i) grad_B[i] = grad_C[i] = H{};
           const auto start = [&](int turn) {
             const int c = channel_of(turn);
             return tile == 0 ? kept.load(interval.kept, block.d0 + c, n, c < block.channels)
@@ -1074,37 +1078,37 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             const Lanes A = packs_of_A.load(c * lanes);
             replay(h, A, c, half);
 
-            H decays[kScanHalf][K], states[kScanHalf + 1][K];
-            R step[kScanHalf], input[kScanHalf], grad_y[kScanHalf];
-            R sums[3][kScanHalf]; // of the gradient of the input, of the time step; of y
+            H decays[kHalf][K], states[kHalf + 1][K];
+            R sums[3][kHalf]; // of the gradient of the input, of the time step; of y
 #pragma unroll
             for (int j = 0; j < K; ++j) states[0][j] = h.x[j];
             const int from = half * pitch + c;
 #pragma unroll
-            for (int t = 0; t < kScanHalf; ++t) {
-              step[t] = steps_of.load(from + t * pitch), input[t] = inputs.load(from + t * pitch);
-              grad_y[t] = grad_ys.load(from + t * pitch);
+            for (int t = 0; t < kHalf; ++t) {
+              const R step = steps_of.load(from + t * pitch), input = inputs.load(from + t * pitch);
               const Lanes b = packs_of_B.load((half + t) * step_of_B + c * channel_of_B);
 #pragma unroll
               for (int j = 0; j < K; ++j) {
                 const ScanStep<R, H> s =
-                    scan_step(step[t], input[t], A.x[j], b.x[j], states[t][j]);
+                    scan_step(step, input, A.x[j], b.x[j], states[t][j]);
                 decays[t][j] = s.decay, states[t + 1][j] = s.h;
               }
             }
-            warp_sync(); // B is loaded again: kept, it would take the registers of the sums
+            warp_sync(); // what the steps read is loaded again: kept, it would take the registers of the sums
             Lanes g = get_own(pass, turn, kGradH), gA = get_own(pass, turn, kGradA);
 #pragma unroll
-            for (int t = kScanHalf - 1; t >= 0; --t) {
+            for (int t = kHalf - 1; t >= 0; --t) {
               const Lanes b = packs_of_B.load((half + t) * step_of_B + c * channel_of_B),
                           cc = packs_of_C.load((half + t) * step_of_C + c * channel_of_C);
+              const R step = steps_of.load(from + t * pitch), input = inputs.load(from + t * pitch),
+                      grad_y = grad_ys.load(from + t * pitch);
               ScanSums<R, H> sum{};
               R y = R(0);
 #pragma unroll
               for (int j = 0; j < K; ++j) {
                 scan_step_vjp(
-                    step[t], input[t], A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
-                    states[t + 1][j], grad_y[t], g.x[j], gA.x[j], grad_B[t * K + j],
+                    step, input, A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
+                    states[t + 1][j], grad_y, g.x[j], gA.x[j], grad_B[t * K + j],
                     grad_C[t * K + j], sum);
                 if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
               }
@@ -1115,19 +1119,19 @@ __global__ void __launch_bounds__(kScanThreads, 2)
               const auto fold = [&](int kind, H* v) {
                 Lanes all = get_own(pass, turn, kind);
 #pragma unroll
-                for (int t = kScanHalf - 1; t >= 0; --t) {
+                for (int t = kHalf - 1; t >= 0; --t) {
 #pragma unroll
                   for (int j = 0; j < K; ++j)
                     all.x[j] = all.x[j] + v[t * K + j], v[t * K + j] = H{};
                 }
                 put_own(pass, turn, kind, all);
               };
-              if (p.B.constant) fold(kGradB, grad_B);
-              if (p.C.constant) fold(kGradC, grad_C);
+              if (constant_B) fold(kGradB, grad_B);
+              if (constant_C) fold(kGradC, grad_C);
             }
             warp_sync(); // all lanes of the channel have read what is written over
             const auto put = [&](const Shared<R>& to, R* v) {
-              sum_over_lanes<kScanHalf>(v, lanes / 2, 1, 0, true, [&](int t, R sum) {
+              sum_over_lanes<kHalf>(v, lanes / 2, 1, 0, true, [&](int t, R sum) {
                 const int at = from + t * pitch;
                 to.store(at, pass > 0 ? to.load(at) + sum : sum);
               });
@@ -1137,23 +1141,23 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           }
           // ---- over the channels ----
           const auto gather = [&](int which, H* v) {
-            sum_over_lanes<kScanHalf * K>(v, (32 >> log_lanes) / 2, lanes, 0, true, [&](int i, H sum) {
+            sum_over_lanes<kHalf * K>(v, (32 >> log_lanes) / 2, lanes, 0, true, [&](int i, H sum) {
               warps.store(
-                  ((warp() * 2 + which) * kScanHalf + i / K) * columns + my_lane * K + i % K, sum);
+                  ((warp() * 2 + which) * kHalf + i / K) * columns + my_lane * K + i % K, sum);
             });
           };
-          const bool of_B = !p.B.constant && p.grad_B.data, of_C = !p.C.constant && p.grad_C.data;
+          const bool of_B = !constant_B && p.grad_B.data, of_C = !constant_C && p.grad_C.data;
           if (of_B) gather(0, grad_B);
           if (of_C) gather(1, grad_C);
           block_sync();
           const auto leave = [&](int which, H* slab) {
-            for (int i = thread; i < kScanHalf * columns; i += kScanThreads) {
+            for (int i = thread; i < kHalf * columns; i += kScanThreads) {
               const int t = i >> log_columns, column = i & (columns - 1);
               if (half + t >= count || n_first + column >= p.num_states) continue;
-              H sum = warps.load(which * kScanHalf * columns + i);
+              H sum = warps.load(which * kHalf * columns + i);
 #pragma unroll
               for (int w = 1; w < kScanWarps; ++w)
-                sum = sum + warps.load((w * 2 + which) * kScanHalf * columns + i);
+                sum = sum + warps.load((w * 2 + which) * kHalf * columns + i);
               const int64_t step = half + t,
                             to = block.row * p.num_steps + (p.reverse ? token - step : token + step);
               store_global(
