@@ -48,13 +48,8 @@ template <class T>
 inline constexpr double kExp2Limit = kDouble<T> ? 1009 : 115;
 TORCH_EXT_HD float exp2(float x) {
 #ifdef __CUDA_ARCH__ // two instructions instead of seven
-#if __CUDA_ARCH__ >= 800
-  asm("min.NaN.f32 %0, %0, 0f42E60000;" : "+f"(x)); // 115
-#else
-  x = x > 115.f ? 115.f : x;
-#endif
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(at_most(x, kExp2Limit<float>)));
   return power;
 #else
   return ::exp2f(at_most(x, kExp2Limit<float>));

@@ -245,7 +245,7 @@ struct ScanCursor {
     next = items.next(time, x.channel);
   }
   TORCH_EXT_DEVICE R load(bool there) const {
-    return there && any ? Stored<Number>::widen(load_global(at)) : R(0);
+    return there ? Stored<Number>::widen(load_global(at)) : R(0);
   }
   TORCH_EXT_DEVICE void store(R x) const { store_global(at, Stored<Number>::narrow(x)); }
   TORCH_EXT_DEVICE void advance() { at += next; }
@@ -313,8 +313,7 @@ struct ScanCoefficient {
 
   // States first .. first + columns of a tile, columns side by side; channels of a block likewise.
   TORCH_EXT_DEVICE void stage(
-      const SelectiveScanProblem& p, const ScanPlan& q, int64_t row, int64_t token,
-      int steps, int64_t group, int64_t first, int log_columns) const {
+      const SelectiveScanProblem& p, int64_t row, int64_t token, int steps, int64_t group, int64_t first, int log_columns) const {
     constexpr int kMost = 7; // kScanThreads columns
     static_assert(1 << kMost == kScanThreads);
     const int columns = 1 << log_columns, log_at_once = log_columns < kMost ? log_columns : kMost,
@@ -472,6 +471,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
     if (kFull) skip.store(i, get(p.D));
   }
   const bool along_time = runs_along_time(p.delta);
+  // Every thread has as many elements as the others, and all of them are there.
+  const bool whole_block =
+      block.channels == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
 
   bool pooled = false; // states in a row of their own
   int64_t pool_row = 0;
@@ -600,35 +602,41 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
           other = cursor(p.grad_out), z = cursor(p.z);
         else
           other = cursor(p.u);
-        int t = items.t, c = items.column;
+        const auto fill = [&]<bool kWhole>() __attribute__((always_inline)) {
+          int t = items.t, c = items.column, at = t * pitch + c;
+          const int at_next = items.t_next * pitch + items.column_next;
 #pragma unroll 1
-        for (int i = 0; i < items.count; i += kScanAhead) {
-          R step[kScanAhead], input[kScanAhead], gate[kScanAhead];
+          for (int i = 0; i < items.count; i += kScanAhead) {
+            R step[kScanAhead], input[kScanAhead], gate[kScanAhead];
 #pragma unroll
-          for (int k = 0; k < kScanAhead; ++k) {
-            const int tk = t + k * items.t_next, ck = c + k * items.column_next;
-            const bool in = tk < count && ck < block.channels;
-            step[k] = delta.load(in), input[k] = other.load(in);
-            if (kBack) gate[k] = z.load(in), z.advance();
-            delta.advance(), other.advance();
-          }
-#pragma unroll
-          for (int k = 0; k < kScanAhead; ++k) {
-            if (t < kScanTile && c < q.channels) {
-              const R dt = time_step(step[k] + bias.load(c), p.delta_softplus);
-              if constexpr (kBack) {
-                if (z.any) input[k] = input[k] * silu_with_slope(gate[k]).value;
-                input[k] = input[k] * R(kReadout<H>);
-              } else {
-                input[k] = dt * input[k];
-              }
-              const bool in = t < count;
-              steps_of.store(t * pitch + c, in ? dt : R(0));
-              inputs.store(t * pitch + c, in ? input[k] : R(0));
+            for (int k = 0; k < kScanAhead; ++k) {
+              const int tk = t + k * items.t_next, ck = c + k * items.column_next;
+              const bool in = kWhole || (tk < count && ck < block.channels);
+              step[k] = delta.load(in), input[k] = other.load(in && (!kBack || other.any));
+              if (kBack) gate[k] = z.load(in && z.any), z.advance();
+              delta.advance(), other.advance();
             }
-            t += items.t_next, c += items.column_next;
+#pragma unroll
+            for (int k = 0; k < kScanAhead; ++k) {
+              if (kWhole || (t < kScanTile && c < q.channels)) {
+                const R dt = time_step(step[k] + bias.load(c), p.delta_softplus);
+                if constexpr (kBack) {
+                  if (z.any) input[k] = input[k] * silu_with_slope(gate[k]).value;
+                  input[k] = input[k] * R(kReadout<H>);
+                } else {
+                  input[k] = dt * input[k];
+                }
+                const bool in = kWhole || t < count;
+                steps_of.store(at, in ? dt : R(0)), inputs.store(at, in ? input[k] : R(0));
+              }
+              t += items.t_next, c += items.column_next, at += at_next;
+            }
           }
-        }
+        };
+        if (whole_block && count == kScanTile)
+          fill.template operator()<true>();
+        else
+          fill.template operator()<false>();
       }
 #pragma unroll 1
       for (int pass = 0; pass < q.passes; ++pass) {
@@ -637,7 +645,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
         if (pass > 0) block_sync();
         const auto stage = [&](const ScanCoefficient<Types>& x) {
           if (!x.x.constant)
-            x.stage(p, q, block.row, token, count, block.group, n_first, log_columns);
+            x.stage(p, block.row, token, count, block.group, n_first, log_columns);
           else if (first_tile || q.passes > 1)
             x.stage_constant(p, block.d0, block.channels, n_first, log_columns, q.channels);
         };
@@ -696,27 +704,35 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
         ScanCursor<const S> u(p.u, p, block.row, token, block.d0, items),
             z(p.z, p, block.row, token, block.d0, items);
         ScanCursor<S> out(p.out, p, block.row, token, block.d0, items);
-        int t = items.t, c = items.column;
+        const auto finish = [&]<bool kWhole>() __attribute__((always_inline)) {
+          int t = items.t, c = items.column, at = t * pitch + c;
+          const int at_next = items.t_next * pitch + items.column_next;
 #pragma unroll 1
-        for (int i = 0; i < items.count; i += kScanAhead) {
-          R x[kScanAhead], gate[kScanAhead];
+          for (int i = 0; i < items.count; i += kScanAhead) {
+            R x[kScanAhead], gate[kScanAhead];
 #pragma unroll
-          for (int k = 0; k < kScanAhead; ++k) {
-            const bool in = t + k * items.t_next < count && c + k * items.column_next < block.channels;
-            x[k] = u.load(in), gate[k] = z.load(in);
-            u.advance(), z.advance();
-          }
-#pragma unroll
-          for (int k = 0; k < kScanAhead; ++k) {
-            if (t < count && c < block.channels) {
-              R y = fused(skip.load(c), x[k], ys.load(t * pitch + c) * R(kReadout<H>));
-              if (z.any) y = y * silu(gate[k]);
-              out.store(y);
+            for (int k = 0; k < kScanAhead; ++k) {
+              const bool in = kWhole || (t + k * items.t_next < count &&
+                                         c + k * items.column_next < block.channels);
+              x[k] = u.load(in), gate[k] = z.load(in && z.any);
+              u.advance(), z.advance();
             }
-            t += items.t_next, c += items.column_next;
-            out.advance();
+#pragma unroll
+            for (int k = 0; k < kScanAhead; ++k) {
+              if (kWhole || (t < count && c < block.channels)) {
+                R y = fused(skip.load(c), x[k], ys.load(at) * R(kReadout<H>));
+                if (z.any) y = y * silu(gate[k]);
+                out.store(y);
+              }
+              t += items.t_next, c += items.column_next, at += at_next;
+              out.advance();
+            }
           }
-        }
+        };
+        if (whole_block && count == kScanTile)
+          finish.template operator()<true>();
+        else
+          finish.template operator()<false>();
       }
     }
     block_sync(); // all have read where the interval lies
@@ -869,6 +885,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     bias.store(i, get(p.delta_bias)), skip.store(i, get(p.D));
   }
   const bool along_time = runs_along_time(p.delta);
+  // Every thread has as many elements as the others, and all of them are there.
+  const bool whole_block =
+      block.channels == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
 
   // ---- what is a lane's own ----
   enum { kGradH, kGradA, kGradB, kGradC };
@@ -933,36 +952,45 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     ScanCursor<const S> delta(p.delta, p, block.row, token, block.d0, items),
         u(p.u, p, block.row, token, block.d0, items), z(p.z, p, block.row, token, block.d0, items),
         grad(p.grad_out, p, block.row, token, block.d0, items);
-    int t = items.t, c = items.column;
+    const auto fill = [&]<bool kWhole>() __attribute__((always_inline)) {
+      int t = items.t, c = items.column, at = t * pitch + c;
+      const int at_next = items.t_next * pitch + items.column_next;
 #pragma unroll 1
-    for (int i = 0; i < items.count; i += kScanAhead) {
-      R step[kScanAhead], input[kScanAhead], gates[kScanAhead], grad_y[kScanAhead];
+      for (int i = 0; i < items.count; i += kScanAhead) {
+        R step[kScanAhead], input[kScanAhead], gates[kScanAhead], grad_y[kScanAhead];
 #pragma unroll
-      for (int k = 0; k < kScanAhead; ++k) {
-        const bool in = t + k * items.t_next < count && c + k * items.column_next < block.channels;
-        step[k] = delta.load(in), input[k] = u.load(in);
-        gates[k] = z.load(in && all), grad_y[k] = grad.load(in && all);
-        delta.advance(), u.advance(), z.advance(), grad.advance();
-      }
-#pragma unroll
-      for (int k = 0; k < kScanAhead; ++k) {
-        if (t < kScanTile && c < q.channels) {
-          const R dt = t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
-          steps_of.store(t * pitch + c, dt), inputs.store(t * pitch + c, dt * input[k]);
-          if (all) {
-            if (gate) grad_y[k] = grad_y[k] * silu_with_slope(gates[k]).value;
-            grad_ys.store(t * pitch + c, grad_y[k] * R(kReadout<H>));
-          }
+        for (int k = 0; k < kScanAhead; ++k) {
+          const bool in = kWhole || (t + k * items.t_next < count &&
+                                     c + k * items.column_next < block.channels);
+          step[k] = delta.load(in), input[k] = u.load(in);
+          gates[k] = z.load(in && all && z.any), grad_y[k] = grad.load(in && all && grad.any);
+          delta.advance(), u.advance(), z.advance(), grad.advance();
         }
-        t += items.t_next, c += items.column_next;
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          if (kWhole || (t < kScanTile && c < q.channels)) {
+            const R dt = kWhole || t < count ? time_step(step[k] + bias.load(c), p.delta_softplus)
+                                             : R(0);
+            steps_of.store(at, dt), inputs.store(at, dt * input[k]);
+            if (all) {
+              if (gate) grad_y[k] = grad_y[k] * silu_with_slope(gates[k]).value;
+              grad_ys.store(at, grad_y[k] * R(kReadout<H>));
+            }
+          }
+          t += items.t_next, c += items.column_next, at += at_next;
+        }
       }
-    }
+    };
+    if (whole_block && count == kScanTile)
+      fill.template operator()<true>();
+    else
+      fill.template operator()<false>();
   };
   const auto stage_coefficients = [&](int64_t token, int count, int pass, bool all) {
     const int64_t first = int64_t(pass) * columns;
     if (passes > 1) stage_constant(first);
-    if (!constant_B) B.stage(p, q, block.row, token, count, block.group, first, log_columns);
-    if (all && !constant_C) C.stage(p, q, block.row, token, count, block.group, first, log_columns);
+    if (!constant_B) B.stage(p, block.row, token, count, block.group, first, log_columns);
+    if (all && !constant_C) C.stage(p, block.row, token, count, block.group, first, log_columns);
   };
   const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
                       packs_of_B = B.to.template view<Lanes>() + my_lane,
@@ -1181,43 +1209,49 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             grad_delta(p.grad_delta, p, block.row, token, block.d0, items),
             grad_z(p.grad_z, p, block.row, token, block.d0, items);
         constexpr int kAhead = 2;
-        int t = items.t, c = items.column;
+        const auto finish = [&]<bool kWhole>() __attribute__((always_inline)) {
+          int t = items.t, c = items.column, at = t * pitch + c;
+          const int at_next = items.t_next * pitch + items.column_next;
 #pragma unroll 1
-        for (int i = 0; i < items.count; i += kAhead) {
-          R step[kAhead], x[kAhead], gates[kAhead], g[kAhead];
+          for (int i = 0; i < items.count; i += kAhead) {
+            R step[kAhead], x[kAhead], gates[kAhead], g[kAhead];
 #pragma unroll
-          for (int k = 0; k < kAhead; ++k) {
-            const bool in =
-                t + k * items.t_next < count && c + k * items.column_next < block.channels;
-            step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in);
-            g[k] = grad.load(in);
-            delta.advance(), u.advance(), z.advance(), grad.advance();
-          }
-#pragma unroll
-          for (int k = 0; k < kAhead; ++k) {
-            if (t < kScanTile && c < q.channels) {
-              const int at = t * pitch + c;
-              R of_D = R(0), of_bias = R(0);
-              if (t < count && c < block.channels) {
-                const R by_input = to_input.load(at), D = skip.load(c);
-                if (gate) {
-                  const Gate<R> silu = silu_with_slope(gates[k]);
-                  const R y = ys.load(at) * R(kReadout<H>);
-                  if (grad_z.any) grad_z.store(g[k] * silu.slope * fused(D, x[k], y));
-                  g[k] = g[k] * silu.value;
-                }
-                of_D = g[k] * x[k];
-                of_bias = fused(by_input, x[k], to_step.load(at)) *
-                          time_step_slope(step[k] + bias.load(c), p.delta_softplus);
-                grad_delta.store(of_bias);
-                grad_u.store(fused(by_input, steps_of.load(at), D * g[k]));
-              }
-              to_input.store(at, of_D), to_step.store(at, of_bias);
+            for (int k = 0; k < kAhead; ++k) {
+              const bool in = kWhole || (t + k * items.t_next < count &&
+                                         c + k * items.column_next < block.channels);
+              step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in && z.any);
+              g[k] = grad.load(in && grad.any);
+              delta.advance(), u.advance(), z.advance(), grad.advance();
             }
-            t += items.t_next, c += items.column_next;
-            grad_u.advance(), grad_delta.advance(), grad_z.advance();
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k) {
+              if (kWhole || (t < kScanTile && c < q.channels)) {
+                R of_D = R(0), of_bias = R(0);
+                if (kWhole || (t < count && c < block.channels)) {
+                  const R by_input = to_input.load(at), D = skip.load(c);
+                  if (gate) {
+                    const Gate<R> silu = silu_with_slope(gates[k]);
+                    const R y = ys.load(at) * R(kReadout<H>);
+                    if (grad_z.any) grad_z.store(g[k] * silu.slope * fused(D, x[k], y));
+                    g[k] = g[k] * silu.value;
+                  }
+                  of_D = g[k] * x[k];
+                  of_bias = fused(by_input, x[k], to_step.load(at)) *
+                            time_step_slope(step[k] + bias.load(c), p.delta_softplus);
+                  grad_delta.store(of_bias);
+                  grad_u.store(fused(by_input, steps_of.load(at), D * g[k]));
+                }
+                to_input.store(at, of_D), to_step.store(at, of_bias);
+              }
+              t += items.t_next, c += items.column_next, at += at_next;
+              grad_u.advance(), grad_delta.advance(), grad_z.advance();
+            }
           }
-        }
+        };
+        if (whole_block && count == kScanTile)
+          finish.template operator()<true>();
+        else
+          finish.template operator()<false>();
       }
       block_sync();
       if (thread < q.channels) {
@@ -1261,7 +1295,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 template <class Types>
 __global__ void __launch_bounds__(kScanThreads)
     selective_scan_tokens_kernel(const SelectiveScanBackward p, const ScanPlan q) {
-  using R = typename Types::R;
   using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x,
                 of_token = p.num_groups * p.num_states, all = q.rows * p.num_steps * of_token;
