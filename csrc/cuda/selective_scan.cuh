@@ -80,19 +80,33 @@ struct ScanPlan {
 
 // ---- blocks, sequences ----
 
-template <class Problem>
+// What a block works on, in shared memory: in registers it would crowd out states.
 struct ScanBlock {
-  int64_t row, segment, group, block_of_group, d0;
-  int channels;
-  TORCH_EXT_DEVICE ScanBlock(const Problem& p, const ScanPlan& q, int64_t segments) {
-    int64_t i = blockIdx.x;
-    block_of_group = i % q.blocks_per_group, i /= q.blocks_per_group;
-    group = i % p.num_groups, i /= p.num_groups;
-    segment = i % segments, row = i / segments;
-    const int64_t own = p.width / p.num_groups, first = block_of_group * q.channels;
-    d0 = group * own + first;
-    channels = own - first < q.channels ? int(own - first) : q.channels;
+  enum Word { kRow, kSegment, kGroup, kBlockOfGroup, kFirstChannel, kChannels, kWords };
+  Shared<int64_t> words;
+  TORCH_EXT_DEVICE ScanBlock(
+      const SelectiveScanProblem& p, const ScanPlan& q, int64_t segments, Shared<int64_t> to)
+      : words(to) {
+    if (threadIdx.x == 0) {
+      int64_t i = blockIdx.x;
+      const int64_t block = i % q.blocks_per_group;
+      i /= q.blocks_per_group;
+      const int64_t group = i % p.num_groups;
+      i /= p.num_groups;
+      words.store(kSegment, i % segments), words.store(kRow, i / segments);
+      const int64_t own = p.width / p.num_groups, first = block * q.channels;
+      words.store(kGroup, group), words.store(kBlockOfGroup, block);
+      words.store(kFirstChannel, group * own + first);
+      words.store(kChannels, own - first < q.channels ? own - first : q.channels);
+    }
+    block_sync();
   }
+  TORCH_EXT_DEVICE int64_t row() const { return words.load(kRow); }
+  TORCH_EXT_DEVICE int64_t segment() const { return words.load(kSegment); }
+  TORCH_EXT_DEVICE int64_t group() const { return words.load(kGroup); }
+  TORCH_EXT_DEVICE int64_t block_of_group() const { return words.load(kBlockOfGroup); }
+  TORCH_EXT_DEVICE int64_t d0() const { return words.load(kFirstChannel); }
+  TORCH_EXT_DEVICE int channels() const { return int(words.load(kChannels)); }
 };
 
 // A place in a row: `offset` steps from the start of a sequence, in the order of time. Offsets of sequences are not
@@ -109,7 +123,7 @@ struct ScanPlace {
     if (!p.cu_seqlens) kept = row * ((p.num_steps + interval - 1) / interval);
   }
   // Shared memory holds it, where one thread takes it from interval to interval: in registers it would crowd out states.
-  enum Word { kSequence, kBegin, kLength, kKept, kIndex, kOffset, kMore, kWords = 8 };
+  enum Word { kSequence, kBegin, kLength, kKept, kIndex, kOffset, kMore, kVisited, kWords };
   TORCH_EXT_DEVICE void put(Shared<int64_t> to, bool more) const {
     to.store(kSequence, sequence), to.store(kBegin, begin), to.store(kLength, length);
     to.store(kKept, kept), to.store(kIndex, index), to.store(kOffset, offset);
@@ -180,22 +194,26 @@ struct ScanPlace {
   }
 };
 
-// What a block's threads know of an interval.
+inline constexpr int kScanWords = ScanPlace::kWords + ScanBlock::kWords;
+
+// What a block's threads see of an interval.
 struct ScanInterval {
-  int64_t token, kept; // of its first step; of the state before it
-  int steps;
-  bool first, last, reverse; // of its sequence?
-  TORCH_EXT_DEVICE ScanInterval(const SelectiveScanProblem& p, int64_t interval, Shared<int64_t> at) {
-    const int64_t begin = at.load(ScanPlace::kBegin), length = at.load(ScanPlace::kLength),
-                  offset = at.load(ScanPlace::kOffset);
-    reverse = p.reverse;
-    token = reverse ? begin + length - 1 - offset : begin + offset;
-    kept = at.load(ScanPlace::kKept) + at.load(ScanPlace::kIndex);
-    first = offset == 0, last = length - offset <= interval;
-    steps = int(last ? length - offset : interval);
+  const SelectiveScanProblem& p;
+  int64_t interval;
+  Shared<int64_t> at;
+  TORCH_EXT_DEVICE int64_t sequence() const { return at.load(ScanPlace::kSequence); }
+  TORCH_EXT_DEVICE int64_t offset() const { return at.load(ScanPlace::kOffset); }
+  TORCH_EXT_DEVICE int64_t rest() const { return at.load(ScanPlace::kLength) - offset(); }
+  // Of the state before its first step.
+  TORCH_EXT_DEVICE int64_t kept() const {
+    return at.load(ScanPlace::kKept) + at.load(ScanPlace::kIndex);
   }
+  TORCH_EXT_DEVICE bool first() const { return offset() == 0; } // of its sequence
+  TORCH_EXT_DEVICE bool last() const { return rest() <= interval; }
+  TORCH_EXT_DEVICE int steps() const { return int(last() ? rest() : interval); }
   TORCH_EXT_DEVICE int64_t token_of(int step) const {
-    return reverse ? token - step : token + step;
+    const int64_t begin = at.load(ScanPlace::kBegin);
+    return p.reverse ? begin + rest() - 1 - step : begin + offset() + step;
   }
 };
 
@@ -240,8 +258,8 @@ struct ScanCursor {
       int64_t d0, const ScanItems& items) {
     const int64_t time = x.time * recomputed(p.reverse ? -1 : 1);
     any = x.data;
-    at = static_cast<S*>(x.data) + recomputed(row) * x.sequence + token * x.time +
-         recomputed(d0) * x.channel + items.first(time, x.channel);
+    at = static_cast<S*>(x.data) + row * x.sequence + token * x.time +
+         d0 * x.channel + items.first(time, x.channel);
     next = items.next(time, x.channel);
   }
   TORCH_EXT_DEVICE R load(bool there) const {
@@ -323,8 +341,8 @@ struct ScanCoefficient {
 #pragma unroll 1
     for (int begin = 0; begin < columns; begin += at_once) {
       const PerToken* from = static_cast<const PerToken*>(x.data) +
-                             recomputed(row) * x.sequence + token * x.time +
-                             recomputed(group) * x.group + (first + begin) * x.state +
+                             row * x.sequence + token * x.time +
+                             group * x.group + (first + begin) * x.state +
                              items.first(time, x.state);
       const int64_t next = items.next(time, x.state);
       int t = items.t, n = begin + items.column;
@@ -422,7 +440,7 @@ TORCH_EXT_HOST_DEVICE int scan_walk_shared(
   const int tile = arrays * kScanTile * (q.channels + 1) * int(sizeof(R));
   return (kWalk != ScanWalk::backward_effect ? coefficient(constant_B) : 0) +
          (kWalk != ScanWalk::forward_effect ? coefficient(constant_C) : 0) + (tile + 15) / 16 * 16 +
-         2 * q.channels * int(sizeof(R)) + ScanPlace::kWords * int(sizeof(int64_t));
+         2 * q.channels * int(sizeof(R)) + kScanWords * int(sizeof(int64_t));
 }
 
 template <class Types, ScanWalk kWalk, class Problem>
@@ -439,11 +457,14 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
             columns = 1 << log_columns;
   const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1),
             my_channel = thread >> log_lanes, pitch = q.channels + 1;
-  const ScanBlock<Problem> block(p, q, kFull ? q.segments : q.segments - 1);
+  const Shared<int64_t> place_of = shared_memory<int64_t>(
+      scan_walk_shared<Types, kWalk>(q, p.B.constant, p.C.constant) -
+      kScanWords * int(sizeof(int64_t)));
+  const ScanBlock block(
+      p, q, kFull ? q.segments : q.segments - 1, place_of + int(ScanPlace::kWords));
   // Backward, the last segment's effect reaches all others, and the first's none.
-  const int64_t segment = kBack ? block.segment + 1 : block.segment;
-  const int64_t d = block.d0 + my_channel;
-  const bool there = my_channel < block.channels;
+  const auto segment = [&] { return block.segment() + (kBack ? 1 : 0); };
+  const bool there = my_channel < block.channels();
 
   // ---- shared memory ----
   const int tile = kScanTile * pitch;
@@ -457,14 +478,11 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   const ScanCoefficient<Types> C{p.C, kFull || kBack ? take(p.C.constant) : next};
   const Shared<R> bias = next.template view<R>(), skip = bias + q.channels,
                   steps_of = skip + q.channels, inputs = steps_of + tile, ys = inputs + tile;
-  const Shared<int64_t> place_of =
-      shared_memory<int64_t>(scan_walk_shared<Types, kWalk>(q, p.B.constant, p.C.constant) -
-                             ScanPlace::kWords * int(sizeof(int64_t)));
   for (int i = thread; i < q.channels; i += kScanThreads) {
-    const bool in = i < block.channels;
+    const bool in = i < block.channels();
     const auto get = [&](const OverChannels<const void*>& x) {
       return in && x.data
-                 ? load_global(static_cast<const R*>(x.data) + (block.d0 + i) * x.channel)
+                 ? load_global(static_cast<const R*>(x.data) + (block.d0() + i) * x.channel)
                  : R(0);
     };
     bias.store(i, get(p.delta_bias));
@@ -473,18 +491,18 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   const bool along_time = runs_along_time(p.delta);
   // Every thread has as many elements as the others, and all of them are there.
   const bool whole_block =
-      block.channels == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
+      block.channels() == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
 
   bool pooled = false; // states in a row of their own
   int64_t pool_row = 0;
   if constexpr (kFull) {
     pooled = p.state_rows != nullptr;
-    if (pooled) pool_row = p.state_rows[block.row];
+    if (pooled) pool_row = p.state_rows[block.row()];
     if (pool_row < 0) { // no state: outputs are 0
-      for (int64_t i = thread; i < p.num_steps * block.channels; i += kScanThreads)
+      for (int64_t i = thread; i < p.num_steps * block.channels(); i += kScanThreads)
         store_global(
-            static_cast<S*>(p.out.data) + block.row * p.out.sequence +
-                i / block.channels * p.out.time + (block.d0 + i % block.channels) * p.out.channel,
+            static_cast<S*>(p.out.data) + block.row() * p.out.sequence +
+                i / block.channels() * p.out.time + (block.d0() + i % block.channels()) * p.out.channel,
             Stored<S>::narrow(R(0)));
       return;
     }
@@ -496,12 +514,12 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   const auto load = [&](Pack<H>* to, const auto& from, int64_t row, int64_t n) {
 #pragma unroll
     for (int v = 0; v < kPacks; ++v)
-      to[v] = from.load(row, block.d0 + recomputed(my_channel), n + v * K, there);
+      to[v] = from.load(row, block.d0() + recomputed(my_channel), n + v * K, there);
   };
   const auto store = [&](const auto& to, int64_t row, int64_t n) {
 #pragma unroll
     for (int v = 0; v < kPacks; ++v)
-      to.store(row, block.d0 + recomputed(my_channel), n + v * K, there, h[v]);
+      to.store(row, block.d0() + recomputed(my_channel), n + v * K, there, h[v]);
   };
   const auto load_A = [&](int64_t n) {
     load(A, ScanStates<H, const void*>(p.A, p.num_states), 0, n);
@@ -509,7 +527,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
     for (int v = 0; v < kPacks; ++v) A[v] = in_octaves(A[v]);
   };
   const ScanStates<H, void*> carry = dense_states<H>(q.carry, p.width, p.num_states);
-  const int64_t carried = block.row * q.segments + segment;
+  const auto carried = [&] { return block.row() * q.segments + segment(); };
   if (q.passes == 1) load_A(n0);
 #pragma unroll
   for (int v = 0; v < kPacks; ++v) h[v] = Pack<H>{};
@@ -567,9 +585,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   // f(the place, the first position of the segment, the one behind its last): is there another interval?
   const auto move = [&](bool from_memory, auto f) {
     if (thread == 0) {
-      const int64_t begin = recomputed(segment) * q.segment_steps, left = p.num_steps - begin,
+      const int64_t begin = segment() * q.segment_steps, left = p.num_steps - begin,
                     past = begin + (left < q.segment_steps ? left : q.segment_steps);
-      ScanPlace place(p, q.interval, block.row);
+      ScanPlace place(p, q.interval, block.row());
       if (from_memory) place.get(place_of);
       place.put(place_of, f(place, begin, past));
     }
@@ -581,21 +599,21 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   bool first_tile = true, restarted = false;
 #pragma unroll 1
   while (place_of.load(ScanPlace::kMore)) {
-    const ScanInterval interval(p, q.interval, place_of);
-    const int interval_steps = interval.steps;
+    const ScanInterval interval{p, q.interval, place_of};
+    const int interval_steps = interval.steps();
     const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int into = (kBack ? tiles - 1 - i : i) * kScanTile;
       const int count = interval_steps - into < kScanTile ? interval_steps - into : kScanTile;
       const int64_t token = interval.token_of(into);
-      const bool to_end = interval.last && into + count == interval_steps,
-                 starts = kBack ? to_end : interval.first && i == 0;
+      const bool to_end = interval.last() && into + count == interval_steps,
+                 starts = kBack ? to_end : interval.first() && i == 0;
       block_sync(); // all have read what stands in shared memory
       {
         const ScanItems items(q.log_channels, along_time);
         const auto cursor = [&](const OverTime<const void*>& x) {
-          return ScanCursor<const S>(x, p, block.row, token, block.d0, items);
+          return ScanCursor<const S>(x, p, block.row(), token, block.d0(), items);
         };
         ScanCursor<const S> delta = cursor(p.delta), other, z;
         if constexpr (kBack)
@@ -611,7 +629,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
 #pragma unroll
             for (int k = 0; k < kScanAhead; ++k) {
               const int tk = t + k * items.t_next, ck = c + k * items.column_next;
-              const bool in = kWhole || (tk < count && ck < block.channels);
+              const bool in = kWhole || (tk < count && ck < block.channels());
               step[k] = delta.load(in), input[k] = other.load(in && (!kBack || other.any));
               if (kBack) gate[k] = z.load(in && z.any), z.advance();
               delta.advance(), other.advance();
@@ -645,32 +663,32 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
         if (pass > 0) block_sync();
         const auto stage = [&](const ScanCoefficient<Types>& x) {
           if (!x.x.constant)
-            x.stage(p, block.row, token, count, block.group, n_first, log_columns);
+            x.stage(p, block.row(), token, count, block.group(), n_first, log_columns);
           else if (first_tile || q.passes > 1)
-            x.stage_constant(p, block.d0, block.channels, n_first, log_columns, q.channels);
+            x.stage_constant(p, block.d0(), block.channels(), n_first, log_columns, q.channels);
         };
         if constexpr (!kBack) stage(B);
         if constexpr (kFull || kBack) stage(C);
         if (q.passes > 1) load_A(n);
         if (starts) {
           if constexpr (kBack) {
-            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), place_of.load(ScanPlace::kSequence),
+            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), interval.sequence(),
                 n);
           } else {
             load(
                 h, ScanStates<H, const void*>(p.initial_state, p.num_states),
-                pooled ? pool_row : place_of.load(ScanPlace::kSequence), n);
+                pooled ? pool_row : interval.sequence(), n);
           }
         } else if (!kFull && first_tile) {
 #pragma unroll
           for (int v = 0; v < kPacks; ++v) h[v] = Pack<H>{};
         } else if (q.passes > 1 || first_tile) {
-          load(h, carry, carried, n);
+          load(h, carry, carried(), n);
         }
         if constexpr (kFull) {
           if (p.checkpoints && i == 0)
             store(
-                dense_states<H>(p.checkpoints, p.width, p.num_states), interval.kept,
+                dense_states<H>(p.checkpoints, p.width, p.num_states), interval.kept(),
                 n);
         }
         block_sync();
@@ -688,12 +706,12 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
 #pragma unroll 1
           for (int t = whole; t < count; ++t) walk.template operator()<1>(t, pass == 0);
         }
-        if (q.passes > 1) store(carry, carried, n);
+        if (q.passes > 1) store(carry, carried(), n);
         if constexpr (kFull) {
           if (to_end)
             store(
                 ScanStates<H, void*>(p.final_state, p.num_states),
-                pooled ? pool_row : place_of.load(ScanPlace::kSequence), n);
+                pooled ? pool_row : interval.sequence(), n);
         }
       }
       restarted = restarted || starts;
@@ -701,9 +719,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
       if constexpr (kFull) {
         block_sync();
         const ScanItems items(q.log_channels, along_time);
-        ScanCursor<const S> u(p.u, p, block.row, token, block.d0, items),
-            z(p.z, p, block.row, token, block.d0, items);
-        ScanCursor<S> out(p.out, p, block.row, token, block.d0, items);
+        ScanCursor<const S> u(p.u, p, block.row(), token, block.d0(), items),
+            z(p.z, p, block.row(), token, block.d0(), items);
+        ScanCursor<S> out(p.out, p, block.row(), token, block.d0(), items);
         const auto finish = [&]<bool kWhole>() __attribute__((always_inline)) {
           int t = items.t, c = items.column, at = t * pitch + c;
           const int at_next = items.t_next * pitch + items.column_next;
@@ -713,13 +731,13 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
 #pragma unroll
             for (int k = 0; k < kScanAhead; ++k) {
               const bool in = kWhole || (t + k * items.t_next < count &&
-                                         c + k * items.column_next < block.channels);
+                                         c + k * items.column_next < block.channels());
               x[k] = u.load(in), gate[k] = z.load(in && z.any);
               u.advance(), z.advance();
             }
 #pragma unroll
             for (int k = 0; k < kScanAhead; ++k) {
-              if (kWhole || (t < count && c < block.channels)) {
+              if (kWhole || (t < count && c < block.channels())) {
                 R y = fused(skip.load(c), x[k], ys.load(at) * R(kReadout<H>));
                 if (z.any) y = y * silu(gate[k]);
                 out.store(y);
@@ -743,10 +761,10 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
   if constexpr (!kFull) {
     if (q.passes == 1 || first_tile) {
       for (int pass = 0; pass < q.passes; ++pass)
-        store(carry, carried, int64_t(pass) * columns + n0);
+        store(carry, carried(), int64_t(pass) * columns + n0);
     }
-    if (my_lane == 0 && there) store_global(static_cast<R*>(q.sums) + carried * p.width + d, sum);
-    if (thread == 0) store_global(q.restarts + carried, int(restarted));
+    if (my_lane == 0 && there) store_global(static_cast<R*>(q.sums) + carried() * p.width + block.d0() + my_channel, sum);
+    if (thread == 0) store_global(q.restarts + carried(), int(restarted));
   }
 }
 
@@ -840,7 +858,7 @@ scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
   at.to_step = q.passes > 1 ? take(array) : at.grad_ys;
   at.bias = take(q.channels * int(sizeof(R)));
   at.skip = take(q.channels * int(sizeof(R)));
-  at.place = take(ScanPlace::kWords * int(sizeof(int64_t)));
+  at.place = take(kScanWords * int(sizeof(int64_t)));
   at.bytes = next;
   return at;
 }
@@ -861,25 +879,25 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             columns = 1 << log_columns;
   const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1), pitch = q.channels + 1;
   const int at_once = kScanThreads >> log_lanes; // channels of a turn
-  const ScanBlock<SelectiveScanBackward> block(p, q, q.segments);
-  const int64_t segment = block.segment, part = block.row * q.segments + segment;
+  const ScanBackwardShared at = scan_backward_shared<Types>(
+      q, !kPlain && p.B.constant, !kPlain && p.C.constant);
+  const Shared<int64_t> place_of = shared_memory<int64_t>(at.place);
+  const ScanBlock block(p, q, q.segments, place_of + int(ScanPlace::kWords));
+  const auto part = [&] { return block.row() * q.segments + block.segment(); };
   const bool constant_B = !kPlain && p.B.constant, constant_C = !kPlain && p.C.constant,
              constant = constant_B || constant_C, gate = p.z.data;
   const int passes = kPlain ? 1 : q.passes;
-
-  const ScanBackwardShared at = scan_backward_shared<Types>(q, constant_B, constant_C);
   const ScanCoefficient<Types> B{p.B, shared_memory<H>(at.B)}, C{p.C, shared_memory<H>(at.C)};
   const Shared<H> As = shared_memory<H>(at.A), warps = shared_memory<H>(at.warps);
   const Shared<R> steps_of = shared_memory<R>(at.steps), inputs = shared_memory<R>(at.inputs),
                   grad_ys = shared_memory<R>(at.grad_ys), ys = shared_memory<R>(at.ys),
                   to_input = shared_memory<R>(at.to_input), to_step = shared_memory<R>(at.to_step),
                   bias = shared_memory<R>(at.bias), skip = shared_memory<R>(at.skip);
-  const Shared<int64_t> place_of = shared_memory<int64_t>(at.place);
   for (int i = thread; i < q.channels; i += kScanThreads) {
-    const bool in = i < block.channels;
+    const bool in = i < block.channels();
     const auto get = [&](const OverChannels<const void*>& x) {
       return in && x.data
-                 ? load_global(static_cast<const R*>(x.data) + (block.d0 + i) * x.channel)
+                 ? load_global(static_cast<const R*>(x.data) + (block.d0() + i) * x.channel)
                  : R(0);
     };
     bias.store(i, get(p.delta_bias)), skip.store(i, get(p.D));
@@ -887,7 +905,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const bool along_time = runs_along_time(p.delta);
   // Every thread has as many elements as the others, and all of them are there.
   const bool whole_block =
-      block.channels == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
+      block.channels() == q.channels && q.channels >= kScanAhead * kScanThreads / kScanTile;
 
   // ---- what is a lane's own ----
   enum { kGradH, kGradA, kGradB, kGradC };
@@ -910,13 +928,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       store_global(own_global + slot(pass, turn, kind), x);
   };
   // The states before the tiles of an interval, but for the first, which is kept.
-  const int64_t tiles_kept = q.interval / kScanTile - 1;
-  Lanes* const starts = static_cast<Lanes*>(q.starts) +
-                        int64_t(blockIdx.x) * tiles_kept * passes * q.turns * kScanThreads +
-                        thread;
   const auto start_of = [&](int tile, int pass, int turn) {
-    return starts + (int64_t(tile - 1) * passes + pass) * q.turns * kScanThreads +
-           turn * kScanThreads;
+    const int64_t before = int64_t(blockIdx.x) * (q.interval / kScanTile - 1) + tile - 1;
+    return static_cast<Lanes*>(q.starts) +
+           ((before * passes + pass) * q.turns + turn) * kScanThreads + recomputed(thread);
   };
   const auto channel_of = [&](int turn) { return turn * at_once + (thread >> log_lanes); };
   const ScanStates<H, void*> kept = dense_states<H>(
@@ -937,21 +952,21 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const auto stage_constant = [&](int64_t first) {
     const ScanCoefficient<Types> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
     A.stage_constant(
-        p, block.d0, block.channels, first, log_columns, q.channels,
+        p, block.d0(), block.channels(), first, log_columns, q.channels,
         [](H x) { return torch_ext::in_octaves(x); });
     if (constant_B)
-      B.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
+      B.stage_constant(p, block.d0(), block.channels(), first, log_columns, q.channels);
     if (constant_C)
-      C.stage_constant(p, block.d0, block.channels, first, log_columns, q.channels);
+      C.stage_constant(p, block.d0(), block.channels(), first, log_columns, q.channels);
   };
   if (passes == 1) stage_constant(0);
 
   // Time steps and inputs of a tile, and with `all` the gradient of y.
   const auto stage_tile = [&](int64_t token, int count, bool all) {
     const ScanItems items(q.log_channels, along_time);
-    ScanCursor<const S> delta(p.delta, p, block.row, token, block.d0, items),
-        u(p.u, p, block.row, token, block.d0, items), z(p.z, p, block.row, token, block.d0, items),
-        grad(p.grad_out, p, block.row, token, block.d0, items);
+    ScanCursor<const S> delta(p.delta, p, block.row(), token, block.d0(), items),
+        u(p.u, p, block.row(), token, block.d0(), items), z(p.z, p, block.row(), token, block.d0(), items),
+        grad(p.grad_out, p, block.row(), token, block.d0(), items);
     const auto fill = [&]<bool kWhole>() __attribute__((always_inline)) {
       int t = items.t, c = items.column, at = t * pitch + c;
       const int at_next = items.t_next * pitch + items.column_next;
@@ -961,7 +976,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
           const bool in = kWhole || (t + k * items.t_next < count &&
-                                     c + k * items.column_next < block.channels);
+                                     c + k * items.column_next < block.channels());
           step[k] = delta.load(in), input[k] = u.load(in);
           gates[k] = z.load(in && all && z.any), grad_y[k] = grad.load(in && all && grad.any);
           delta.advance(), u.advance(), z.advance(), grad.advance();
@@ -989,8 +1004,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const auto stage_coefficients = [&](int64_t token, int count, int pass, bool all) {
     const int64_t first = int64_t(pass) * columns;
     if (passes > 1) stage_constant(first);
-    if (!constant_B) B.stage(p, block.row, token, count, block.group, first, log_columns);
-    if (all && !constant_C) C.stage(p, block.row, token, count, block.group, first, log_columns);
+    if (!constant_B) B.stage(p, block.row(), token, count, block.group(), first, log_columns);
+    if (all && !constant_C) C.stage(p, block.row(), token, count, block.group(), first, log_columns);
   };
   const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
                       packs_of_B = B.to.template view<Lanes>() + my_lane,
@@ -1012,44 +1027,45 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
   };
 
-  R grad_D = R(0), grad_bias = R(0); // of the thread-th channel
-  const int64_t tokens = q.rows * p.num_steps;
-  H* const slab_of_B = static_cast<H*>(q.by_token) +
-                       block.block_of_group * tokens * p.num_groups * p.num_states,
-           *const slab_of_C = slab_of_B +
-                              q.blocks_per_group * tokens * p.num_groups * p.num_states;
-
+  // The thread-th channel's sums of D and bias: in global memory, where they take no registers.
+  const auto add_to_channel = [&](R of_D, R of_bias, bool first) {
+    if (thread >= block.channels()) return;
+    const int64_t all = q.rows * q.segments * p.width;
+    R* const to =
+        static_cast<R*>(q.by_channel) + part() * p.width + block.d0() + recomputed(thread);
+    store_global(to, first ? R(0) : load_global(to) + of_D);
+    store_global(to + all, first ? R(0) : load_global(to + all) + of_bias);
+  };
+  add_to_channel(R(0), R(0), true);
   const auto move = [&](bool from_memory, auto f) {
     if (thread == 0) {
-      const int64_t begin = recomputed(segment) * q.segment_steps, left = p.num_steps - begin,
+      const int64_t begin = block.segment() * q.segment_steps, left = p.num_steps - begin,
                     past = begin + (left < q.segment_steps ? left : q.segment_steps);
-      ScanPlace place(p, q.interval, block.row);
+      ScanPlace place(p, q.interval, block.row());
       if (from_memory) place.get(place_of);
       place.put(place_of, f(place, begin, past));
+      place_of.store(ScanPlace::kVisited, from_memory); // is it not the block's first interval?
     }
     block_sync();
   };
   move(false, [](ScanPlace& place, int64_t begin, int64_t past) {
     return place.last(begin, past);
   });
-  bool first_interval = true;
 #pragma unroll 1
   while (place_of.load(ScanPlace::kMore)) {
-    const ScanInterval interval(p, q.interval, place_of);
-    const int interval_steps = interval.steps;
-    const int tiles = (interval_steps + kScanTile - 1) / kScanTile;
-    if (interval.last || first_interval) {
+    const ScanInterval interval{p, q.interval, place_of};
+    const int tiles = (interval.steps() + kScanTile - 1) / kScanTile;
+    if (interval.last() || !place_of.load(ScanPlace::kVisited)) {
       const ScanStates<H, const void*> last(p.grad_final_state, p.num_states);
       const ScanStates<H, void*> carry = dense_states<H>(q.carry, p.width, p.num_states);
       over_own([&](int pass, int turn, int c, int64_t n) {
-        const bool there = c < block.channels;
+        const bool there = c < block.channels();
         put_own(
             pass, turn, kGradH,
-            interval.last ? last.load(place_of.load(ScanPlace::kSequence), block.d0 + c, n, there)
-                 : carry.load(part, block.d0 + c, n, there));
+            interval.last() ? last.load(interval.sequence(), block.d0() + c, n, there)
+                 : carry.load(part(), block.d0() + c, n, there));
       });
     }
-    first_interval = false;
     // ---- the states before the interval's tiles ----
 #pragma unroll 1
     for (int tile = 0; tile + 1 < tiles; ++tile) {
@@ -1065,8 +1081,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         for (int turn = 0; turn < q.turns; ++turn) {
           const int c = channel_of(turn);
           Lanes h = tile == 0 ? kept.load(
-                                    interval.kept, block.d0 + c, int64_t(pass) * columns + my_lane * K,
-                                    c < block.channels)
+                                    interval.kept(), block.d0() + c, int64_t(pass) * columns + my_lane * K,
+                                    c < block.channels())
                               : load_global(start_of(tile, pass, turn));
           replay(h, packs_of_A.load(c * lanes), c, kScanTile);
           store_global(start_of(tile + 1, pass, turn), h);
@@ -1077,7 +1093,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile) {
       const int64_t token = interval.token_of(tile * kScanTile);
-      const int steps_left = interval_steps - tile * kScanTile,
+      const int steps_left = interval.steps() - tile * kScanTile,
                 count = steps_left < kScanTile ? steps_left : kScanTile;
       block_sync();
       stage_tile(token, count, true);
@@ -1094,15 +1110,13 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           for (int i = 0; i < kHalf * K; ++i) grad_B[i] = grad_C[i] = H{};
           const auto start = [&](int turn) {
             const int c = channel_of(turn);
-            return tile == 0 ? kept.load(interval.kept, block.d0 + c, n, c < block.channels)
+            return tile == 0 ? kept.load(interval.kept(), block.d0() + c, n, c < block.channels())
                              : load_global(start_of(tile, pass, turn));
           };
-          Lanes next_start = start(0);
 #pragma unroll 1
           for (int turn = 0; turn < q.turns; ++turn) {
-            const int c = channel_of(turn);
-            Lanes h = next_start;
-            if (turn + 1 < q.turns) next_start = start(turn + 1);
+            const int c = recomputed(channel_of(turn));
+            Lanes h = start(turn);
             const Lanes A = packs_of_A.load(c * lanes);
             replay(h, A, c, half);
 
@@ -1178,7 +1192,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           if (of_B) gather(0, grad_B);
           if (of_C) gather(1, grad_C);
           block_sync();
-          const auto leave = [&](int which, H* slab) {
+          const auto leave = [&](int which) {
+            H* const slab = static_cast<H*>(q.by_token) +
+                            (which * q.blocks_per_group + block.block_of_group()) *
+                                q.rows * p.num_steps * p.num_groups * p.num_states;
             for (int i = thread; i < kHalf * columns; i += kScanThreads) {
               const int t = i >> log_columns, column = i & (columns - 1);
               if (half + t >= count || n_first + column >= p.num_states) continue;
@@ -1187,27 +1204,27 @@ __global__ void __launch_bounds__(kScanThreads, 2)
               for (int w = 1; w < kScanWarps; ++w)
                 sum = sum + warps.load((w * 2 + which) * kHalf * columns + i);
               const int64_t step = half + t,
-                            to = block.row * p.num_steps + (p.reverse ? token - step : token + step);
+                            to = block.row() * p.num_steps + (p.reverse ? token - step : token + step);
               store_global(
-                  slab + (to * p.num_groups + block.group) * p.num_states + n_first + column,
+                  slab + (to * p.num_groups + block.group()) * p.num_states + n_first + column,
                   sum);
             }
           };
-          if (of_B) leave(0, slab_of_B);
-          if (of_C) leave(1, slab_of_C);
+          if (of_B) leave(0);
+          if (of_C) leave(1);
           block_sync();
         }
       }
       // ---- outputs ----
       {
         const ScanItems items(q.log_channels, along_time);
-        ScanCursor<const S> delta(p.delta, p, block.row, token, block.d0, items),
-            u(p.u, p, block.row, token, block.d0, items),
-            z(p.z, p, block.row, token, block.d0, items),
-            grad(p.grad_out, p, block.row, token, block.d0, items);
-        ScanCursor<S> grad_u(p.grad_u, p, block.row, token, block.d0, items),
-            grad_delta(p.grad_delta, p, block.row, token, block.d0, items),
-            grad_z(p.grad_z, p, block.row, token, block.d0, items);
+        ScanCursor<const S> delta(p.delta, p, block.row(), token, block.d0(), items),
+            u(p.u, p, block.row(), token, block.d0(), items),
+            z(p.z, p, block.row(), token, block.d0(), items),
+            grad(p.grad_out, p, block.row(), token, block.d0(), items);
+        ScanCursor<S> grad_u(p.grad_u, p, block.row(), token, block.d0(), items),
+            grad_delta(p.grad_delta, p, block.row(), token, block.d0(), items),
+            grad_z(p.grad_z, p, block.row(), token, block.d0(), items);
         constexpr int kAhead = 2;
         const auto finish = [&]<bool kWhole>() __attribute__((always_inline)) {
           int t = items.t, c = items.column, at = t * pitch + c;
@@ -1218,7 +1235,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) {
               const bool in = kWhole || (t + k * items.t_next < count &&
-                                         c + k * items.column_next < block.channels);
+                                         c + k * items.column_next < block.channels());
               step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in && z.any);
               g[k] = grad.load(in && grad.any);
               delta.advance(), u.advance(), z.advance(), grad.advance();
@@ -1227,7 +1244,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             for (int k = 0; k < kAhead; ++k) {
               if (kWhole || (t < kScanTile && c < q.channels)) {
                 R of_D = R(0), of_bias = R(0);
-                if (kWhole || (t < count && c < block.channels)) {
+                if (kWhole || (t < count && c < block.channels())) {
                   const R by_input = to_input.load(at), D = skip.load(c);
                   if (gate) {
                     const Gate<R> silu = silu_with_slope(gates[k]);
@@ -1255,18 +1272,20 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       }
       block_sync();
       if (thread < q.channels) {
+        R of_D = R(0), of_bias = R(0);
 #pragma unroll
         for (int t = kScanTile - 1; t >= 0; --t) {
-          grad_D = grad_D + to_input.load(t * pitch + thread);
-          grad_bias = grad_bias + to_step.load(t * pitch + thread);
+          of_D = of_D + to_input.load(t * pitch + thread);
+          of_bias = of_bias + to_step.load(t * pitch + thread);
         }
+        add_to_channel(of_D, of_bias, false);
       }
     }
-    if (interval.first) {
+    if (interval.first()) {
       const ScanStates<H, void*> to(p.grad_initial_state, p.num_states);
       over_own([&](int pass, int turn, int c, int64_t n) {
         to.store(
-            place_of.load(ScanPlace::kSequence), block.d0 + c, n, c < block.channels,
+            interval.sequence(), block.d0() + c, n, c < block.channels(),
             get_own(pass, turn, kGradH));
       });
     }
@@ -1276,19 +1295,14 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   // ---- sums over tokens ----
   const int64_t parts = q.rows * q.segments;
   over_own([&](int pass, int turn, int c, int64_t n) {
-    const bool there = c < block.channels;
+    const bool there = c < block.channels();
     const auto put = [&](int64_t kind, int from) {
       dense_states<H>(q.by_state, p.width, p.num_states)
-          .store(kind * parts + part, block.d0 + c, n, there, get_own(pass, turn, from));
+          .store(kind * parts + part(), block.d0() + c, n, there, get_own(pass, turn, from));
     };
     put(0, kGradA);
     if (constant) put(1, kGradB), put(2, kGradC);
   });
-  if (thread < block.channels) {
-    R* const to = static_cast<R*>(q.by_channel) + part * p.width + block.d0 + thread;
-    store_global(to, grad_D);
-    store_global(to + parts * p.width, grad_bias);
-  }
 }
 
 // Sums over channels, from all blocks: a thread per token, group and state.
