@@ -194,7 +194,7 @@ struct ScanPlace {
   }
 };
 
-inline constexpr int kScanWords = ScanPlace::kWords + ScanBlock::kWords;
+inline constexpr int kScanWords = int(ScanPlace::kWords) + int(ScanBlock::kWords);
 
 // What a block's threads see of an interval.
 struct ScanInterval {
