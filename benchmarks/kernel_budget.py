@@ -9,8 +9,9 @@
                                                               of the library, and how long the build takes
 
 Needs nvcc and a C++ compiler, no GPU. Registers, spilled bytes and shared memory are the compiler's own figures;
-threads and dynamic shared memory come from the kernels' sources (tests/emulator/kernel_shapes.cpp);
-instructions are counted in the machine code, as the function `per_element` says. kernel_budget.json is the file.
+threads and dynamic shared memory come from the kernels' sources (tests/emulator/NAME_shapes.cpp, one
+for each csrc/cuda/NAME.cu); instructions are counted in the machine code, as the function
+`per_element` says. kernel_budget.json is the file.
 """
 
 from __future__ import annotations
@@ -114,8 +115,23 @@ DTYPES = {
 }
 
 
+def _template_arguments(name: str) -> list[str]:
+    """Of "f<A, B<C, D> >(...)": ["A", "B<C, D>"]."""
+    found, depth = [""], 0
+    for letter in name[name.index("<") + 1 :]:
+        depth += (letter == "<") - (letter == ">")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [one.strip() for one in found]
+
+
 def readable(demangled: str) -> str:
-    """A kernel's name as the file has it, as in "diagonal_tiles backward min_gru bfloat16"."""
+    """A kernel's name as the file has it, as in "diagonal_tiles backward min_gru bfloat16": its own
+    name without "_kernel", then its template's arguments."""
     name = demangled.replace("torch_ext::", "").replace("cuda::", "").removeprefix("void ")
     kernel = re.match(r"\w+", name)
     walk = re.search(r"<(Forward|Backward)Walk<(\w+), (\w+(?:<\w+>)?) ?> ?>", name)
@@ -123,7 +139,8 @@ def readable(demangled: str) -> str:
         return demangled
     short = kernel[0].removesuffix("_kernel")
     if not walk:
-        return name.split("(")[0] if "<" in name else short
+        arguments = _template_arguments(name) if name[kernel.end() :].startswith("<") else []
+        return " ".join([short, *(DTYPES.get(one, one) for one in arguments)])
     cell = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", walk[2]).lower()
     return f"{short} {walk[1].lower()} {cell} {DTYPES.get(walk[3], walk[3])}"
 
@@ -247,6 +264,8 @@ def per_element(
             times.update(dict.fromkeys(here, float(arrays if over_arrays else copies / own)))
     if tiled:
         elements = launch["elements_per_thread"]
+    elif "elements_per_pass" in launch:
+        elements = launch["elements_per_pass"]
     else:
         stores = [code[at] for at in way if code[at].opcode == sass.STORE_GLOBAL]
         elements = max(1, len(stores) // launch["outputs"])
@@ -295,17 +314,25 @@ def check_jumps(nvdisasm: str, cubin: Path, architecture: str) -> str | None:
 
 
 def launches(folder: Path) -> dict[str, dict]:
-    """How each kernel is launched, by its readable name: what tests/emulator/kernel_shapes.cpp prints."""
-    program = folder / "kernel_shapes"
+    """How each kernel is launched, by its readable name: what tests/emulator/NAME_shapes.cpp prints."""
     emulator = ROOT / "tests" / "emulator"
     compiler = os.environ.get("CXX") or "c++"
-    command = [compiler, "-std=c++20", "-w", "-DTORCH_EXT_EMULATE"]
-    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests")]
-    command += [str(emulator / "kernel_shapes.cpp"), str(emulator / "emulator.cpp")]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    rows = [json.loads(line) for line in lines.splitlines()]
-    return {row.pop("kernel"): row for row in rows}
+    found: dict[str, dict] = {}
+    for source in cuda_sources((ROOT / "CMakeLists.txt").read_text()):
+        shapes = f"{Path(source).stem}_shapes"
+        command = [compiler, "-std=c++20", "-w", "-DTORCH_EXT_EMULATE"]
+        command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests")]
+        command += [str(emulator / f"{shapes}.cpp"), str(emulator / "emulator.cpp")]
+        subprocess.run([*command, "-o", str(folder / shapes)], check=True)
+        run = subprocess.run([str(folder / shapes)], capture_output=True, text=True, check=True)
+        rows = [json.loads(line) for line in run.stdout.splitlines()]
+        found |= {row.pop("kernel"): row for row in rows}
+    return found
+
+
+def schedules(launch: dict) -> list[str]:
+    """Prefixes of what differs between the ways in which a kernel is launched."""
+    return ["", "chained_"] if "chained_dynamic_shared" in launch else [""]
 
 
 def compile_source(nvcc: str, source: str, architecture: str, folder: Path) -> tuple[Path, str]:
@@ -333,7 +360,7 @@ def figures(
     }
     if counts := per_element(code, architecture, launch):
         row["per_element"] = counts
-    for schedule in ("", "chained_"):
+    for schedule in schedules(launch):
         shared = compiled.static_shared + launch[f"{schedule}dynamic_shared"]
         share = occupancy(architecture, launch["threads"], compiled.registers, shared)
         row[f"{schedule}occupancy"] = round(share, 4)
@@ -360,7 +387,9 @@ def measure(nvcc: str, architecture: str, folder: Path, launch: dict[str, dict])
         for mangled, name in demangle(reports).items():
             short = readable(name)
             if short not in launch:
-                result["warnings"].append(f"kernel_shapes.cpp does not print {short!r}")
+                result["warnings"].append(
+                    f"{cubin.name.split('.')[0]}_shapes.cpp does not print {short!r}"
+                )
                 continue
             result["kernels"][short] = figures(
                 architecture, reports[mangled], code[mangled], launch[short]
@@ -469,11 +498,10 @@ def to_text(budget: dict) -> str:
 
 def quantities(row: dict, launch: dict) -> dict[str, float]:
     """What is compared of a kernel, by name."""
-    found = {
-        "registers": row["registers"],
-        "shared memory": row["static_shared"] + launch["dynamic_shared"],
-        "shared memory, chained": row["static_shared"] + launch["chained_dynamic_shared"],
-    }
+    found = {"registers": row["registers"]}
+    for schedule in schedules(launch):
+        name = "shared memory" + (", chained" if schedule else "")
+        found[name] = row["static_shared"] + launch[f"{schedule}dynamic_shared"]
     counts = row.get("per_element", {})
     if counts:
         found["instructions per element, whole loop"] = counts["loop"]
@@ -537,11 +565,12 @@ def table(budget: dict, architectures: list[str]) -> str:
             row = kernel[architecture]
             counts = row.get("per_element")
             text = f"{counts['loop']:>5} {counts['way']:>5} {counts['mufu']:>5}" if counts else ""
+            chained = f"{row['chained_occupancy']:.0%}" if "chained_occupancy" in row else ""
             lines.append(
                 f"{name:<44} {architecture:<4} {launch['threads']:>7} {row['registers']:>4} "
                 f"{row['spilled_bytes']:>5} {launch['dynamic_shared']:>6} "
-                f"{launch['chained_dynamic_shared']:>7} {row['occupancy']:>4.0%} "
-                f"{row['chained_occupancy']:>7.0%} {text}".rstrip()
+                f"{launch.get('chained_dynamic_shared', ''):>7} {row['occupancy']:>4.0%} "
+                f"{chained:>7} {text}".rstrip()
             )
     return "\n".join(lines)
 

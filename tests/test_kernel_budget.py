@@ -67,6 +67,10 @@ def test_log_of_the_compiler():
             "diagonal_empty forward min_lstm float64",
         ),
         ("torch_ext::cuda::fill_kernel(float*, int)", "fill"),
+        (
+            "void torch_ext::cuda::sum_kernel<torch_ext::Complex<float>, 4>(torch_ext::Sum<float, 2>)",
+            "sum complex64 4",
+        ),
     ],
 )
 def test_names_are_readable(demangled, short):
@@ -304,6 +308,16 @@ def test_shared_memory_fails():
     launch = {NAME: LAUNCH[NAME] | {"dynamic_shared": 53000}}
     (line,) = budget.offences(FILE, launch, MEASURED)
     assert line == f"{NAME}, sm_90a: shared memory: 50000 allowed, 53000 found"
+
+
+def test_a_kernel_with_one_way_of_being_launched():
+    launch = {NAME: {"threads": 256, "dynamic_shared": 50000}}
+    row = {key: value for key, value in ROW.items() if key != "chained_occupancy"}
+    file = budget.merged({}, "13.0.88", launch, changed(kernels={NAME: row}))
+    assert budget.offences(file, launch, changed(kernels={NAME: row})) == []
+    more = {NAME: {"threads": 256, "dynamic_shared": 53000}}
+    assert len(budget.offences(file, more, changed(kernels={NAME: row}))) == 1
+    assert NAME in budget.table(file, ["90a"])
 
 
 def test_new_kernels_and_architectures_fail():

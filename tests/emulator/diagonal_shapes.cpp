@@ -1,27 +1,10 @@
-// Prints how each CUDA kernel is launched, a line of JSON per kernel: threads, bytes of dynamic shared memory, and what a
-// thread of it works on. benchmarks/kernel_budget.py compiles and runs this beside the compiler's own figures, so that
-// these stay where they are defined. Needs no CUDA: the kernels are instantiated for the emulator and not run.
-#include <stdio.h>
-
+// How the kernels of csrc/cuda/diagonal.cu are launched: see kernel_shapes.h.
 #include "cuda/diagonal.cu"
+
+#include "kernel_shapes.h"
 
 namespace torch_ext::cuda {
 namespace {
-
-template <class S>
-constexpr const char* dtype_name = nullptr;
-template <>
-constexpr const char* dtype_name<float> = "float32";
-template <>
-constexpr const char* dtype_name<double> = "float64";
-template <>
-constexpr const char* dtype_name<BFloat16> = "bfloat16";
-template <>
-constexpr const char* dtype_name<Half> = "float16";
-template <>
-constexpr const char* dtype_name<Complex<float>> = "complex64";
-template <>
-constexpr const char* dtype_name<Complex<double>> = "complex128";
 
 template <class Walk>
 void print(const char* kernel, int threads, int shared, int chained_shared) {
