@@ -146,8 +146,8 @@ struct ScanDriver {
   static void empty_sequences(const Problem& p, cudaStream_t stream) {
     if (p.cu_seqlens || p.num_steps == 0)
       for_all(
-          selective_scan_empty_kernel<Types, Problem>, p.num_sequences * p.width * p.num_states, stream,
-          p);
+          selective_scan_empty_kernel<Types, Problem>, p.num_sequences * p.width * p.num_states,
+          stream, p);
   }
 
   static void run(const Forward& p, void* workspace, cudaStream_t stream) {
@@ -158,8 +158,8 @@ struct ScanDriver {
     if (q.segments > 1) {
       walk<ScanWalk::forward_effect>(p, q, q.segments - 1, stream);
       for_all(
-          selective_scan_fold_kernel<Types, false, Forward>, q.rows * p.width * p.num_states, stream, p,
-          q);
+          selective_scan_fold_kernel<Types, false, Forward>, q.rows * p.width * p.num_states,
+          stream, p, q);
     }
     walk<ScanWalk::forward>(p, q, q.segments, stream);
   }
@@ -173,8 +173,8 @@ struct ScanDriver {
       if (q.segments > 1) {
         walk<ScanWalk::backward_effect>(p, effect_plan(q, p), q.segments - 1, stream);
         for_all(
-            selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states, stream,
-            p, q);
+            selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states,
+            stream, p, q);
       }
       const auto backward = [&](auto kernel) {
         launch(
@@ -213,9 +213,8 @@ int64_t scan_workspace(DType dtype, const Problem& p) {
 }
 template <class Problem>
 void scan_run(DType dtype, const Problem& p, void* workspace, void* stream) {
-  scan_dispatch(dtype, [&](auto driver) {
-    driver.run(p, workspace, static_cast<cudaStream_t>(stream));
-  });
+  scan_dispatch(
+      dtype, [&](auto driver) { driver.run(p, workspace, static_cast<cudaStream_t>(stream)); });
 }
 
 } // namespace

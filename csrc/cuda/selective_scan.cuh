@@ -57,12 +57,12 @@ struct ScanTypes {
 
 // How a call is cut, from shapes alone; and its workspace.
 struct ScanPlan {
-  int log_lanes = 0;         // lanes of a channel: a power of two
-  int passes = 1;            // over a channel's states, so many at a time as its lanes hold
-  int turns = 1;             // backward: the block's channels at a time
-  int channels = 0;          // of a block: a power of two, and no more than it has threads
+  int log_lanes = 0; // lanes of a channel: a power of two
+  int passes = 1;    // over a channel's states, so many at a time as its lanes hold
+  int turns = 1;     // backward: the block's channels at a time
+  int channels = 0;  // of a block: a power of two, and no more than it has threads
   int log_channels = 0;
-  int64_t interval = 0;      // between kept states
+  int64_t interval = 0; // between kept states
   int64_t rows = 0, segments = 1, segment_steps = 0, blocks_per_group = 0;
   // Between segments, and between tiles where there are several passes: [row][segment][channel][state]. First a
   // segment's effect from zero, then the state that reaches it.
@@ -74,7 +74,7 @@ struct ScanPlan {
   // Sums over tokens: [A, B, C][row][segment][channel][state], and [D, bias][row][segment][channel].
   void *by_state = nullptr, *by_channel = nullptr;
   // Of one thread each: [block][slot][thread] packs.
-  void* starts = nullptr;      // states before tiles
+  void* starts = nullptr;       // states before tiles
   void* accumulators = nullptr; // what shared memory has no room for
 };
 
@@ -258,8 +258,8 @@ struct ScanCursor {
       int64_t d0, const ScanItems& items) {
     const int64_t time = x.time * recomputed(p.reverse ? -1 : 1);
     any = x.data;
-    at = static_cast<S*>(x.data) + row * x.sequence + token * x.time +
-         d0 * x.channel + items.first(time, x.channel);
+    at = static_cast<S*>(x.data) + row * x.sequence + token * x.time + d0 * x.channel +
+         items.first(time, x.channel);
     next = items.next(time, x.channel);
   }
   TORCH_EXT_DEVICE R load(bool there) const {
@@ -331,7 +331,8 @@ struct ScanCoefficient {
 
   // States first .. first + columns of a tile, columns side by side; channels of a block likewise.
   TORCH_EXT_DEVICE void stage(
-      const SelectiveScanProblem& p, int64_t row, int64_t token, int steps, int64_t group, int64_t first, int log_columns) const {
+      const SelectiveScanProblem& p, int64_t row, int64_t token, int steps, int64_t group,
+      int64_t first, int log_columns) const {
     constexpr int kMost = 7; // kScanThreads columns
     static_assert(1 << kMost == kScanThreads);
     const int columns = 1 << log_columns, log_at_once = log_columns < kMost ? log_columns : kMost,
@@ -340,9 +341,8 @@ struct ScanCoefficient {
     const int64_t time = x.time * recomputed(p.reverse ? -1 : 1);
 #pragma unroll 1
     for (int begin = 0; begin < columns; begin += at_once) {
-      const PerToken* from = static_cast<const PerToken*>(x.data) +
-                             row * x.sequence + token * x.time +
-                             group * x.group + (first + begin) * x.state +
+      const PerToken* from = static_cast<const PerToken*>(x.data) + row * x.sequence +
+                             token * x.time + group * x.group + (first + begin) * x.state +
                              items.first(time, x.state);
       const int64_t next = items.next(time, x.state);
       int t = items.t, n = begin + items.column;
@@ -428,8 +428,7 @@ enum class ScanWalk { forward, forward_effect, backward_effect };
 
 // Shared memory: time steps, inputs and y of a tile's channels; B and C.
 template <class Types, ScanWalk kWalk>
-TORCH_EXT_HOST_DEVICE int scan_walk_shared(
-    const ScanPlan& q, bool constant_B, bool constant_C) {
+TORCH_EXT_HOST_DEVICE int scan_walk_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
   using R = typename Types::R;
   using H = typename Types::H;
   const int columns = (kForwardPacks * Pack<H>::kSize) << q.log_lanes;
@@ -502,7 +501,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
       for (int64_t i = thread; i < p.num_steps * block.channels(); i += kScanThreads)
         store_global(
             static_cast<S*>(p.out.data) + block.row() * p.out.sequence +
-                i / block.channels() * p.out.time + (block.d0() + i % block.channels()) * p.out.channel,
+                i / block.channels() * p.out.time +
+                (block.d0() + i % block.channels()) * p.out.channel,
             Stored<S>::narrow(R(0)));
       return;
     }
@@ -672,8 +672,9 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
         if (q.passes > 1) load_A(n);
         if (starts) {
           if constexpr (kBack) {
-            load(h, ScanStates<H, const void*>(p.grad_final_state, p.num_states), interval.sequence(),
-                n);
+            load(
+                h, ScanStates<H, const void*>(p.grad_final_state, p.num_states),
+                interval.sequence(), n);
           } else {
             load(
                 h, ScanStates<H, const void*>(p.initial_state, p.num_states),
@@ -687,9 +688,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
         }
         if constexpr (kFull) {
           if (p.checkpoints && i == 0)
-            store(
-                dense_states<H>(p.checkpoints, p.width, p.num_states), interval.kept(),
-                n);
+            store(dense_states<H>(p.checkpoints, p.width, p.num_states), interval.kept(), n);
         }
         block_sync();
         constexpr int kAtOnce = 4;
@@ -701,8 +700,7 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
             walk.template operator()<kAtOnce>(t, pass == 0);
         } else {
 #pragma unroll 1
-          for (int t = 0; t < whole; t += kAtOnce)
-            walk.template operator()<kAtOnce>(t, pass == 0);
+          for (int t = 0; t < whole; t += kAtOnce) walk.template operator()<kAtOnce>(t, pass == 0);
 #pragma unroll 1
           for (int t = whole; t < count; ++t) walk.template operator()<1>(t, pass == 0);
         }
@@ -763,7 +761,8 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
       for (int pass = 0; pass < q.passes; ++pass)
         store(carry, carried(), int64_t(pass) * columns + n0);
     }
-    if (my_lane == 0 && there) store_global(static_cast<R*>(q.sums) + carried() * p.width + block.d0() + my_channel, sum);
+    if (my_lane == 0 && there)
+      store_global(static_cast<R*>(q.sums) + carried() * p.width + block.d0() + my_channel, sum);
     if (thread == 0) store_global(q.restarts + carried(), int(restarted));
   }
 }
@@ -795,8 +794,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // Sequences without a step: what starts is what is left. A thread per state.
 template <class Types, class Problem>
-__global__ void __launch_bounds__(kScanThreads)
-    selective_scan_empty_kernel(const Problem p) {
+__global__ void __launch_bounds__(kScanThreads) selective_scan_empty_kernel(const Problem p) {
   using H = typename Types::H;
   const int64_t i = int64_t(blockIdx.x) * kScanThreads + threadIdx.x, own = p.width * p.num_states;
   if (i >= p.num_sequences * own) return;
@@ -805,8 +803,8 @@ __global__ void __launch_bounds__(kScanThreads)
   const auto copy = [&](const OverStates<const void*>& from, const OverStates<void*>& to) {
     if (!to.data) return;
     const H x = from.data ? load_global(
-                                static_cast<const H*>(from.data) + s * from.row +
-                                d * from.channel + n * from.state)
+                                static_cast<const H*>(from.data) + s * from.row + d * from.channel +
+                                n * from.state)
                           : H{};
     store_global(static_cast<H*>(to.data) + s * to.row + d * to.channel + n * to.state, x);
   };
@@ -820,7 +818,8 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // Shared memory of the backward, in bytes from its start. Offsets that are no array's own are another's.
 struct ScanBackwardShared {
-  int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip, place, bytes;
+  int B, C, A, accumulators, warps, steps, inputs, grad_ys, ys, to_input, to_step, bias, skip,
+      place, bytes;
 };
 // What lanes keep of each pass and turn: the gradient of the state, sums of A's, and where one is constant, of B's and C's.
 TORCH_EXT_HOST_DEVICE int scan_accumulators(bool constant) { return constant ? 4 : 2; }
@@ -846,8 +845,7 @@ scan_backward_shared(const ScanPlan& q, bool constant_B, bool constant_C) {
   at.A = take(constants);
   // Several passes: in global memory.
   at.accumulators = take(
-      q.passes > 1 ? 0
-                   : scan_accumulators(constant_B || constant_C) * q.turns * kScanThreads * 16);
+      q.passes > 1 ? 0 : scan_accumulators(constant_B || constant_C) * q.turns * kScanThreads * 16);
   at.warps = take(kScanWarps * 2 * kScanHalf * columns * int(sizeof(H)));
   at.steps = take(array);
   at.inputs = take(array);
@@ -879,8 +877,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             columns = 1 << log_columns;
   const int thread = int(threadIdx.x), my_lane = thread & (lanes - 1), pitch = q.channels + 1;
   const int at_once = kScanThreads >> log_lanes; // channels of a turn
-  const ScanBackwardShared at = scan_backward_shared<Types>(
-      q, !kPlain && p.B.constant, !kPlain && p.C.constant);
+  const ScanBackwardShared at =
+      scan_backward_shared<Types>(q, !kPlain && p.B.constant, !kPlain && p.C.constant);
   const Shared<int64_t> place_of = shared_memory<int64_t>(at.place);
   const ScanBlock block(p, q, q.segments, place_of + int(ScanPlace::kWords));
   const auto part = [&] { return block.row() * q.segments + block.segment(); };
@@ -912,14 +910,13 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const int kinds = scan_accumulators(constant);
   const Shared<Lanes> own = shared_memory<Lanes>(at.accumulators) + thread;
   Lanes* const own_global = static_cast<Lanes*>(q.accumulators) +
-                            int64_t(blockIdx.x) * passes * q.turns * kinds * kScanThreads +
-                            thread;
+                            int64_t(blockIdx.x) * passes * q.turns * kinds * kScanThreads + thread;
   const auto slot = [&](int pass, int turn, int kind) {
     return ((pass * q.turns + turn) * kinds + kind) * kScanThreads;
   };
   const auto get_own = [&](int pass, int turn, int kind) {
     return passes == 1 ? own.load(slot(pass, turn, kind))
-                         : load_global(own_global + slot(pass, turn, kind));
+                       : load_global(own_global + slot(pass, turn, kind));
   };
   const auto put_own = [&](int pass, int turn, int kind, const Lanes& x) {
     if (passes == 1)
@@ -934,8 +931,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
            ((before * passes + pass) * q.turns + turn) * kScanThreads + recomputed(thread);
   };
   const auto channel_of = [&](int turn) { return turn * at_once + (thread >> log_lanes); };
-  const ScanStates<H, void*> kept = dense_states<H>(
-      const_cast<void*>(p.checkpoints), p.width, p.num_states);
+  const ScanStates<H, void*> kept =
+      dense_states<H>(const_cast<void*>(p.checkpoints), p.width, p.num_states);
 
   const auto over_own = [&](auto f) { // f(pass, turn, channel of the block, first state)
 #pragma unroll 1
@@ -951,9 +948,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 
   const auto stage_constant = [&](int64_t first) {
     const ScanCoefficient<Types> A{{p.A.data, true, 0, 0, 0, p.A.channel, p.A.state}, As};
-    A.stage_constant(
-        p, block.d0(), block.channels(), first, log_columns, q.channels,
-        [](H x) { return torch_ext::in_octaves(x); });
+    A.stage_constant(p, block.d0(), block.channels(), first, log_columns, q.channels, [](H x) {
+      return torch_ext::in_octaves(x);
+    });
     if (constant_B)
       B.stage_constant(p, block.d0(), block.channels(), first, log_columns, q.channels);
     if (constant_C)
@@ -965,7 +962,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const auto stage_tile = [&](int64_t token, int count, bool all) {
     const ScanItems items(q.log_channels, along_time);
     ScanCursor<const S> delta(p.delta, p, block.row(), token, block.d0(), items),
-        u(p.u, p, block.row(), token, block.d0(), items), z(p.z, p, block.row(), token, block.d0(), items),
+        u(p.u, p, block.row(), token, block.d0(), items),
+        z(p.z, p, block.row(), token, block.d0(), items),
         grad(p.grad_out, p, block.row(), token, block.d0(), items);
     const auto fill = [&]<bool kWhole>() __attribute__((always_inline)) {
       int t = items.t, c = items.column, at = t * pitch + c;
@@ -984,8 +982,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
           if (kWhole || (t < kScanTile && c < q.channels)) {
-            const R dt = kWhole || t < count ? time_step(step[k] + bias.load(c), p.delta_softplus)
-                                             : R(0);
+            const R dt =
+                kWhole || t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
             steps_of.store(at, dt), inputs.store(at, dt * input[k]);
             if (all) {
               if (gate) grad_y[k] = grad_y[k] * silu_with_slope(gates[k]).value;
@@ -1005,7 +1003,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     const int64_t first = int64_t(pass) * columns;
     if (passes > 1) stage_constant(first);
     if (!constant_B) B.stage(p, block.row(), token, count, block.group(), first, log_columns);
-    if (all && !constant_C) C.stage(p, block.row(), token, count, block.group(), first, log_columns);
+    if (all && !constant_C)
+      C.stage(p, block.row(), token, count, block.group(), first, log_columns);
   };
   const Shared<Lanes> packs_of_A = As.template view<Lanes>() + my_lane,
                       packs_of_B = B.to.template view<Lanes>() + my_lane,
@@ -1048,9 +1047,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
     block_sync();
   };
-  move(false, [](ScanPlace& place, int64_t begin, int64_t past) {
-    return place.last(begin, past);
-  });
+  move(
+      false, [](ScanPlace& place, int64_t begin, int64_t past) { return place.last(begin, past); });
 #pragma unroll 1
   while (place_of.load(ScanPlace::kMore)) {
     const ScanInterval interval{p, q.interval, place_of};
@@ -1063,7 +1061,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         put_own(
             pass, turn, kGradH,
             interval.last() ? last.load(interval.sequence(), block.d0() + c, n, there)
-                 : carry.load(part(), block.d0() + c, n, there));
+                            : carry.load(part(), block.d0() + c, n, there));
       });
     }
     // ---- the states before the interval's tiles ----
@@ -1081,8 +1079,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         for (int turn = 0; turn < q.turns; ++turn) {
           const int c = channel_of(turn);
           Lanes h = tile == 0 ? kept.load(
-                                    interval.kept(), block.d0() + c, int64_t(pass) * columns + my_lane * K,
-                                    c < block.channels())
+                                    interval.kept(), block.d0() + c,
+                                    int64_t(pass) * columns + my_lane * K, c < block.channels())
                               : load_global(start_of(tile, pass, turn));
           replay(h, packs_of_A.load(c * lanes), c, kScanTile);
           store_global(start_of(tile + 1, pass, turn), h);
@@ -1131,8 +1129,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
               const Lanes b = packs_of_B.load((half + t) * step_of_B + c * channel_of_B);
 #pragma unroll
               for (int j = 0; j < K; ++j) {
-                const ScanStep<R, H> s =
-                    scan_step(step, input, A.x[j], b.x[j], states[t][j]);
+                const ScanStep<R, H> s = scan_step(step, input, A.x[j], b.x[j], states[t][j]);
                 decays[t][j] = s.decay, states[t + 1][j] = s.h;
               }
             }
@@ -1150,8 +1147,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
               for (int j = 0; j < K; ++j) {
                 scan_step_vjp(
                     step, input, A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
-                    states[t + 1][j], grad_y, g.x[j], gA.x[j], grad_B[t * K + j],
-                    grad_C[t * K + j], sum);
+                    states[t + 1][j], grad_y, g.x[j], gA.x[j], grad_B[t * K + j], grad_C[t * K + j],
+                    sum);
                 if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
               }
               sums[0][t] = sum.input, sums[1][t] = out_of_octaves(sum.parts), sums[2][t] = y;
@@ -1194,8 +1191,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           block_sync();
           const auto leave = [&](int which) {
             H* const slab = static_cast<H*>(q.by_token) +
-                            (which * q.blocks_per_group + block.block_of_group()) *
-                                q.rows * p.num_steps * p.num_groups * p.num_states;
+                            (which * q.blocks_per_group + block.block_of_group()) * q.rows *
+                                p.num_steps * p.num_groups * p.num_states;
             for (int i = thread; i < kHalf * columns; i += kScanThreads) {
               const int t = i >> log_columns, column = i & (columns - 1);
               if (half + t >= count || n_first + column >= p.num_states) continue;
@@ -1203,8 +1200,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
               for (int w = 1; w < kScanWarps; ++w)
                 sum = sum + warps.load((w * 2 + which) * kHalf * columns + i);
-              const int64_t step = half + t,
-                            to = block.row() * p.num_steps + (p.reverse ? token - step : token + step);
+              const int64_t step = half + t, to = block.row() * p.num_steps +
+                                                  (p.reverse ? token - step : token + step);
               store_global(
                   slab + (to * p.num_groups + block.group()) * p.num_states + n_first + column,
                   sum);

@@ -213,7 +213,7 @@ Pair step_in_pool(
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       false, op.schema().operator_name().name.substr(strlen("torch_ext::")),
-      ": its inputs are on a CUDA device, for which there is no kernel yet; expected cpu");
+      ": its inputs are on a CUDA device, for which this build has no kernel; expected cpu");
 }
 
 Strided strided(const Tensor& x) {

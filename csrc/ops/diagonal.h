@@ -81,7 +81,7 @@ void check_step(
 Pair step_in_pool(
     const char* op, const Tensor& pool, const Tensor& state_indices,
     const std::function<Pair(const Tensor&)>& run);
-// The CUDA kernel of an operator that has none yet: says so.
+// The CUDA kernel of an operator that has none in this build: says so.
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
 
 Strided strided(const Tensor& x); // (B, T, D) or (B, D)

@@ -1,5 +1,6 @@
 // torch_ext::selective_scan: checks, Meta, CPU and CUDA kernels, derivatives of every order and mode, autocast, steps. The
-// kernels: csrc/cpu/selective_scan.h, csrc/cuda/selective_scan.cuh. What it shares with the other recurrences (threads, offsets, rows of a pool): diagonal.h.
+// kernels: csrc/cpu/selective_scan.h, csrc/cuda/selective_scan.cuh. What it shares with the other recurrences (threads,
+// offsets, rows of a pool): diagonal.h.
 //
 // The operator has a third output, the states from which the backward starts again: empty unless `checkpoints` asks for
 // them, as the autograd kernel does when it records. A backward without them makes them first.

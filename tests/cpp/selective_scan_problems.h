@@ -471,7 +471,8 @@ void check_pool(Random& random, DType dtype, int64_t T, int64_t D, int64_t N, Fo
   SCOPED_TRACE(p.text());
   const Types types = types_of(dtype);
   p.initial = draw(random, types.state, {S, D, p.N}, [&] { return random.normal(); });
-  const Result3 want = run(p, forward, [](DType, const SelectiveScanBackward&) {}, false);
+  const Result3 want = run(
+      p, forward, [](DType, const SelectiveScanBackward&) {}, false);
   Inputs in(random, p);
   Memory out = memory(random, types.time, p.u.size, kNatural, true);
   Memory pool = memory(random, types.state, {slots, D, p.N}, kNatural, true);

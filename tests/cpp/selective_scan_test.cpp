@@ -71,7 +71,8 @@ class SelectiveScan : public ::testing::TestWithParam<Setting> {
   void check(const Problem3& p) {
     SCOPED_TRACE(p.text());
     Result3 got;
-    ASSERT_NO_FATAL_FAILURE(check_problem(p, [](const Problem3& q) { return run(q, 1); }, got));
+    ASSERT_NO_FATAL_FAILURE(check_problem(
+        p, [](const Problem3& q) { return run(q, 1); }, got));
     for (int threads : {2, 3})
       ASSERT_TRUE(same(got, run(p, threads))) << "depends on the number of threads";
   }
@@ -121,8 +122,8 @@ TEST_P(SelectiveScan, StatePool) {
   Random random;
   for (const int64_t T : {1, 3}) {
     for (const int64_t D : {3, 64, 150})
-      ASSERT_NO_FATAL_FAILURE(check_pool(
-          random, dtype(), T, D, 16, [](DType dtype, const SelectiveScanForward& f) {
+      ASSERT_NO_FATAL_FAILURE(
+          check_pool(random, dtype(), T, D, 16, [](DType dtype, const SelectiveScanForward& f) {
             EXPECT_TRUE(cpu::selective_scan_forward(dtype, f, parallel(1)));
           }));
   }

@@ -16,7 +16,8 @@ void print_all(Driver, const char* dtype) {
   };
   SelectiveScanForward f;
   SelectiveScanBackward b;
-  for (SelectiveScanProblem* p : {static_cast<SelectiveScanProblem*>(&f), static_cast<SelectiveScanProblem*>(&b)})
+  for (SelectiveScanProblem* p :
+       {static_cast<SelectiveScanProblem*>(&f), static_cast<SelectiveScanProblem*>(&b)})
     p->num_sequences = 8, p->num_steps = 2048, p->width = 5120, p->num_states = 16;
   const ScanPlan forward = Driver::plan(f), backward = Driver::plan(b);
   print("walk", " forward", scan_walk_shared<Types, ScanWalk::forward>(forward, false, false));

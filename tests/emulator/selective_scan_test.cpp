@@ -69,7 +69,8 @@ class ScanKernels : public ::testing::TestWithParam<Setting> {
   void check(const Problem3& p) {
     SCOPED_TRACE(p.text());
     Result3 got;
-    ASSERT_NO_FATAL_FAILURE(check_problem(p, [](const Problem3& q) { return run(q); }, got));
+    ASSERT_NO_FATAL_FAILURE(check_problem(
+        p, [](const Problem3& q) { return run(q); }, got));
   }
 };
 
@@ -93,7 +94,8 @@ TEST_P(ScanKernels, Packed) {
   p.cu_seqlens = {0, 3, 3, 20, 37, 50};
   const Types types = types_of(dtype());
   const auto normal = [&] { return random.normal(); };
-  for (Dense* x : {&p.u, &p.delta, &p.z, &p.grad_out}) *x = draw(random, types.time, {1, 50, 3}, normal);
+  for (Dense* x : {&p.u, &p.delta, &p.z, &p.grad_out})
+    *x = draw(random, types.time, {1, 50, 3}, normal);
   p.softplus = true;
   p.B = draw(random, types.per_token, {1, 50, 1, 16}, normal);
   p.C = draw(random, types.per_token, {1, 50, 1, 16}, normal);
@@ -114,8 +116,8 @@ TEST_P(ScanKernels, Packed) {
 TEST_P(ScanKernels, StatePool) {
   Random random;
   ASSERT_NO_FATAL_FAILURE(check_pool(
-      random, dtype(), random.integer(1, 3), random.integer(1, 40), pick(random, std::vector<int64_t>{3, 16}),
-      run_cuda<SelectiveScanForward>));
+      random, dtype(), random.integer(1, 3), random.integer(1, 40),
+      pick(random, std::vector<int64_t>{3, 16}), run_cuda<SelectiveScanForward>));
 }
 
 // As many channels as a block has, and whole tiles of them.
@@ -127,7 +129,8 @@ TEST_P(ScanKernels, WholeTiles) {
   p = reshaped(random, p);
   if (GetParam().order != Options::random) { // neither B nor C is constant
     for (Dense* x : {&p.B, &p.C})
-      *x = draw(random, types_of(dtype()).per_token, {1, 35, 1, 16}, [&] { return random.normal(); });
+      *x = draw(
+          random, types_of(dtype()).per_token, {1, 35, 1, 16}, [&] { return random.normal(); });
   }
   ASSERT_NO_FATAL_FAILURE(check(p));
 }
