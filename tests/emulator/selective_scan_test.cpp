@@ -79,7 +79,7 @@ TEST_P(ScanKernels, RandomProblems) {
   const std::vector<int64_t> sequences = {0, 1, 1, 2, 3}, steps = {0, 1, 2, 8, 9, 16, 17, 33, 40},
                              widths = {1, 2, 3, 5, 17, 33}, states = {1, 3, 4, 16, 16, 17},
                              groups = {1, 1, 1, 2, 3};
-  for (int repeat = 0; repeat < 2; ++repeat) {
+  for (int repeat = 0; repeat < (dtype() == DType::f32 ? 2 : 1); ++repeat) {
     const int64_t G = pick(random, groups);
     ASSERT_NO_FATAL_FAILURE(check(draw_problem(
         random, dtype(), pick(random, sequences), pick(random, steps), G * pick(random, widths),
@@ -138,20 +138,20 @@ TEST_P(ScanKernels, WholeTiles) {
 // More states than a channel's lanes hold at a time, and tiles between kept states.
 TEST_P(ScanKernels, ManyStates) {
   Random random;
-  const auto& [T, D, N] =
-      pick(random, std::vector<std::array<int64_t, 3>>{{18, 2, 130}, {70, 1, 64}, {17, 1, 256}});
+  const std::vector<std::array<int64_t, 3>> sizes = {{18, 2, 130}, {50, 1, 64}, {17, 1, 256}};
+  const auto [T, D, N] = pick(random, sizes);
   ASSERT_NO_FATAL_FAILURE(check(draw_problem(random, dtype(), 1, T, D, N, 1)));
 }
 
 // The same bits, whatever the order of threads; unwanted gradients are left out.
 TEST_P(ScanKernels, SameBits) {
+  if (GetParam().order != Options::random) GTEST_SKIP() << "one order is compared with another";
   Random random;
   const Problem3 p = draw_problem(random, dtype(), 2, 20, 6, 5, 2);
   SCOPED_TRACE(p.text());
   const Result3 all = run(p), few = run(p, true, true);
   ASSERT_TRUE(same(all.grads[0], few.grads[0]) && same(all.grads[1], few.grads[1]));
-  emulator::options().order =
-      GetParam().order == Options::forward ? Options::random : Options::forward;
+  emulator::options().order = Options::forward;
   ASSERT_TRUE(same(all, run(p))) << "the result depends on the order of threads";
 }
 
