@@ -113,6 +113,16 @@ DTYPES = {
     "Complex<float>": "complex64",
     "Complex<double>": "complex128",
 }
+# What else stands among a kernel's template arguments.
+ARGUMENTS = DTYPES | {
+    **{f"ScanTypes<{one}, false>": name for one, name in DTYPES.items()},
+    **{f"ScanTypes<{one}, true>": DTYPES.get(f"Complex<{one}>", one) for one in DTYPES},
+    "(ScanWalk)0": "forward",
+    "(ScanWalk)1": "forward_effect",
+    "(ScanWalk)2": "backward_effect",
+    "SelectiveScanForward": "forward",
+    "SelectiveScanBackward": "backward",
+}
 
 
 def _template_arguments(name: str) -> list[str]:
@@ -140,7 +150,9 @@ def readable(demangled: str) -> str:
     short = kernel[0].removesuffix("_kernel")
     if not walk:
         arguments = _template_arguments(name) if name[kernel.end() :].startswith("<") else []
-        return " ".join([short, *(DTYPES.get(one, one) for one in arguments)])
+        if any(one.startswith("(ScanWalk)") for one in arguments):
+            arguments.pop()  # the problem follows from the walk
+        return " ".join([short, *(ARGUMENTS.get(one, one) for one in arguments)])
     cell = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", walk[2]).lower()
     return f"{short} {walk[1].lower()} {cell} {DTYPES.get(walk[3], walk[3])}"
 
@@ -242,8 +254,11 @@ def per_element(
     "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs:
     what the compiler made of the source, rare cases included. "way": those that are executed on the
     usual way through it, inputs fetched, and the effects of the other warps folded as often as the
-    last warp does. "mufu": of these, exponentials and reciprocals. None: the kernel has no loop.
+    last warp does. "mufu": of these, exponentials and reciprocals. None: the kernel has no loop, or
+    its launch does not say how much a pass of it does.
     """
+    if "outputs" not in launch:
+        return None
     flow = sass.Flow(code, int(architecture.rstrip("af")))
     if not flow.loops or not any(code[at].opcode == sass.STORE_GLOBAL for at in flow.loops[0].body):
         return None

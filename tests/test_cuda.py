@@ -4,6 +4,9 @@ time split among blocks. The other suites run there as well, with --device cuda.
 import pytest
 import torch
 from cases import OTHERS, close, cotangents, gradients, over, short, wide
+from test_selective_scan import FORMS
+from test_selective_scan import draw as draw_scan
+from test_selective_scan import grads as grads_of_scan
 
 import torch_ext
 
@@ -359,5 +362,106 @@ def test_convolution_of_steps(dtype, window, generator, no_waiting):
         )
         close(y, want, size=0.25)
         assert not y[~has].any()
+        close(pool, after)
+        assert torch.equal(pool[[1, 3, 4]], before[[1, 3, 4]])
+
+
+# ---- selective_scan: few channels and many steps, where blocks share out a sequence, and the rest ----
+SCANS = {"wide": (4, 150, 256, 16), "segments": (1, 3000, 33, 16), "many_states": (2, 70, 5, 150)}
+SCAN = pytest.mark.parametrize("scan", SCANS)
+PER_TOKEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def scan_of(scan, dtype, generator, **forms):
+    B, T, D, N = SCANS[scan]
+    x = draw_scan(generator, B=B, T=T, D=D - D % 2, N=N, dtype=dtype, **forms)
+    return {name: y.to(CUDA) for name, y in x.items()}
+
+
+@SCAN
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", PER_TOKEN.values(), ids=PER_TOKEN)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("complex_states", [False, True], ids=["real", "complex"])
+def test_scan_like_the_cpu(complex_states, form, dtype, reverse, scan, generator):
+    """Values and gradients against the CPU's operator in float64; the same bits in every launch."""
+    if complex_states and dtype == torch.bfloat16:
+        pytest.skip("no complex states beside bfloat16")
+    x = scan_of(scan, dtype, generator, form_b=form, form_c="token", complex_states=complex_states)
+    options = {"delta_softplus": True, "reverse": reverse}
+    weights = cotangents(torch_ext.selective_scan(**x, **options), generator)
+    outputs, got = grads_of_scan(torch_ext.selective_scan, x, weights, **options)
+    exact = {name: wide(y.cpu()) for name, y in x.items()}
+    precise = [wide(w.cpu()) for w in weights]
+    wants, want = grads_of_scan(torch_ext.selective_scan, exact, precise, **options)
+    factor = 16 if complex_states else 4
+    for name, one, other in zip(("y", "final_state"), outputs, wants, strict=True):
+        close(one.detach(), other.detach(), factor=factor, name=name)
+    for name in x:
+        close(got[name], want[name], grad=True, factor=factor, name=f"gradient of {name}")
+    again, twice = grads_of_scan(torch_ext.selective_scan, x, weights, **options)
+    same([*again, *twice.values()], [*outputs, *got.values()])
+
+
+@SCAN
+def test_scan_with_time_contiguous(scan, generator):
+    """(B, D, T) and (B, N, T) in memory: the same numbers as from rows."""
+    x = scan_of(scan, torch.bfloat16, generator)
+    turned = dict(x)
+    for name in ("u", "delta", "z", "B", "C"):
+        turned[name] = x[name].transpose(1, 2).contiguous().transpose(1, 2)
+    weights = cotangents(torch_ext.selective_scan(**x), generator)
+    outputs, got = grads_of_scan(torch_ext.selective_scan, x, weights)
+    turned_outputs, turned_got = grads_of_scan(torch_ext.selective_scan, turned, weights)
+    same([*turned_outputs, *turned_got.values()], [*outputs, *got.values()])
+
+
+def test_scan_of_packed_sequences(generator, no_waiting):
+    """Like the CPU's, in a graph that is replayed for other lengths, without waiting."""
+    cu = torch.tensor([0, 5, 5, 600, 1500], device=CUDA)
+    x = draw_scan(generator, B=1, T=1500, D=40, N=16, dtype=torch.float32, sequences=4)
+    x = {name: y.to(CUDA).requires_grad_() for name, y in x.items()}
+    weights = cotangents(torch_ext.selective_scan(**x, cu_seqlens=cu), generator)
+
+    def run(x, cu, weights):
+        outputs = torch_ext.selective_scan(**x, cu_seqlens=cu)
+        return [*outputs, *torch.autograd.grad(outputs, list(x.values()), weights)]
+
+    run(x, cu, weights)
+    with no_waiting:
+        run(x, cu, weights)
+    graph, outputs = captured(lambda: run(x, cu, weights))
+    for lengths in ([0, 5, 5, 600, 1500], [0, 700, 701, 701, 1500]):
+        cu.copy_(torch.tensor(lengths))
+        graph.replay()
+        got = [y.clone() for y in outputs]
+        same(run(x, cu, weights), got)
+        exact = {name: wide(y.cpu()) for name, y in x.items()}
+        want = run(exact, cu.cpu(), [wide(w.cpu()) for w in weights])
+        for i, (y, w) in enumerate(zip(got, want, strict=True)):
+            close(y, w, grad=i > 1, factor=4)
+
+
+@pytest.mark.parametrize("dtype", PER_TOKEN.values(), ids=PER_TOKEN)
+def test_scan_of_steps(dtype, generator, no_waiting):
+    """In place in a pool, without waiting; a negative index has no state."""
+    for D, N in ((64, 16), (34, 5)):
+        x = draw_scan(generator, B=4, T=1, D=D, N=N, dtype=dtype, sequences=6)
+        x = {name: y.to(CUDA) for name, y in x.items()}
+        pool = x.pop("initial_state")
+        for name in ("u", "delta", "B", "C", "z"):
+            x[name] = x[name][:, 0]
+        rows = torch.tensor([5, -1, 0, 2], device=CUDA)
+        before = pool.clone()
+        with no_waiting:
+            y = torch_ext.selective_scan_step_(
+                **x, state=pool, state_indices=rows, delta_softplus=True
+            )
+        exact = {name: wide(v.cpu()) for name, v in x.items()}
+        want, after = torch_ext.selective_scan_step(
+            **exact, state=wide(before.cpu()), state_indices=rows.cpu(), delta_softplus=True
+        )
+        close(y, want)
+        assert not y[rows < 0].any()
         close(pool, after)
         assert torch.equal(pool[[1, 3, 4]], before[[1, 3, 4]])

@@ -72,7 +72,7 @@ def selective_scan(
             ``T``.
         TypeError: a dtype differs from the above.
         RuntimeError: the tensors are on different devices.
-        NotImplementedError: the tensors are on a GPU, for which there is no kernel yet.
+        NotImplementedError: the tensors are on a GPU, and this build has no CUDA kernels.
 
     Notes:
         Accumulates in float32 for half precision. Bitwise the same on every run and for every

@@ -22,8 +22,11 @@
 
 #ifdef __CUDACC__
 #define TORCH_EXT_HD __host__ __device__ __forceinline__
+#define TORCH_EXT_UNROLL(n) _Pragma("unroll")
 #else
 #define TORCH_EXT_HD inline __attribute__((always_inline))
+#define TORCH_EXT_PRAGMA(text) _Pragma(#text)
+#define TORCH_EXT_UNROLL(n) TORCH_EXT_PRAGMA(GCC unroll n)
 #endif
 
 namespace torch_ext {
@@ -87,9 +90,23 @@ TORCH_EXT_HD double fused(double x, double y, double z) {
   return x * y + z;
 #endif
 }
-TORCH_EXT_HD float at_least(float x, double c) { return x < float(c) ? float(c) : x; }
+TORCH_EXT_HD float at_least(float x, double c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 // one instruction instead of two
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(float(c)));
+  return x;
+#else
+  return x < float(c) ? float(c) : x;
+#endif
+}
 TORCH_EXT_HD double at_least(double x, double c) { return x < c ? c : x; }
-TORCH_EXT_HD float at_most(float x, double c) { return x > float(c) ? float(c) : x; }
+TORCH_EXT_HD float at_most(float x, double c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(float(c)));
+  return x;
+#else
+  return x > float(c) ? float(c) : x;
+#endif
+}
 TORCH_EXT_HD double at_most(double x, double c) { return x > c ? c : x; }
 TORCH_EXT_HD float maximum(float x, float y) { return x < y ? y : x; }
 TORCH_EXT_HD double maximum(double x, double y) { return x < y ? y : x; }

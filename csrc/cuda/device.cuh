@@ -18,6 +18,10 @@ T load_written_by_blocks(const T* p) {
   return load_global(p);
 }
 inline void zero(void* p, int64_t bytes, cudaStream_t) { memset(p, 0, size_t(bytes)); }
+template <class T>
+T recomputed(T x) {
+  return x;
+}
 } // namespace torch_ext::cuda
 #else
 #include <cuda_bf16.h>
@@ -40,6 +44,20 @@ TORCH_EXT_DEVICE unsigned ballot(unsigned mask, bool x) { return __ballot_sync(m
 template <class T>
 TORCH_EXT_DEVICE T shuffle(unsigned mask, T x, int from) {
   return __shfl_sync(mask, x, from);
+}
+template <class T>
+TORCH_EXT_DEVICE T shuffle_xor(unsigned mask, T x, int bits) {
+  return __shfl_xor_sync(mask, x, bits);
+}
+
+// x itself. What depends on it is computed where it stands: ahead of a loop it would wait in registers that the loop needs.
+TORCH_EXT_DEVICE int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+TORCH_EXT_DEVICE int64_t recomputed(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
 }
 
 // ---- shared memory: dynamic, through views ----

@@ -1,11 +1,15 @@
-// torch_ext::selective_scan: checks, Meta, CPU kernels, derivatives of every order and mode, autocast, steps. The kernels:
-// csrc/cpu/selective_scan.h. What it shares with the other recurrences (threads, offsets, rows of a pool): diagonal.h.
+// torch_ext::selective_scan: checks, Meta, CPU and CUDA kernels, derivatives of every order and mode, autocast, steps. The
+// kernels: csrc/cpu/selective_scan.h, csrc/cuda/selective_scan.cuh. What it shares with the other recurrences (threads,
+// offsets, rows of a pool): diagonal.h.
 //
 // The operator has a third output, the states from which the backward starts again: empty unless `checkpoints` asks for
 // them, as the autograd kernel does when it records. A backward without them makes them first.
 #include "../core/selective_scan_problem.h"
 #include "diagonal.h"
 #include "torch_ext/ops.h"
+#ifdef TORCH_EXT_CUDA
+#include "../cuda/selective_scan.h"
+#endif
 
 namespace torch_ext {
 namespace {
@@ -275,7 +279,7 @@ Gradients empty_gradients(
       at::empty_symint({x.rows(), width, states}, x.u.options().dtype(x.state_type()))};
 }
 
-// ---- CPU ----
+// ---- kernels ----
 
 template <class Data>
 Data data_of(const Tensor& t) {
@@ -370,12 +374,9 @@ struct Prepared {
   }
 };
 
-Three cpu_forward(
-    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-    const Opt& D, const Opt& z, const Opt& delta_bias, const Opt& initial_state,
-    const Opt& cu_seqlens, bool delta_softplus, bool reverse, bool checkpoints) {
-  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
-                    cu_seqlens, delta_softplus, reverse};
+// launch(dtype, problem): the device's driver.
+template <class Launch>
+Three forward_on(Launch launch, const Arguments& x, bool checkpoints) {
   auto [y, final_state, kept] = empty_outputs(x, checkpoints);
   const Prepared prepared(x, /*one_step=*/false);
   SelectiveScanForward p;
@@ -383,17 +384,15 @@ Three cpu_forward(
   p.out = over_time<void*>(y);
   p.final_state = over_states<void*>(final_state);
   if (checkpoints) p.checkpoints = kept.mutable_data_ptr();
-  TORCH_INTERNAL_ASSERT(cpu::selective_scan_forward(prepared.dtype(), p, torch_threads()));
+  launch(prepared.dtype(), p);
   return {y, final_state, kept};
 }
 
-Gradients cpu_backward(
-    const Opt& grad_y, const Opt& grad_final_state, const Tensor& u, const Tensor& delta,
-    const Tensor& A, const Tensor& B, const Tensor& C, const Opt& D, const Opt& z,
-    const Opt& delta_bias, const Opt& initial_state, const Tensor& checkpoints,
-    const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
-  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
-                    cu_seqlens, delta_softplus, reverse};
+template <class Launch>
+Gradients backward_on(
+    Launch launch, const Opt& grad_y, const Opt& grad_final_state, const Arguments& x,
+    const Tensor& checkpoints) {
+  const Tensor& u = x.u;
   auto [du, ddelta, dA, dB, dC, dD, dz, dbias, dstate] =
       empty_gradients(grad_y, grad_final_state, x, checkpoints);
   Tensor kept = checkpoints;
@@ -409,7 +408,7 @@ Gradients cpu_backward(
   if (defined(gs)) p.grad_final_state = over_states<const void*>(*gs);
   p.grad_u = over_time<void*>(du);
   p.grad_delta = over_time<void*>(ddelta);
-  if (defined(z)) p.grad_z = over_time<void*>(dz);
+  if (defined(x.z)) p.grad_z = over_time<void*>(dz);
   // Sums are made in the dtypes and groups that kernels read.
   const auto like = [](const Tensor& t) {
     return at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::Contiguous));
@@ -424,7 +423,7 @@ Gradients cpu_backward(
   p.grad_D = over_channels<void*>(wide_D);
   p.grad_delta_bias = over_channels<void*>(wide_bias);
   p.grad_initial_state = over_states<void*>(dstate);
-  TORCH_INTERNAL_ASSERT(cpu::selective_scan_backward(prepared.dtype(), p, torch_threads()));
+  launch(prepared.dtype(), p);
   if (u.size(2) == 0) wide_B.zero_(), wide_C.zero_(); // sums over no channels
   const auto back = [&](const Tensor& sum, const Tensor& like) {
     Tensor folded = sum;
@@ -448,11 +447,9 @@ Gradients cpu_backward(
 }
 
 // One step for every row, in place in the pool of states.
-Tensor cpu_step_(
-    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-    const Opt& D, const Opt& z, const Opt& delta_bias, const Tensor& state,
-    const Opt& state_indices, bool delta_softplus) {
-  const Arguments x{u, delta, A, B, C, D, z, delta_bias, state, {}, delta_softplus};
+template <class Launch>
+Tensor step_on(Launch launch, const Arguments& x, const Opt& state_indices) {
+  const Tensor &u = x.u, &state = *x.state;
   check_step(x, state_indices);
   check_no_overlap(kName, state);
   const Tensor rows = state_rows(kName, state_indices, u.size(0), state.size(0), u.device());
@@ -464,9 +461,70 @@ Tensor cpu_step_(
   if (rows.defined()) p.state_rows = rows.const_data_ptr<int64_t>();
   p.out = over_time<void*>(y);
   p.final_state = over_states<void*>(pool);
-  TORCH_INTERNAL_ASSERT(cpu::selective_scan_forward(prepared.dtype(), p, torch_threads()));
+  launch(prepared.dtype(), p);
   if (!pool.is_same(state)) state.copy_(pool);
   return y;
+}
+
+struct OnCpu {
+  explicit OnCpu(at::Device) {}
+  void operator()(DType dtype, const SelectiveScanForward& p) const {
+    TORCH_INTERNAL_ASSERT(cpu::selective_scan_forward(dtype, p, torch_threads()));
+  }
+  void operator()(DType dtype, const SelectiveScanBackward& p) const {
+    TORCH_INTERNAL_ASSERT(cpu::selective_scan_backward(dtype, p, torch_threads()));
+  }
+};
+#ifdef TORCH_EXT_CUDA
+struct OnCuda {
+  c10::cuda::OptionalCUDAGuard guard;
+  explicit OnCuda(at::Device device) {
+    if (device.is_cuda()) guard.set_device(device); // else the checks will tell
+  }
+  template <class Problem>
+  void operator()(DType dtype, const Problem& p) const {
+    // Given back when this returns: the caching allocator hands it out again in the order of the stream.
+    const Tensor workspace = at::empty(
+        {cuda::selective_scan_workspace(dtype, p)}, at::device(at::kCUDA).dtype(at::kByte));
+    cuda::selective_scan(
+        dtype, p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+#endif
+
+template <class Device>
+Three forward_kernel(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const Opt& D, const Opt& z, const Opt& delta_bias, const Opt& initial_state,
+    const Opt& cu_seqlens, bool delta_softplus, bool reverse, bool checkpoints) {
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
+  const Device device(u.device());
+  return forward_on([&](auto dtype, const auto& p) { device(dtype, p); }, x, checkpoints);
+}
+template <class Device>
+Gradients backward_kernel(
+    const Opt& grad_y, const Opt& grad_final_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const Opt& D, const Opt& z,
+    const Opt& delta_bias, const Opt& initial_state, const Tensor& checkpoints,
+    const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
+  const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
+                    cu_seqlens, delta_softplus, reverse};
+  const Device device(u.device());
+  return backward_on(
+      [&](auto dtype, const auto& p) { device(dtype, p); }, grad_y, grad_final_state, x,
+      checkpoints);
+}
+template <class Device>
+Tensor step_kernel_(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const Opt& D, const Opt& z, const Opt& delta_bias, const Tensor& state,
+    const Opt& state_indices, bool delta_softplus) {
+  const Device device(u.device());
+  return step_on(
+      [&](auto dtype, const auto& p) { device(dtype, p); },
+      {u, delta, A, B, C, D, z, delta_bias, state, {}, delta_softplus}, state_indices);
 }
 
 // ---- Meta ----
@@ -879,13 +937,19 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
-  m.impl("selective_scan", &cpu_forward);
-  m.impl("selective_scan_backward", &cpu_backward);
-  m.impl("selective_scan_step_", &cpu_step_);
+  m.impl("selective_scan", &forward_kernel<OnCpu>);
+  m.impl("selective_scan_backward", &backward_kernel<OnCpu>);
+  m.impl("selective_scan_step_", &step_kernel_<OnCpu>);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
+#ifdef TORCH_EXT_CUDA
+  m.impl("selective_scan", &forward_kernel<OnCuda>);
+  m.impl("selective_scan_backward", &backward_kernel<OnCuda>);
+  m.impl("selective_scan_step_", &step_kernel_<OnCuda>);
+#else
   for (const char* name : {"selective_scan", "selective_scan_backward", "selective_scan_step_"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda_kernel>());
+#endif
 }
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("selective_scan", &meta);
