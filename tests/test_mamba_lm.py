@@ -14,8 +14,8 @@ from test_mamba import formula
 
 import torch_ext
 from torch_ext import _checkpoint
+from torch_ext._sampling import sample
 from torch_ext.compat import _mamba_ssm_models as peer
-from torch_ext.mamba_lm import sample
 
 V, C = 13, 8
 

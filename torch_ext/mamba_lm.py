@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _checkpoint, _mamba_checkpoint
+from ._sampling import sample
 from ._sequence_layer import is_compiling, shape_text
 from .mamba import Mamba, State
 
@@ -728,25 +729,3 @@ def _make_norm(
 ) -> nn.Module:
     make = _RMSNorm if rms_norm else _LayerNorm
     return make(d_model, eps=norm_eps, device=device, dtype=dtype)
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token ``(B,)`` from logits ``(B, vocab_size)``."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = logits.masked_fill(logits < smallest, -float("inf"))
-    p = torch.softmax(logits, -1)
-    if top_p is not None:
-        ordered, places = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all that are more likely
-        p = torch.zeros_like(p).scatter(1, places, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)

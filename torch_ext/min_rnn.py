@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._sampling import sample
 from ._sequence_layer import GateBiasInit, shape_text
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
@@ -334,14 +335,3 @@ def make_norm(
     if name not in norms:
         raise ValueError(f'MinRNNBlock: norm is {name!r}, expected "layer_norm" or "rms_norm"')
     return norms[name](dim, device=device, dtype=dtype)
-
-
-def sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """One token ``(B,)`` from logits ``(B, vocab_size)``."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = logits.masked_fill(logits < smallest, -float("inf"))
-    return torch.multinomial(torch.softmax(logits, -1), 1).squeeze(1)

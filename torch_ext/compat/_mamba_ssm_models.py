@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _mamba_checkpoint
+from .._sampling import sample
 from ..mamba import Mamba
-from ..mamba_lm import MambaBackbone, MambaLM, sample
+from ..mamba_lm import MambaBackbone, MambaLM
 
 __all__ = ["InferenceParams", "MambaConfig", "MambaLMHeadModel"]
 
