@@ -886,6 +886,8 @@ def draw_models(result: dict, path: Path) -> Path:
             ax.set_title(f"a long text: {panel}, {unit}", loc="left", fontsize=9)
             ax.set_xlabel("tokens of the text")
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter("")
         else:
             for row in models:
                 if row["phase"] == panel:

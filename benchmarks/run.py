@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Times the fused operators against the machine's own limits and against peers.
 
-    python benchmarks/run.py                 everything, about 6 minutes on two cores
+    python benchmarks/run.py                 everything, about 15 minutes on two cores
+    python benchmarks/run.py --op mamba      Mamba's operators, layer and language models alone
     python benchmarks/run.py --device cuda   the same on a GPU
     python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
     python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none

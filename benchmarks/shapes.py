@@ -194,7 +194,7 @@ class MambaOperator:
     fused: bool = False  # with delta_bias, softplus, D and z
     time_last: bool = False  # tensors lie as (B, D, T)
     dtype: str | None = None  # None: what is asked for
-    data: str = "normal"  # or "denormal": every second channel; "large": |A| delta up to 300
+    data: str = "normal"  # or "denormal": every second channel; "large": |A| delta up to 320
     beside: str | None = None  # the operator that its time is held against
     at_most: float | None = None  # ... and how many times that it may take
 
