@@ -637,7 +637,11 @@ def mamba_comparison(mode: str, time: int, width: int, names: list[str]) -> Comp
     ]
     step = call_of(ours)
     return Comparison(
-        f"Mamba: layer, {mode}", (1, time, width), "float32", lambda index: step, contenders
+        f"Mamba: layer, {mode}, T={time}",
+        (1, time, width),
+        "float32",
+        lambda index: step,
+        contenders,
     )
 
 

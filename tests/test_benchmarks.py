@@ -500,8 +500,8 @@ def test_a_run_of_mamba(tmp_path, child_environment):
     assert all(row["ratio_to_read"] > 0 for row in result["mamba_steps"])
     assert {row["peer"] for row in result["peers"]} == {"associative_scan eager"}
     assert {row["what"] for row in result["peers"]} == {
-        "Mamba: layer, forward",
-        "Mamba: layer, training step",
+        "Mamba: layer, forward, T=32",
+        "Mamba: layer, training step, T=32",
     }
     both = {"MambaLM", "transformer"}
     cells = {(row["who"], row["phase"], row["context"]) for row in result["models"]}
