@@ -841,7 +841,7 @@ def draw_mamba(result: dict, path: Path) -> Path:
     names = [isa.replace("avx", "AVX").replace("AVX512", "AVX-512") for isa in isas]
     handles.append(plt.Line2D([], [], color=PAPER, linewidth=2))
     figure.legend(
-        handles, [*names, "goal"], loc="outside lower right", ncols=len(handles), frameon=False
+        handles, [*names, "goal"], loc="outside upper right", ncols=len(handles), frameon=False
     )
     shape = next(row["shape"] for row in rows)
     figure.suptitle(
@@ -885,9 +885,10 @@ def draw_models(result: dict, path: Path) -> Path:
             unit = "seconds" if panel == "time" else "MiB"
             ax.set_title(f"a long text: {panel}, {unit}", loc="left", fontsize=9)
             ax.set_xlabel("tokens of the text")
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            ax.yaxis.set_minor_formatter("")
+            if panel == "time":
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                ax.yaxis.set_minor_formatter("")
         else:
             for row in models:
                 if row["phase"] == panel:
@@ -913,7 +914,7 @@ def draw_models(result: dict, path: Path) -> Path:
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [_tokens(x) for x in ticks])
         ax.set_xticks([], minor=True)
-        if panel not in ("time", "memory"):
+        if panel != "time":
             ax.set_ylim(bottom=0)
         ax.margins(x=0.08)
         ax.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)

@@ -273,7 +273,8 @@ def time_mamba_steps(args: argparse.Namespace, settings: dict, result: dict) -> 
 
     width = QUICK_MAMBA_WIDTH if args.quick else MAMBA_WIDTH
     print(f"\nOne token through a Mamba layer, d_model = {width}")
-    effort = Effort(settings["seconds"] / 2, rounds=5, sample_seconds=0.002)
+    # Long enough samples that what the caches can keep of the weights is there for most calls.
+    effort = Effort(settings["seconds"] / 2, 5, sample_seconds=0.002 if args.quick else 0.02)
     for dtype_name, threads in itertools.product(args.dtype, settings["threads"]):
         dtype = getattr(torch, dtype_name)
         set_threads(threads, settings["cpus"])
