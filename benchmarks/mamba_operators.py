@@ -274,6 +274,8 @@ def time_operators(
         itemsize = dtype_of(operator, dtype).itemsize
         sizes[name, mode] = elements * itemsize * operator.tensors_alive(mode)
         calls[name, mode] = make_call(operator, mode, shape, dtype)
+    if not calls:
+        return
     limits = Limits(set(sizes.values()), threads, calibration_seconds)
     each = Effort(effort.seconds * len(calls), effort.rounds, effort.sample_seconds)
     samples = measure(calls, each, around=limits.run)
