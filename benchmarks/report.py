@@ -915,7 +915,7 @@ def draw_models(result: dict, path: Path) -> Path:
         ax.set_xticks(ticks, [_tokens(x) for x in ticks])
         ax.set_xticks([], minor=True)
         if panel != "time":
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.1 * max(y for points in lines.values() for _, y in points))
         ax.margins(x=0.08)
         ax.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
         ax.legend(frameon=False, fontsize=7.5)
