@@ -17,16 +17,25 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 WARM_UP_SHAPE = (1, 64, 64)
+MAMBA_MEMORY = ("selective_scan", "selective_scan[fused]", "causal_conv1d")
 
 
 def make_cases(
     operators: Sequence[str], peers: Sequence[str], shape: tuple[int, int, int], dtype: str
 ) -> list[dict]:
     """Operators, then layers; what a peer is asked for, ours is asked for too."""
+    from shapes import MAMBA_OPERATORS
+
+    operators = [
+        name
+        for name in operators  # one of Mamba's operators for each way that its memory goes
+        if name not in MAMBA_OPERATORS or name in MAMBA_MEMORY
+    ]
     cases = [
         {"who": "torch_ext", "what": name, "mode": mode, "shape": list(shape), "dtype": dtype}
         for name in operators
@@ -53,8 +62,10 @@ def make_cases(
 
 def tensors_needed(case: dict) -> int | None:
     """How many (B, T, D) tensors an operator's results are: no implementation needs fewer."""
-    from shapes import OPERATORS
+    from shapes import MAMBA_OPERATORS, OPERATORS
 
+    if case["what"] in MAMBA_OPERATORS:
+        return 1 if case["mode"] == "forward" else MAMBA_OPERATORS[case["what"]].results
     operator = OPERATORS.get(case["what"])
     if operator is None:
         return None
@@ -64,12 +75,14 @@ def tensors_needed(case: dict) -> int | None:
 def make_case(case: dict, device: str) -> Callable[[], object]:
     """Inputs are drawn in place, in their own dtype: nothing that was larger is behind them."""
     import torch
-    from shapes import OPERATORS
+    from shapes import MAMBA_OPERATORS, OPERATORS
 
     import torch_ext
 
     dtype = getattr(torch, case["dtype"])
     shape = tuple(case["shape"])
+    if case["what"] in MAMBA_OPERATORS:
+        return _make_mamba_case(case, shape, dtype)
 
     def draw() -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_()
@@ -109,6 +122,94 @@ def make_case(case: dict, device: str) -> Callable[[], object]:
         return out, torch.autograd.grad(out, parameters, grad_h.to(out.dtype))
 
     return call
+
+
+def _make_mamba_case(case: dict, shape: tuple, dtype) -> Callable[[], object]:
+    import torch
+    from mamba_operators import options_of
+    from shapes import MAMBA_OPERATORS, MAMBA_STATES, MAMBA_TAPS
+
+    import torch_ext
+
+    operator = MAMBA_OPERATORS[case["what"]]
+    function, options = getattr(torch_ext, operator.function), options_of(operator)
+    batch, steps, dim = shape
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype).normal_()
+
+    def constant(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=wide).uniform_(-1, -0.01)
+
+    if operator.function == "causal_conv1d":
+        inputs = [draw(*shape), constant(dim, MAMBA_TAPS), constant(dim)]
+    else:
+        inputs = [draw(*shape), draw(*shape).uniform_(1e-3, 0.1), constant(dim, MAMBA_STATES)]
+        inputs += [draw(batch, steps, MAMBA_STATES) for _ in ("B", "C")]
+        inputs += [constant(dim), draw(*shape), constant(dim)] if operator.fused else [None] * 3
+    if case["mode"] == "forward":
+
+        def call() -> object:
+            with torch.inference_mode():
+                return function(*inputs, **options)
+
+        return call
+    grad = draw(*shape)
+    leaves = [None if x is None else x.requires_grad_() for x in inputs]
+    given = [x for x in leaves if x is not None]
+
+    def call() -> object:
+        y, _ = function(*leaves, **options)
+        return y, torch.autograd.grad(y, given, grad)
+
+    return call
+
+
+# -- a long text ------------------------------------------------------------------------------------
+
+
+def make_long_cases(sizes, dtype: str) -> list[dict]:
+    """A MambaLM reads texts of growing length: all at once, and in chunks with a state between."""
+    model = {"what": "long", "width": sizes.width, "layers": sizes.layers, "dtype": dtype}
+    return [
+        *({**model, "chunk": None, "tokens": tokens} for tokens in sizes.whole),
+        *({**model, "chunk": sizes.chunk, "tokens": tokens} for tokens in sizes.chunked),
+    ]
+
+
+def _measure_long(case: dict, threads: int) -> dict:
+    """One reading, after a small one: seconds, and memory beyond the model and its tokens."""
+    import torch
+    from shapes import LONG_VOCAB
+
+    import torch_ext
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, case["dtype"])
+    model = torch_ext.MambaLM(LONG_VOCAB, case["width"], case["layers"], dtype=dtype).eval()
+    ids = torch.randint(LONG_VOCAB, (1, case["tokens"]))
+
+    def read(ids: torch.Tensor, chunk: int) -> torch.Tensor:
+        state = None
+        for piece in ids.split(chunk, 1):
+            logits, state = model.prefill(piece, state, last_only=True)
+        return logits
+
+    with torch.inference_mode():
+        read(ids[:, :64], 32)
+        first = min(case["tokens"], 256)
+        whole, parts = read(ids[:, :first], first), read(ids[:, :first], 64)
+        error = ((whole - parts).float().norm() / whole.float().norm()).item()
+        if not error <= (1e-4 if dtype.itemsize >= 4 else 5e-2):
+            return {"failed": f"chunks differ from the whole by {error:.1e} of the norm"}
+        before = _peak()
+        start = time.perf_counter()
+        read(ids, case["chunk"] or case["tokens"])
+        seconds = time.perf_counter() - start
+        after = _peak()
+    return {**case, "threads": threads, "seconds": seconds, "peak_bytes": after - before}
 
 
 def _peak() -> int:
@@ -169,7 +270,8 @@ def main(file: str) -> None:
     torch.set_num_threads(1)  # a fork must not inherit a thread pool
     wanted = json.loads(Path(file).read_text())
     for case in wanted["cases"]:
-        row = _forked(lambda case=case: _measure(case, wanted["threads"]))
+        work = _measure_long if case["what"] == "long" else _measure
+        row = _forked(lambda case=case, work=work: work(case, wanted["threads"]))
         print(json.dumps({**case, **row}), flush=True)
 
 

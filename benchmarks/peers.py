@@ -46,6 +46,11 @@ PEERS = {
     "minGRU-pytorch": Peer("minGRU_pytorch", "pip install minGRU-pytorch==0.2.1 einops"),
     "minGRU-pytorch compiled": Peer("minGRU_pytorch", "pip install minGRU-pytorch==0.2.1 einops"),
     "associative_scan": Peer("torch._higher_order_ops.associative_scan", "comes with torch"),
+    "associative_scan eager": Peer(
+        "torch._higher_order_ops.associative_scan", "comes with torch", ("cpu",)
+    ),
+    "transformers": Peer("transformers.models.mamba", "pip install transformers", ("cpu",)),
+    "mambapy": Peer("mambapy", "pip install mambapy", ("cpu",)),
     "accelerated-scan": Peer("accelerated_scan", "pip install accelerated-scan"),
     "accelerated-scan (Triton)": Peer(
         "accelerated_scan", "pip install accelerated-scan", ("cuda",)
@@ -53,6 +58,7 @@ PEERS = {
     "fla-hgrn": Peer("fla.ops", "pip install flash-linear-attention", ("cuda",)),
     "torch.nn": Peer("torch.nn", "comes with torch"),
     "loops": Peer("torch.nn", "comes with torch"),
+    "transformer": Peer("torch.nn", "comes with torch", ("cpu",)),
 }
 
 
@@ -511,6 +517,147 @@ def layer_comparisons(
         contenders,
         {"projections_alone": projections_alone},
     )
+
+
+# -- Mamba -----------------------------------------------------------------------------------------
+
+
+def _associative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    return associative_scan(_combine, (a, b), dim=1, combine_mode="generic")
+
+
+def _loop(a: torch.Tensor, b: torch.Tensor) -> Results:
+    h, states = torch.zeros_like(b[:, 0]), []
+    for decay, new in zip(a.unbind(1), b.unbind(1), strict=True):
+        h = decay * h + new
+        states.append(h)
+    return a, torch.stack(states, 1)
+
+
+class PlainMamba(nn.Module):
+    """A Mamba layer's formulas in plain PyTorch, with all states in memory, and another's weights.
+
+    `scan` is "associative_scan", torch's own, or "loop", which is the reference.
+    """
+
+    def __init__(self, layer: nn.Module, scan: str):
+        super().__init__()
+        self.scan = {"associative_scan": _associative, "loop": _loop}[scan]
+        self.dt_rank, self.d_state = layer.dt_rank, layer.d_state
+        copied = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        for name, value in copied.items():
+            self.register_parameter(name.replace(".", "__"), nn.Parameter(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time = x.shape[1]
+        u, z = F.linear(x, self.in_proj__weight).chunk(2, -1)
+        taps = self.conv1d__weight.shape[-1]
+        u = F.conv1d(
+            u.transpose(1, 2), self.conv1d__weight, self.conv1d__bias, padding=taps - 1,
+            groups=u.shape[-1],
+        )  # fmt: skip
+        u = F.silu(u[..., :time].transpose(1, 2))
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        delta, B, C = F.linear(u, self.x_proj__weight).split(sizes, -1)
+        delta = F.softplus(F.linear(delta, self.dt_proj__weight, self.dt_proj__bias))
+        a = torch.exp(delta[..., None] * -torch.exp(self.A_log))
+        h = self.scan(a, (delta * u)[..., None] * B[:, :, None])[1]
+        y = (h * C[:, :, None]).sum(-1) + self.D * u
+        return F.linear(y * F.silu(z), self.out_proj__weight)
+
+
+def _make_mamba(who: str, ours: nn.Module) -> Callable:
+    """The peer's layer, with the weights of ours. Names of weights differ only by `__`."""
+    if who.startswith("associative_scan"):
+        plain = PlainMamba(ours, "associative_scan")
+        return plain if who.endswith("eager") else torch.compile(plain)
+    if who == "transformers":
+        from transformers import MambaConfig, logging
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        logging.set_verbosity_error()  # that it is slow without its kernels is what we measure
+        config = MambaConfig(
+            hidden_size=ours.d_model, state_size=ours.d_state, expand=2, num_hidden_layers=1
+        )
+        peer: nn.Module = MambaMixer(config, layer_idx=0)
+    else:
+        from mambapy.mamba import MambaBlock, MambaConfig
+
+        peer = MambaBlock(MambaConfig(d_model=ours.d_model, n_layers=1, d_state=ours.d_state))
+    peer.load_state_dict(ours.state_dict())
+    return peer
+
+
+MAMBA_NOTES = {
+    "transformers": "MambaMixer, its path without kernels",
+    "mambapy": "MambaBlock, its pscan",
+    "associative_scan": "torch's, in a plain layer, compiled",
+    "associative_scan eager": "torch's, in a plain layer",
+}
+
+
+def mamba_comparison(mode: str, time: int, width: int, names: list[str]) -> Comparison:
+    """One layer, one row of `time` tokens: forward, or the gradients of input and weights too."""
+    torch.manual_seed(0)
+    ours = torch_ext.Mamba(width)
+    x = torch.randn(1, time, width)
+    grad = torch.randn(1, time, width)
+    _check_mamba(ours, x)
+
+    def call_of(module: Callable) -> Call:
+        parameters = dict(module.named_parameters())
+        inputs = [
+            parameters[name]
+            for name in sorted(
+                parameters, key=lambda n: n.removeprefix("_orig_mod.").replace("__", ".")
+            )
+        ]
+
+        def forward() -> Results:
+            with torch.no_grad():
+                return (module(x),)
+
+        def train() -> Results:
+            leaf = x.detach().requires_grad_()
+            out = module(leaf)
+            return (out, *torch.autograd.grad(out, (leaf, *inputs), grad))
+
+        return forward if mode == "forward" else train
+
+    contenders = [
+        Contender(
+            who,
+            lambda index, who=who: call_of(_make_mamba(who, ours)),
+            LOOP_TOLERANCE,
+            note=MAMBA_NOTES[who],
+        )
+        for who in names
+    ]
+    step = call_of(ours)
+    return Comparison(
+        f"Mamba: layer, {mode}, T={time}",
+        (1, time, width),
+        "float32",
+        lambda index: step,
+        contenders,
+    )
+
+
+def _check_mamba(layer: nn.Module, x: torch.Tensor) -> None:
+    """Its first steps against plain PyTorch's loop in float64, all of them against itself there."""
+    import copy
+
+    exact = PlainMamba(layer, "loop").double()
+    with torch.no_grad():
+        difference = _difference(layer(x[:, :128]), exact(x[:, :128].double()))
+        whole = copy.deepcopy(layer).double()(x.double())
+        difference = max(difference, _difference(layer(x), whole))
+    if not difference <= LOOP_TOLERANCE:
+        raise WrongResult(
+            f"Mamba layer is wrong by {difference:.1e} of its norm (accepted: {LOOP_TOLERANCE:.0e})"
+        )
 
 
 # -- the paper's table -----------------------------------------------------------------------------

@@ -126,6 +126,93 @@ def allocator_line(row: dict) -> str:
     )
 
 
+def mamba_header() -> str:
+    return (
+        f"{'Mamba operator':<33} {'pass':<9} {'B x T x D':<13} {'isa':<7} thr {'best':>9} "
+        f"{'median':>7} {'ns each':>8} {'GB/s':>6} {'/roof':>6}  bound"
+    )
+
+
+def mamba_share(row: dict) -> str:
+    """The share that the goal is about, and of what."""
+    if row["goal_of"] == "copy":
+        return f"{percent(row['fraction_of_copy'])} of copy"
+    return f"{percent(row['fraction_of_roof'])} of the roof"
+
+
+def mamba_beside(row: dict) -> str:
+    beside = row.get("beside")
+    if not beside:
+        return ""
+    text = f"{beside['ratio']:.2f}x the time of {beside['what']}"
+    if not beside["meets_goal"]:
+        text += f" (goal: at most {beside['at_most']:g}x)"
+    return text
+
+
+def mamba_line(row: dict) -> str:
+    line = (
+        f"{row['operator']:<33} {row['mode']:<9} {'x'.join(map(str, row['shape'])):<13} "
+        f"{row['isa']:<7} {row['threads']:>3} {duration(row['seconds_min']):>9} "
+        f"{'+' + percent(row['seconds_median'] / row['seconds_min'] - 1):>7} "
+        f"{row['nanoseconds_per_element']:>8.3f} {row['gigabytes_per_second']:>6.1f} "
+        f"{percent(row['fraction_of_roof']):>6}  {row['bound_by']}"
+    )
+    if row["goal_of"] == "copy":
+        line += f", {mamba_share(row)}"
+    if not row["meets_goal"]:
+        line += f", below the goal of {percent(row['goal'])}"
+    beside = mamba_beside(row)
+    return f"{line}, {beside}" if beside else line
+
+
+def scaling_line(row: dict) -> str:
+    scaling = row["scaling"]
+    line = (
+        f"{row['operator']:<33} {row['mode']:<9} {'x'.join(map(str, row['shape'])):<13} "
+        f"{row['isa']:<7} {count(row['threads'])}: {scaling['ratio']:.2f}x as fast as one"
+    )
+    return line if scaling["meets_goal"] else f"{line}, goal {scaling['goal']:g}x"
+
+
+def mamba_step_line(row: dict) -> str:
+    line = (
+        f"{row['function']:<12} B = {row['batch']:<3} {row['layers_in_turn']:>2} layers in turn, "
+        f"{row['dtype']}, {count(row['threads']):<9} {duration(row['seconds_min']):>9}: "
+        f"{row['ratio_to_read']:.2f}x the time to read {mebibytes(row['weight_bytes'])} of weights "
+        f"({duration(row['read_seconds'])}, by {row['read_by']})"
+    )
+    return line if row["meets_goal"] else f"{line}, goal {row['goal']:g}x"
+
+
+def model_line(row: dict) -> str:
+    return (
+        f"{row['who']:<12} {row['parameters'] / 1e6:>6.1f}M {row['dtype']:<9} {row['phase']:<8} "
+        f"{row['context']:>7} tokens of context: {rate(row['tokens_per_second'])} tokens/s "
+        f"({duration(row['seconds_min'])}, median "
+        f"+{percent(row['seconds_median'] / row['seconds_min'] - 1)})"
+    )
+
+
+def rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def long_how(row: dict) -> str:
+    return f"in chunks of {row['chunk']}" if row["chunk"] else "whole"
+
+
+def long_line(row: dict) -> str:
+    about = f"{row['tokens']:>8} tokens, {long_how(row):<18}"
+    if "failed" in row:
+        return f"{about} failed: {row['failed']}"
+    per_second = rate(row["tokens"] / row["seconds"])
+    return (
+        f"{about} {duration(row['seconds']):>9}, {per_second} tokens/s, "
+        f"{mebibytes(row['peak_bytes'])}"
+    )
+
+
 def peers_header(threads: int | None) -> str:
     return f"Against peers, {count(threads)}, best of the rounds (range of the ratio)"
 
@@ -173,6 +260,14 @@ def summary(result: dict) -> str:
                 f"{len(short)} cannot, however fast: their exponentials alone take too long for "
                 "it (see /roof)."
             )
+    if result["mamba"]:
+        goals = [row["meets_goal"] for row in result["mamba"] if row["goal"]]
+        for key in ("beside", "scaling"):
+            held = [row[key] for row in result["mamba"] if row.get(key)]
+            goals += [x["meets_goal"] for x in held if x.get("at_most") or x.get("goal")]
+        lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
+    if goals := [row["meets_goal"] for row in result["mamba_steps"] if row["goal"]]:
+        lines.append(f"{sum(goals)} of {len(goals)} goals of its step are reached.")
     if result["wrong"]:
         lines.append(f"{len(result['wrong'])} results were wrong and were not timed.")
     if result["not_run"]:
@@ -248,7 +343,9 @@ def markdown(result: dict) -> str:
                 cells.append(f"{time}, {row['gigabytes_per_second']:.1f}, {shares}")
             parts.append("| " + " | ".join((*key, *cells)) + " |")
         parts.append("")
-    parts += _steps_table(result) + _memory_table(result) + _peers_table(result)
+    parts += _mamba_table(result) + _steps_table(result) + _mamba_steps_table(result)
+    parts += _memory_table(result) + _peers_table(result)
+    parts += _models_table(result) + _long_table(result)
     if result["paper"]:
         batch, _, width = result["paper"][0]["shape"]
         parts.append(
@@ -266,6 +363,120 @@ def markdown(result: dict) -> str:
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _mamba_table(result: dict) -> list[str]:
+    rows = result["mamba"]
+    if not rows:
+        return []
+    isas = list(dict.fromkeys(row["isa"] for row in rows))
+    parts = [
+        "Mamba's operators: time per (batch, time, channel, state) of the scan and per (batch, time, "
+        "channel) of the convolution; share of the scan's roof (the larger of bytes / triad and "
+        "exponentials / exp rate + other operations / multiply-add rate) and of copy bandwidth for "
+        "the convolution, with the share of its roof behind it:\n"
+    ]
+    head = ["operator", "pass", "B x T x D", "dtype", "threads"]
+    head += [f"{isa}: time, ns each, share" for isa in isas]
+    head += ["beside", "speed-up by threads"]
+    parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table: dict[tuple, dict] = {}
+    for row in rows:
+        key = (
+            f"`{row['operator']}`",
+            row["mode"],
+            shape_text(row["shape"]),
+            row["dtype"],
+            str(row["threads"]),
+        )
+        table.setdefault(key, {})[row["isa"]] = row
+    for key, by_isa in table.items():
+        cells = []
+        for isa in isas:
+            row = by_isa.get(isa)
+            if row is None:
+                cells.append("")
+                continue
+            text = f"{duration(row['seconds_min'])}, {row['nanoseconds_per_element']:.3f}, "
+            text += f"**{mamba_share(row)}**"
+            if row["goal_of"] == "copy":
+                text += f" ({percent(row['fraction_of_roof'])} of the roof)"
+            cells.append(text)
+        first = next(iter(by_isa.values()))
+        beside = [f"{r['beside']['ratio']:.2f}x" for r in by_isa.values() if r.get("beside")]
+        words = f"{', '.join(beside)} the time of {first['beside']['what']}" if beside else ""
+        scaling = [f"{r['scaling']['ratio']:.2f}x" for r in by_isa.values() if r.get("scaling")]
+        parts.append("| " + " | ".join((*key, *cells, words, ", ".join(scaling))) + " |")
+    return [*parts, ""]
+
+
+def _mamba_steps_table(result: dict) -> list[str]:
+    rows = result["mamba_steps"]
+    if not rows:
+        return []
+    parts = [
+        f"One token through a Mamba layer (d_model {rows[0]['width']}, "
+        f"{mebibytes(rows[0]['weight_bytes'])} of weights in {rows[0]['dtype']}), beside the time "
+        "to read as much; one layer again and again, whose weights the caches may keep, and as many "
+        "in turn as exceed them:\n",
+        "| function | dtype | threads | B | layers in turn | time | reading the weights | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (
+            f"`{row['function']}`",
+            row["dtype"],
+            row["threads"],
+            row["batch"],
+            row["layers_in_turn"],
+            duration(row["seconds_min"]),
+            duration(row["read_seconds"]),
+            f"**{row['ratio_to_read']:.2f}x**",
+        )
+        parts.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*parts, ""]
+
+
+def _models_table(result: dict) -> list[str]:
+    rows = result["models"]
+    if not rows:
+        return []
+    sizes = dict.fromkeys(f"{row['who']} {row['parameters'] / 1e6:.0f}M" for row in rows)
+    parts = [
+        f"Language models of equal size ({', '.join(sizes)} parameters), one sequence, "
+        f"{count(rows[0]['threads'])}, tokens per second. The transformer is written plainly with "
+        "torch's scaled_dot_product_attention and a key-value cache:\n"
+    ]
+    contexts = sorted({row["context"] for row in rows})
+    head = ["model", "dtype", "phase", *(f"{context} tokens" for context in contexts)]
+    parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table: dict[tuple, dict] = {}
+    for row in rows:
+        key = (row["who"], row["dtype"], row["phase"])
+        table.setdefault(key, {})[row["context"]] = rate(row["tokens_per_second"])
+    for key, cells in table.items():
+        found = (cells.get(context, "not measured") for context in contexts)
+        parts.append("| " + " | ".join((*key, *found)) + " |")
+    return [*parts, ""]
+
+
+def _long_table(result: dict) -> list[str]:
+    rows = [row for row in result["long"] if "failed" not in row]
+    if not rows:
+        return []
+    first = rows[0]
+    parts = [
+        f"A long text through a MambaLM (d_model {first['width']}, {first['layers']} blocks, "
+        f"{first['dtype']}, {count(first['threads'])}): memory beyond the model and the tokens:\n",
+        "| tokens | read | time | tokens/s | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        parts.append(
+            f"| {row['tokens']} | {long_how(row)} | {duration(row['seconds'])} "
+            f"| {rate(row['tokens'] / row['seconds'])} | {mebibytes(row['peak_bytes'])} |"
+        )
+    return [*parts, ""]
 
 
 def _steps_table(result: dict) -> list[str]:
@@ -374,6 +585,10 @@ def draw(result: dict, folder: Path, name: str) -> list[Path]:
         for dtype in dict.fromkeys(row["dtype"] for row in result["operators"]):
             suffix = "" if dtype == "float32" else f"-{dtype}"
             written.append(draw_roofs(result, dtype, folder / f"{name}-roof{suffix}.png"))
+    if result["mamba"]:
+        written.append(draw_mamba(result, folder / f"{name}-mamba.png"))
+    if result["models"] or result["long"]:
+        written.append(draw_models(result, folder / f"{name}-models.png"))
     if result["peers"] or result["paper"]:
         written.append(draw_ratios(result, folder / f"{name}-peers.png"))
     return written
@@ -562,6 +777,156 @@ def draw_ratios(result: dict, path: Path) -> Path:
         pad=14,
     )
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    _caption(figure, result)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path
+
+
+def draw_mamba(result: dict, path: Path) -> Path:
+    """Shares of the roof, with a tick at each bar's goal where the goal is about the roof."""
+    import matplotlib.pyplot as plt
+
+    rows = result["mamba"]
+    threads = sorted({row["threads"] for row in rows})
+    isas = list(dict.fromkeys(row["isa"] for row in rows))
+    bars = list(dict.fromkeys((row["operator"], row["mode"], row["shape_name"]) for row in rows))
+    order = list(dict.fromkeys(row["operator"] for row in rows))
+    bars.sort(key=lambda bar: (order.index(bar[0]), bar[2], bar[1] == "backward"))
+    shapes = {bar[2] for bar in bars if bar[0].startswith("causal_conv1d")}
+    height = 0.78 / len(isas)
+    figure, axes = plt.subplots(
+        1,
+        len(threads),
+        figsize=(3.4 + 3.1 * len(threads), 1.5 + 0.38 * len(bars)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    top = max(1.12, *(row["fraction_of_roof"] * 1.12 for row in rows))
+    for ax, number in zip(axes[0], threads, strict=True):
+        chosen = {
+            (row["operator"], row["mode"], row["shape_name"], row["isa"]): row
+            for row in rows
+            if row["threads"] == number
+        }
+        for position, bar in enumerate(bars):
+            for offset, isa in enumerate(isas):
+                row = chosen.get((*bar, isa))
+                if row is None:
+                    continue
+                y = position + (offset - (len(isas) - 1) / 2) * height
+                share = row["fraction_of_roof"]
+                ax.barh(y, share, height * 0.92, color=_color(isa, isas), zorder=2)
+                star = "*" if row["bound_by"] == "bandwidth" else ""
+                color = "white" if isa != "avx2" else INK
+                text = f"{100 * share:.0f}{star}"
+                ax.text(0.02, y, text, va="center", fontsize=6.5, color=color, zorder=4)
+                if row["goal"] and row["goal_of"] == "roof":
+                    ends = [y - height / 2, y + height / 2]
+                    ax.plot([row["goal"]] * 2, ends, color=PAPER, linewidth=1.6, zorder=5)
+        ax.axvline(1, color=INK, linewidth=1, zorder=3)
+        ax.set_title(count(number), fontsize=9, color=INK)
+        ax.set_xlim(0, top)
+        ax.set_ylim(len(bars) - 0.45, -0.6)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+        ax.tick_params(axis="both", length=0)
+        ax.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+    labels = []
+    for operator, mode, shape in bars:
+        where = f", {shape}" if len(shapes) > 1 and operator.startswith("causal_conv1d") else ""
+        labels.append(f"{operator}, {mode}{where}")
+    axes[0][0].set_yticks(range(len(bars)), labels, fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=_color(isa, isas)) for isa in isas]
+    names = [isa.replace("avx", "AVX").replace("AVX512", "AVX-512") for isa in isas]
+    handles.append(plt.Line2D([], [], color=PAPER, linewidth=2))
+    figure.legend(
+        handles, [*names, "goal"], loc="outside upper right", ncols=len(handles), frameon=False
+    )
+    shape = next(row["shape"] for row in rows)
+    figure.suptitle(
+        f"Mamba's operators: share of this machine's roof, B x T x D = {shape_text(shape)}, "
+        "16 states\n(100 % = its exponentials at the exp rate and its other operations at the "
+        "multiply-add rate;\n*: its bytes take longer)",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+    _caption(figure, result)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path
+
+
+def _tokens(number: float) -> str:
+    for size, letter in ((2**20, "M"), (2**10, "k")):
+        if number >= size and number % size == 0:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def draw_models(result: dict, path: Path) -> Path:
+    """Tokens per second against context; time and memory against the length of a text."""
+    import matplotlib.pyplot as plt
+
+    models, long = result["models"], [row for row in result["long"] if "failed" not in row]
+    panels = list(dict.fromkeys(row["phase"] for row in models)) + ["time", "memory"] * bool(long)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 3.5), squeeze=False, layout="constrained"
+    )
+    dtypes = list(dict.fromkeys(row["dtype"] for row in models))
+    for ax, panel in zip(axes[0], panels, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        if panel in ("time", "memory"):
+            for row in long:
+                value = row["seconds"] if panel == "time" else row["peak_bytes"] / 2**20
+                lines.setdefault(long_how(row), []).append((row["tokens"], value))
+            unit = "seconds" if panel == "time" else "MiB"
+            ax.set_title(f"a long text: {panel}, {unit}", loc="left", fontsize=9)
+            ax.set_xlabel("tokens of the text")
+            if panel == "time":
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                ax.yaxis.set_minor_formatter("")
+        else:
+            for row in models:
+                if row["phase"] == panel:
+                    who = row["who"] + (f", {row['dtype']}" if len(dtypes) > 1 else "")
+                    point = (row["context"], row["tokens_per_second"])
+                    lines.setdefault(who, []).append(point)
+            ax.set_title(f"{panel}: tokens per second", loc="left", fontsize=9)
+            ax.set_xlabel("tokens of context" if panel == "decode" else "tokens of the prompt")
+        for index, (label, points) in enumerate(lines.items()):
+            ours = label.startswith(("MambaLM", "in chunks"))
+            color = OURS if ours else OTHER_COLORS[index % len(OTHER_COLORS)]
+            style = "--" if "bfloat16" in label else "-"
+            points.sort()
+            ax.plot(
+                *zip(*points, strict=True),
+                style,
+                marker="o",
+                markersize=4,
+                color=color,
+                label=label,
+            )
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [_tokens(x) for x in ticks])
+        ax.set_xticks([], minor=True)
+        if panel != "time":
+            ax.set_ylim(0, 1.1 * max(y for points in lines.values() for _, y in points))
+        ax.margins(x=0.08)
+        ax.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
+        ax.legend(frameon=False, fontsize=7.5)
+    title = []
+    if models:
+        sizes = dict.fromkeys(f"{row['who']} {row['parameters'] / 1e6:.3g}M" for row in models)
+        title.append(f"{' and '.join(sizes)} parameters, {count(models[0]['threads'])}")
+    if long:
+        title.append(f"the long text: d_model {long[0]['width']}, {long[0]['layers']} blocks")
+    figure.suptitle("; ".join(title), x=0.01, ha="left", fontsize=10)
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     _caption(figure, result)
     figure.savefig(path, dpi=160)
     plt.close(figure)

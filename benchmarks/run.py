@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Times the fused operators against the machine's own limits and against peers.
 
-    python benchmarks/run.py                 everything, about 6 minutes on two cores
+    python benchmarks/run.py                 everything, about 15 minutes on two cores
+    python benchmarks/run.py --op mamba      Mamba's operators, layer and language models alone
     python benchmarks/run.py --device cuda   the same on a GPU
     python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
     python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none
@@ -33,6 +34,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         DEFAULT_MODES,
         DEFAULT_OPERATORS,
         GPU_SHAPES,
+        GROUPS,
+        MAMBA_OPERATORS,
         MODES,
         OPERATORS,
         SHAPES,
@@ -42,7 +45,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--op", nargs="+", choices=OPERATORS, default=list(DEFAULT_OPERATORS), metavar="OP")
+    add(
+        "--op",
+        nargs="+",
+        choices=(*OPERATORS, *MAMBA_OPERATORS, *GROUPS),
+        default=None,
+        metavar="OP",
+        help=f"some of {', '.join((*OPERATORS, *MAMBA_OPERATORS))}; or {', '.join(GROUPS)} for all "
+        "of a kind, its layers and models too",
+    )
     add("--mode", nargs="+", choices=MODES, default=None, metavar="MODE", help=" ".join(MODES))
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", nargs="+", choices=DTYPES, default=None, metavar="DTYPE")
@@ -80,8 +91,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-plots", action="store_true")
     args = parser.parse_args(argv)
-    if unknown := [op for op in args.op if op not in OPERATORS]:
-        parser.error(f"unknown operators {unknown}")
+    chosen = args.op or [*DEFAULT_OPERATORS, *(GROUPS["mamba"] if args.device == "cpu" else ())]
+    chosen = [name for op in chosen for name in GROUPS.get(op, (op,))]
+    args.op = [name for name in dict.fromkeys(chosen) if name in OPERATORS]
+    args.mamba = [name for name in dict.fromkeys(chosen) if name in MAMBA_OPERATORS]
     args.mode = args.mode or list(DEFAULT_MODES[args.device])
     args.dtype = args.dtype or list(DEFAULT_DTYPES[args.device])
     args.name = args.name or args.device
@@ -192,6 +205,141 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         print(allocator_line(row), flush=True)
 
 
+def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from mamba_operators import MambaChecker, add_scaling, make_inputs, time_operators
+    from measure import Effort, set_threads
+    from operators import WrongResult
+    from report import mamba_header, mamba_line, not_run_line, scaling_line
+    from shapes import MAMBA_OPERATORS, MAMBA_SHAPES, QUICK_MAMBA_SHAPE, parse_shape
+
+    from torch_ext import _C
+
+    modes = tuple(
+        mode
+        for mode, asked in (
+            ("forward", {"forward"}),
+            ("backward", {"backward", "forward+backward"}),
+        )
+        if asked & set(args.mode)
+    )
+    if not modes:
+        return
+    # Longer samples than elsewhere: operators take turns, and find the caches full of the others.
+    effort = Effort(settings["seconds"] / 2, rounds=5, sample_seconds=0.03)
+    if args.quick:
+        effort = Effort(settings["seconds"] / 10, rounds=3, sample_seconds=0.002)
+    print("\n" + mamba_header())
+    for function in MAMBA_SHAPES:
+        shapes = [QUICK_MAMBA_SHAPE] if args.quick else MAMBA_SHAPES[function]
+        if args.shapes:  # as given, but for names that are for others
+            shapes = [name for name in args.shapes if name != "in-L2"]
+        chosen = {name: MAMBA_OPERATORS[name] for name in args.mamba}
+        chosen = {name: op for name, op in chosen.items() if op.function == function}
+        everything = chosen
+        for shape_name, dtype_name in itertools.product(shapes, args.dtype if chosen else ()):
+            if dtype_name == "float64":
+                reason = "the machine's rates are calibrated for float32"
+                about = {"peer": "torch_ext", "what": f"{function} in float64", "reason": reason}
+                result["not_run"].append(about)
+                print(not_run_line(about))
+                continue
+            # Variants are compared with float32.
+            chosen = {
+                name: op
+                for name, op in everything.items()
+                if dtype_name == "float32" or (op.dtype is None and op.data == "normal")
+            }
+            shape, dtype = parse_shape(shape_name), getattr(torch, dtype_name)
+            checker, errors = MambaChecker(), {}
+            for threads, isa in itertools.product(settings["threads"], settings["isas"]):
+                set_threads(threads, settings["cpus"])
+                _C.force_isa(isa)
+                right = {}  # what may be timed
+                for name, operator in chosen.items():
+                    try:
+                        errors[name] = checker.check(name, operator, shape, dtype, (threads, isa))
+                        right[name] = operator
+                    except WrongResult as wrong:
+                        print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
+                        about = {"what": str(wrong), "isa": isa, "threads": threads}
+                        result["wrong"].append(about)
+                for row in time_operators(
+                    right, modes, shape_name, shape, dtype, threads, isa, effort,
+                    settings["calibration_seconds"],
+                ):  # fmt: skip
+                    result["mamba"].append(row | {"error": errors[row["operator"]]})
+                    print(mamba_line(result["mamba"][-1]), flush=True)
+            make_inputs.cache_clear()
+    _C.force_isa("")
+    for row in add_scaling(result["mamba"]):
+        print(scaling_line(row))
+
+
+def time_mamba_steps(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from mamba_operators import time_step
+    from measure import Effort, cache_bytes, set_threads
+    from operators import WrongResult
+    from report import mamba_step_line
+    from shapes import MAMBA_STEP_BATCHES, MAMBA_WIDTH, QUICK_MAMBA_WIDTH
+
+    width = QUICK_MAMBA_WIDTH if args.quick else MAMBA_WIDTH
+    print(f"\nOne token through a Mamba layer, d_model = {width}")
+    # Long enough samples that what the caches can keep of the weights is there for most calls.
+    effort = Effort(settings["seconds"] / 2, 5, sample_seconds=0.002 if args.quick else 0.02)
+    for dtype_name, threads in itertools.product(args.dtype, settings["threads"]):
+        dtype = getattr(torch, dtype_name)
+        set_threads(threads, settings["cpus"])
+        # About 6.5 width^2 weights. As many layers as exceed four times the last cache.
+        in_memory = 4 * (cache_bytes(3) or 2**25) // int(6.5 * width**2 * dtype.itemsize) + 1
+        for batch, copies in itertools.product(MAMBA_STEP_BATCHES, (1, min(in_memory, 32))):
+            try:
+                for row in time_step(width, batch, copies, dtype, threads, effort):
+                    result["mamba_steps"].append(row)
+                    print(mamba_step_line(row), flush=True)
+            except WrongResult as wrong:
+                print(f"NOT TIMED, {wrong}", flush=True)
+                result["wrong"].append({"what": str(wrong), "threads": threads})
+
+
+def time_models(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import language_models
+    import torch
+    from measure import Effort, set_threads
+    from operators import WrongResult
+    from report import count, model_line, not_run_line
+    from shapes import MODEL_SIZES, QUICK_MODEL_SIZES
+
+    sizes = QUICK_MODEL_SIZES if args.quick else MODEL_SIZES
+    threads = max(settings["threads"])
+    set_threads(threads, settings["cpus"])
+    effort = Effort(settings["seconds"] * 2, rounds=3 if args.quick else 5, sample_seconds=0.01)
+    print(f"\nLanguage models of equal size, one sequence, {count(threads)}")
+    for dtype_name in args.dtype:
+        try:
+            for kind, row in language_models.time_models(
+                sizes, getattr(torch, dtype_name), threads, effort, "transformer" in args.peers
+            ):
+                result[kind].append(row)
+                print(model_line(row) if kind == "models" else not_run_line(row), flush=True)
+        except WrongResult as wrong:
+            print(f"NOT TIMED, {wrong}", flush=True)
+            result["wrong"].append({"what": str(wrong), "threads": threads})
+
+
+def time_long_input(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    from memory import make_long_cases, peak_memory
+    from report import long_line
+    from shapes import LONG_INPUT, QUICK_LONG_INPUT
+
+    sizes = QUICK_LONG_INPUT if args.quick else LONG_INPUT
+    print("\nA long text, read whole and in chunks: time, and memory beyond the model")
+    for row in peak_memory(make_long_cases(sizes, args.dtype[0]), max(settings["threads"])):
+        result["long"].append(row)
+        print(long_line(row), flush=True)
+
+
 def device_of(args: argparse.Namespace, settings: dict) -> str:
     """Where tensors are: the backend's word, so that tests can run a GPU's path without one."""
     return "cpu" if args.device == "cpu" else settings["backend"].device
@@ -247,7 +395,7 @@ def time_memory(args: argparse.Namespace, settings: dict, result: dict) -> None:
 
     shape = parse_shape(QUICK_MEMORY_SHAPE if args.quick else MEMORY_SHAPES[args.device])
     peers = [name for name in args.peers if why_not(name, args.device) is None]
-    cases = make_cases(args.op, peers, shape, args.dtype[0])
+    cases = make_cases([*args.op, *args.mamba], peers, shape, args.dtype[0])
     if args.device == "cpu":
         rows = peak_memory(cases, max(settings["threads"]))
     else:
@@ -270,6 +418,7 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
         compare,
         gate_comparisons,
         layer_comparisons,
+        mamba_comparison,
         papers_table,
         scan_comparisons,
         why_not,
@@ -277,8 +426,12 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
     from report import not_run_line, peer_line, peers_header
     from shapes import (
         LAYERS_TIMED,
+        MAMBA_LAYERS_TIMED,
+        MAMBA_WIDTH,
         PAPER_TIMES,
         PEER_SHAPES,
+        QUICK_MAMBA_TIME,
+        QUICK_MAMBA_WIDTH,
         QUICK_PAPER_TIMES,
         QUICK_PEER_SHAPE,
         parse_shape,
@@ -351,7 +504,14 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
                 shape = parse_shape(shape_name)
                 comparisons = layer_comparisons(layer, chosen, shape, dtype, device)
                 run(comparisons, make_timer(args, settings))
-    if "loops" in names:
+    if "layer" in args.mode and args.mamba and args.device == "cpu" and "float32" in args.dtype:
+        width = QUICK_MAMBA_WIDTH if args.quick else MAMBA_WIDTH
+        for length, mode, beside in MAMBA_LAYERS_TIMED:
+            length = QUICK_MAMBA_TIME if args.quick else length
+            if chosen := [name for name in names if name in beside]:
+                comparison = (mamba_comparison(mode, length, width, chosen) for _ in range(1))
+                run(comparison, make_timer(args, settings))
+    if "loops" in names and args.op:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
         try:
             for row in papers_table(times, args.paper_width, threads, make_timer(args, settings)):
@@ -451,22 +611,34 @@ def make_settings(args: argparse.Namespace, cpus: list[int]) -> dict:
 def new_result() -> dict:
     lists = ("arithmetic", "operators", "steps", "memory", "wrong", "not_run")
     lists += ("default_allocator", "alone", "peers", "paper")
+    lists += ("mamba", "mamba_steps", "models", "long")
     return {"machine": {}, "settings": {}, **{name: [] for name in lists}}
 
 
 def run_all(args: argparse.Namespace, settings: dict, result: dict) -> None:
     """Every part that was asked for. A GPU needs `backend` in the settings."""
     on_cpu = args.device == "cpu"
-    if settings["shapes"]:
+    if args.mamba and not on_cpu:
+        about = {"peer": "torch_ext", "what": "Mamba", "reason": "no kernels for CUDA yet"}
+        result["not_run"].append(about)
+    mamba = bool(args.mamba) and on_cpu
+    if settings["shapes"] and args.op:
         (time_operators if on_cpu else time_operators_on_gpu)(args, settings, result)
         if on_cpu and settings["freed_memory_kept"]:
             time_default_allocator(args, settings, result)
-    if "step" in args.mode:
+    if mamba and settings["shapes"]:
+        time_mamba_operators(args, settings, result)
+    if "step" in args.mode and args.op:
         time_steps(args, settings, result)
+    if "step" in args.mode and mamba:
+        time_mamba_steps(args, settings, result)
     if "memory" in args.mode:
         time_memory(args, settings, result)
     if args.peers or "layer" in args.mode:
         time_peers(args, settings, result)
+    if "model" in args.mode and mamba:
+        time_models(args, settings, result)
+        time_long_input(args, settings, result)
 
 
 def save(result: dict, args: argparse.Namespace) -> list[Path]:

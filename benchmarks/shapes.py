@@ -56,10 +56,10 @@ OPERATORS = {
 }
 DEFAULT_OPERATORS = ("linear_scan", "min_gru", "min_gru[g]", "min_lstm")
 PASSES = ("forward", "backward", "forward+backward")
-MODES = (*PASSES, "step", "layer", "memory")
+MODES = (*PASSES, "step", "layer", "memory", "model")
 DEFAULT_MODES = {
-    "cpu": ("forward", "forward+backward", "step", "layer", "memory"),
-    "cuda": MODES,
+    "cpu": ("forward", "forward+backward", "step", "layer", "memory", "model"),
+    "cuda": (*PASSES, "step", "layer", "memory"),
 }
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 
@@ -161,3 +161,149 @@ QUICK_MEMORY_SHAPE = "4x1024x512"
 QUICK_STEP_BATCHES = (1, 8)
 QUICK_STEP_DIM = 128
 QUICK_PAPER_TIMES = (32, 64)
+
+
+# -- Mamba -----------------------------------------------------------------------------------------
+
+MAMBA_STATES = 16  # N, states of each channel
+MAMBA_TAPS = 4  # W, of the convolution
+CHECKPOINT_STEPS = 16  # selective_scan keeps the states of every such step for its backward
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no implementation can avoid, per (batch, time, channel) element.
+
+    `operations` are vector instructions beside the exponentials, of which a core starts as many as
+    it starts multiply-adds: per state the shortest form of the recurrence; a reciprocal is an
+    estimate and a Newton step (3), the logarithm of a softplus a series (14).
+    """
+
+    exps: int
+    operations: int
+    tensors: int  # of the operator's dtype, read or written
+    float32s: int = 0  # more of them, whatever the dtype
+
+    def bytes(self, itemsize: int) -> int:
+        return self.tensors * itemsize + 4 * self.float32s
+
+
+@dataclass(frozen=True)
+class MambaOperator:
+    function: str
+    fused: bool = False  # with delta_bias, softplus, D and z
+    time_last: bool = False  # tensors lie as (B, D, T)
+    dtype: str | None = None  # None: what is asked for
+    data: str = "normal"  # or "denormal": every second channel; "large": |A| delta up to 320
+    beside: str | None = None  # the operator that its time is held against
+    at_most: float | None = None  # ... and how many times that it may take
+
+    def work(self, mode: str) -> Work:
+        N, W = MAMBA_STATES, MAMBA_TAPS
+        if self.function == "causal_conv1d":
+            # SiLU is an exponential and 7; its derivative 10. Forward the taps once; backward for
+            # the pre-activation, the input's gradient, and the weight's.
+            return Work(1, W + 7, 2) if mode == "forward" else Work(1, 3 * W + 11, 3)
+        if mode == "forward":
+            # Per state: step A, step u B, h, y. Fused: softplus 17, SiLU 7, D and the gate.
+            return Work(N + 2, 4 * N + 26, 4) if self.fused else Work(N, 4 * N, 3)
+        # Per state: the decay and h again, and gradients of h, A, B, C, u and step. Fused: y again,
+        # softplus and its slope, SiLU and its derivative. Read: the inputs, grad_y, kept states.
+        kept = N // CHECKPOINT_STEPS
+        if self.fused:
+            return Work(N + 3, 12 * N + 40, 7, kept)
+        return Work(N, 11 * N, 5, kept)
+
+    def tensors_alive(self, mode: str) -> int:
+        if self.function == "causal_conv1d":
+            return 2 if mode == "forward" else 3
+        return self.work(mode).tensors + (mode == "backward")
+
+    @property
+    def results(self) -> int:
+        """(B, T, D) tensors that a forward and a backward give: y and the gradients."""
+        return 2 if self.function == "causal_conv1d" else 4 if self.fused else 3
+
+
+_SCAN = "selective_scan"
+MAMBA_OPERATORS = {
+    _SCAN: MambaOperator(_SCAN),
+    f"{_SCAN}[fused]": MambaOperator(_SCAN, fused=True),
+    f"{_SCAN}[B,D,T]": MambaOperator(_SCAN, time_last=True),
+    f"{_SCAN}[bfloat16]": MambaOperator(_SCAN, dtype="bfloat16", beside=_SCAN, at_most=1.0),
+    f"{_SCAN}[fused,bfloat16]": MambaOperator(
+        _SCAN, fused=True, dtype="bfloat16", beside=f"{_SCAN}[fused]", at_most=1.0
+    ),
+    f"{_SCAN}[denormal]": MambaOperator(_SCAN, data="denormal", beside=_SCAN, at_most=1.2),
+    f"{_SCAN}[large]": MambaOperator(_SCAN, data="large", beside=_SCAN, at_most=1.2),
+    "causal_conv1d": MambaOperator("causal_conv1d"),
+    "causal_conv1d[bfloat16]": MambaOperator(
+        "causal_conv1d", dtype="bfloat16", beside="causal_conv1d", at_most=1.0
+    ),
+}
+# What `--op` also takes, and stands for.
+GROUPS = {"diagonal": DEFAULT_OPERATORS, "mamba": tuple(MAMBA_OPERATORS)}
+
+MAMBA_SHAPES = {
+    _SCAN: ("1x2048x1536",),
+    "causal_conv1d": ("1x2048x1536", "8x2048x1536"),  # the second is far beyond L3
+}
+# Smallest shares that we accept, by operator and pass, with AVX-512 and with less: of the roof for
+# the scan, of copy bandwidth for the convolution.
+MAMBA_GOALS = {
+    (_SCAN, "forward"): (0.80, 0.75),
+    (f"{_SCAN}[fused]", "forward"): (0.75, 0.75),
+    (f"{_SCAN}[B,D,T]", "forward"): (0.72, 0.72),
+    (_SCAN, "backward"): (0.65, 0.65),
+    ("causal_conv1d", "forward"): (0.85, 0.85),
+    ("causal_conv1d", "backward"): (0.75, 0.75),
+}
+MAMBA_BACKWARD_GOAL = 2.2  # the scan's backward, in multiples of its forward
+MAMBA_SCALING_GOAL = 1.85  # the scan's time with one thread / with two
+MAMBA_STEP_GOAL = 1.3  # a layer's step of one row, in multiples of reading its weights
+
+MAMBA_WIDTH = 768  # d_model of the layer
+# T, passes and peers of the layer, one row. transformers' backward grows with T squared.
+MAMBA_LAYERS_TIMED = (
+    (256, "training step", ("transformers", "mambapy", "associative_scan eager")),
+    (2048, "forward", ("transformers", "mambapy", "associative_scan", "associative_scan eager")),
+    (2048, "training step", ("mambapy", "associative_scan", "associative_scan eager")),
+)
+MAMBA_PEERS = ("transformers", "mambapy", "associative_scan", "associative_scan eager")
+MAMBA_STEP_BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """MambaLM with `layers` blocks, and a transformer with half as many, which is as large."""
+
+    width: int
+    layers: int
+    heads: int
+    vocab: int
+    prefill: tuple[int, ...]  # tokens of context
+    decode: tuple[int, ...]
+
+
+MODEL_SIZES = ModelSizes(768, 24, 12, 50280, (1024, 8192), (1024, 8192, 65536))
+QUICK_MODEL_SIZES = ModelSizes(64, 2, 2, 512, (32, 64), (32, 64, 128))
+
+
+@dataclass(frozen=True)
+class LongInput:
+    """A MambaLM that reads a long text, whole and in chunks."""
+
+    width: int
+    layers: int
+    chunk: int
+    whole: tuple[int, ...]  # tokens, at once: memory grows with them
+    chunked: tuple[int, ...]
+
+
+LONG_INPUT = LongInput(256, 4, 4096, (4096, 16384, 65536), (4096, 16384, 65536, 262144, 1048576))
+QUICK_LONG_INPUT = LongInput(64, 2, 512, (512, 4096), (512, 4096, 16384))
+LONG_VOCAB = 256
+
+QUICK_MAMBA_SHAPE = "1x128x96"
+QUICK_MAMBA_WIDTH = 32
+QUICK_MAMBA_TIME = 32

@@ -300,6 +300,236 @@ def test_a_run_on_the_cpu(tmp_path, child_environment):
     assert "Share of the machine's own triad" in (tmp_path / "table.md").read_text()
 
 
+# ---- Mamba ----
+def test_operators_of_a_kind():
+    from run import parse
+    from shapes import DEFAULT_OPERATORS, MAMBA_OPERATORS
+
+    everything = parse([])
+    assert everything.op == list(DEFAULT_OPERATORS) and everything.mamba == list(MAMBA_OPERATORS)
+    mamba = parse(["--op", "mamba"])
+    assert mamba.op == [] and mamba.mamba == list(MAMBA_OPERATORS)
+    assert parse(["--op", "diagonal"]).mamba == []
+    some = parse(["--op", "causal_conv1d", "min_lstm", "causal_conv1d"])
+    assert some.op == ["min_lstm"] and some.mamba == ["causal_conv1d"]
+    assert parse(["--device", "cuda"]).mamba == []
+    with pytest.raises(SystemExit):
+        parse(["--op", "no_such_operator"])
+
+
+def test_mamba_on_a_gpu_is_reported():
+    import run
+
+    args = arguments("--op", "mamba", "--peers", "none", "--mode", "forward")
+    result = run.new_result()
+    run.run_all(args, run.make_settings(args, [0]) | {"backend": FakeBackend()}, result)
+    assert [row["reason"] for row in result["not_run"]] == ["no kernels for CUDA yet"]
+    assert result["mamba"] == []
+
+
+def test_what_mamba_must_move():
+    from shapes import MAMBA_OPERATORS
+
+    scan, conv = MAMBA_OPERATORS["selective_scan"], MAMBA_OPERATORS["causal_conv1d"]
+    forward, backward = scan.work("forward"), scan.work("backward")
+    assert (forward.exps, forward.operations, forward.bytes(4)) == (16, 64, 12)
+    assert (backward.exps, backward.operations) == (16, 176)
+    # u, delta, grad_y, grad_u, grad_delta; and a float32 of kept states beside each element.
+    assert backward.bytes(4) == 24 and backward.bytes(2) == 14
+    assert MAMBA_OPERATORS["selective_scan[fused]"].work("forward").bytes(4) == 16
+    assert conv.work("forward").bytes(4) == 8 and conv.work("backward").bytes(4) == 12
+    assert conv.work("forward").operations == 11
+    for operator in MAMBA_OPERATORS.values():
+        assert operator.beside is None or operator.beside in MAMBA_OPERATORS
+
+
+@pytest.mark.parametrize(
+    "name", ["selective_scan[fused]", "selective_scan[B,D,T]", "causal_conv1d"]
+)
+def test_wrong_operators_are_found(name, monkeypatch):
+    import mamba_operators
+    from operators import WrongResult
+    from shapes import MAMBA_OPERATORS
+
+    import torch_ext
+
+    operator = MAMBA_OPERATORS[name]
+    right = getattr(torch_ext, operator.function)
+    shape, dtype = (2, 19, 24), torch.float32
+    check = mamba_operators.MambaChecker().check
+    assert 0 < check(name, operator, shape, dtype, ()) < 2e-5
+
+    def one_value(*args, **options):
+        """One of the last step's, and only in float32."""
+        y, final = right(*args, **options)
+        off = torch.zeros_like(y)
+        off[-1, -1, -1] = 1e-3 * y.detach().abs().max() * (y.dtype == torch.float32)
+        return y + off, final
+
+    def gradient(*args, **options):
+        twice = [args[0] * 2 - args[0].detach(), *args[1:]]
+        return right(*(twice if args[0].dtype == torch.float32 else args), **options)
+
+    def everywhere(*args, **options):  # in float64 as well, where it stands for the reference
+        y, final = right(*args, **options)
+        return y * 1.001, final
+
+    for broken, message in ((one_value, "y is"), (gradient, "grad_"), (everywhere, "in float64")):
+        monkeypatch.setattr(torch_ext, operator.function, broken)
+        with pytest.raises(WrongResult, match=message):
+            mamba_operators.MambaChecker().check(name, operator, shape, dtype, ())
+
+
+def test_the_inputs_are_what_they_are_called():
+    from mamba_operators import make_inputs
+    from shapes import MAMBA_OPERATORS
+
+    def inputs(kind):
+        operator = MAMBA_OPERATORS[f"selective_scan[{kind}]"]
+        return make_inputs(operator, (1, 64, 48), torch.float32)
+
+    smallest = torch.finfo(torch.float32).smallest_normal
+    (u, delta, A, B, *_), grad = inputs("denormal")
+    entering = (delta * u)[..., None] * B[:, :, None]
+    for lanes in entering.abs().unfold(2, 8, 8).unbind(2):  # each vector of channels
+        assert ((lanes > 0) & (lanes < smallest)).any(-1).float().mean() > 0.9
+    assert grad[..., ::2].abs().max() < 1e-36 < u[..., 1::2].abs().mean()
+    (u, delta, A, *_), _ = inputs("large")
+    exponents = delta[..., None] * A
+    assert exponents.min() < -250 and (exponents.exp() < smallest).float().mean() > 0.1
+    (u, delta, *_), grad = inputs("B,D,T")
+    assert all(x.stride()[1] == 1 for x in (u, delta, grad))
+    (u, _, A, B, *_), _ = inputs("fused,bfloat16")
+    assert u.dtype is B.dtype is torch.bfloat16 and A.dtype is torch.float32
+
+
+def test_scaling_is_between_equal_cases():
+    from mamba_operators import add_scaling
+
+    def row(operator, threads, seconds, isa="avx2"):
+        case = {"operator": operator, "mode": "forward", "shape": [1, 2, 3], "dtype": "float32"}
+        return case | {"isa": isa, "threads": threads, "seconds_min": seconds}
+
+    rows = [row("selective_scan", 1, 4.0), row("selective_scan", 2, 2.5), row("other", 1, 1.0)]
+    rows += [row("other", 2, 0.5), row("selective_scan", 2, 1.0, "avx512")]
+    found = [(r["operator"], r["scaling"]) for r in add_scaling(rows)]
+    assert found == [
+        ("selective_scan", {"ratio": 1.6, "goal": 1.85, "meets_goal": False}),
+        ("other", {"ratio": 2.0, "goal": None, "meets_goal": True}),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["forward", "training step"])
+def test_mamba_layers_have_our_weights(mode):
+    import peers
+
+    names = ["transformers", "mambapy", "associative_scan eager"]
+    names = [name for name in names if peers.why_not(name, "cpu") is None]
+    comparison = peers.mamba_comparison(mode, 9, 16, names)
+    rows = list(peers.compare(comparison, graph_timer(FakeBackend(), rounds=2), None))
+    assert [kind for kind, _ in rows] == ["alone", *["peers"] * len(names)], rows
+    assert all(row["relative_difference"] < 1e-5 for kind, row in rows if kind == "peers")
+
+
+def test_the_transformer_sees_its_context():
+    """Against attention written out, without a cache; a wrong cache is found before it is timed."""
+    import language_models
+    from operators import WrongResult
+
+    import torch_ext
+
+    torch.manual_seed(0)
+    model = language_models.Transformer(50, 24, 2, 3).eval()
+    ids = torch.randint(50, (2, 7))
+
+    @torch.no_grad()
+    def plainly():
+        x = model.embedding(ids)
+        for block in model.blocks:
+            q, k, v = block.qkv(block.norm_1(x)).view(2, 7, 3, 3, 8).unbind(2)
+            scores = torch.einsum("bihc,bjhc->bhij", q, k) / 8**0.5
+            scores = scores.masked_fill(torch.ones(7, 7).triu(1) > 0, -torch.inf).softmax(-1)
+            x = x + block.out(torch.einsum("bhij,bjhc->bihc", scores, v).flatten(2))
+            x = x + block.down(torch.nn.functional.gelu(block.up(block.norm_2(x))))
+        return model.norm(x[:, -1]) @ model.embedding.weight.T
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, model.make_cache(2, 7)), plainly())
+        mamba = torch_ext.MambaLM(50, 24, 2)
+        assert 0 <= language_models._check(mamba, model, 50, torch.float32) < 1e-4
+        model(ids[:, :4], cache := model.make_cache(2, 6))
+        with pytest.raises(ValueError, match="ids has 2 tokens, expected 1"):
+            model(ids[:, 4:6], cache, 4)
+
+    class Forgets(language_models.Transformer):
+        def forward(self, ids, cache, start=0):
+            if start:
+                cache[1][:, :, :, 0] = 0
+            return super().forward(ids, cache, start)
+
+    model.__class__ = Forgets
+    with torch.no_grad(), pytest.raises(WrongResult, match="transformer: token by token differs"):
+        language_models._check(mamba, model, 50, torch.float32)
+
+
+@pytest.mark.slow
+def test_a_run_of_mamba(tmp_path, child_environment):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--threads", "1"]
+    command += ["--op", "selective_scan", "selective_scan[bfloat16]", "causal_conv1d"]
+    command += ["--peers", "associative_scan eager", "transformer", "--seconds", "0.01"]
+    command += ["--mode", "forward", "forward+backward", "step", "layer", "memory", "model"]
+    command += ["--out", str(tmp_path), "--markdown", str(tmp_path / "table.md")]
+    child = subprocess.run(
+        command, capture_output=True, text=True, env=child_environment, timeout=300
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert result["settings"]["complete"] and not result["wrong"]
+    assert not result["operators"] and not result["paper"] and not result["steps"]
+    isas = len(result["settings"]["isas"])
+    assert len(result["mamba"]) == 3 * 2 * isas
+    for row in result["mamba"]:
+        assert row["fraction_of_roof"] > 0 and row["error"] < 3e-2
+        assert ("fraction_of_copy" in row) == (row["operator"] == "causal_conv1d")
+        half, scan = "bfloat16" in row["operator"], row["operator"] == "selective_scan"
+        assert ("beside" in row) == (half or (scan and row["mode"] == "backward"))
+        assert row["dtype"] == ("bfloat16" if half else "float32")
+    assert {(row["batch"], row["function"]) for row in result["mamba_steps"]} == {
+        (batch, name) for batch in (1, 8) for name in ("Mamba.step", "mamba_step_")
+    }
+    assert all(row["ratio_to_read"] > 0 for row in result["mamba_steps"])
+    assert {row["peer"] for row in result["peers"]} == {"associative_scan eager"}
+    assert {row["what"] for row in result["peers"]} == {
+        "Mamba: layer, forward, T=32",
+        "Mamba: layer, training step, T=32",
+    }
+    both = {"MambaLM", "transformer"}
+    cells = {(row["who"], row["phase"], row["context"]) for row in result["models"]}
+    assert cells == {(who, "prefill", n) for who in both for n in (32, 64)} | {
+        (who, "decode", n) for who in both for n in (32, 64, 128)
+    }
+    assert all(row["tokens_per_second"] > 0 for row in result["models"])
+    # Operators hold their results, and the states that the scan keeps: one tensor more at most.
+    for row in result["memory"]:
+        size = row["shape"][0] * row["shape"][1] * row["shape"][2] * 4
+        kept = 1 if "scan" in row["what"] and row["mode"] != "forward" else 0
+        assert 0.9 * size <= row["peak_bytes"] - (row["tensors_needed"] - 1) * size, row
+        assert row["peak_bytes"] <= (row["tensors_needed"] + kept + 0.5) * size, row
+    # Reading in chunks, memory does not grow with the text.
+    peaks = {(row["chunk"], row["tokens"]): row["peak_bytes"] for row in result["long"]}
+    assert peaks[512, 16384] < peaks[None, 4096] / 2 and peaks[512, 16384] < 8 * 2**20
+    text = (tmp_path / "table.md").read_text()
+    for words in ("Mamba's operators", "One token through a Mamba layer", "Language models of"):
+        assert words in text
+    assert "A long text through a MambaLM" in text and "in chunks of 512" in text
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    for plot in ("mamba", "models", "peers"):
+        assert (tmp_path / f"cpu-{plot}.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_tables_go_between_the_marks(tmp_path, monkeypatch):
     import report
 
