@@ -49,7 +49,9 @@ def test_five_steps(tmp_path):
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     lists = tree / "CMakeLists.txt"
     lists.write_text(
-        re.sub(r"  csrc/(nn/\w+|ops/(min|causal|selective|mamba)_\w+)\.cpp\n", "", lists.read_text())
+        re.sub(
+            r"  csrc/(nn/\w+|ops/(min|causal|selective|mamba)_\w+)\.cpp\n", "", lists.read_text()
+        )
     )
     run(
         cmake, "-S", tree, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
