@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "causal_conv1d_problems.h"
+#include "settings.h"
 
 namespace torch_ext::test {
 namespace {
@@ -35,29 +36,7 @@ ConvResult run(const ConvProblem& p, cpu::Parallel parallel) {
       });
 }
 
-struct Setting {
-  std::string isa;
-  DType dtype;
-};
-void PrintTo(const Setting& setting, std::ostream* out) {
-  *out << setting.isa << " " << info_of(setting.dtype).name;
-}
-std::vector<Setting> settings() {
-  std::vector<Setting> all;
-  for (const std::string& isa : cpu::built_isas())
-    for (const DTypeInfo& dtype : kDTypes)
-      if (!dtype.complex) all.push_back({isa, dtype.dtype});
-  return all;
-}
-
-class CausalConv1d : public ::testing::TestWithParam<Setting> {
- protected:
-  void SetUp() override {
-    if (!cpu::force_isa(GetParam().isa)) GTEST_SKIP() << "this CPU has no " << GetParam().isa;
-  }
-  void TearDown() override { cpu::force_isa(""); }
-  DType dtype() const { return GetParam().dtype; }
-};
+class CausalConv1d : public OnEachSet {};
 
 TEST_P(CausalConv1d, RandomProblems) {
   Random random;
@@ -130,9 +109,7 @@ TEST_P(CausalConv1d, StatePool) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Sets, CausalConv1d, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
-      return each.param.isa + "_" + info_of(each.param.dtype).name;
-    });
+    Sets, CausalConv1d, ::testing::ValuesIn(settings(/*with_complex=*/false)), name_of);
 
 } // namespace
 } // namespace torch_ext::test

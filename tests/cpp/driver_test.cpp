@@ -4,10 +4,10 @@
 
 #include <unistd.h>
 
-#include <ostream>
 #include <thread>
 
 #include "diagonal_problems.h"
+#include "settings.h"
 
 namespace torch_ext::test {
 namespace {
@@ -36,29 +36,8 @@ Result run(const Problem& p, cpu::Parallel parallel) {
       });
 }
 
-struct Setting {
-  std::string isa;
-  DType dtype;
-};
-void PrintTo(const Setting& setting, std::ostream* out) {
-  *out << setting.isa << " " << info_of(setting.dtype).name;
-}
-std::vector<Setting> settings() {
-  std::vector<Setting> all;
-  for (const std::string& isa : cpu::built_isas()) {
-    for (const DTypeInfo& dtype : kDTypes) all.push_back({isa, dtype.dtype});
-  }
-  return all;
-}
-
-class Driver : public ::testing::TestWithParam<Setting> {
+class Driver : public OnEachSet {
  protected:
-  void SetUp() override {
-    if (!cpu::force_isa(GetParam().isa)) GTEST_SKIP() << "this CPU has no " << GetParam().isa;
-    ASSERT_EQ(cpu::chosen_isa(), GetParam().isa);
-  }
-  void TearDown() override { cpu::force_isa(""); }
-  DType dtype() const { return GetParam().dtype; }
   bool has(const CellCase& cell) const { return cell.complex || !info_of(dtype()).complex; }
 };
 
@@ -119,9 +98,7 @@ TEST_P(Driver, StatePool) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Sets, Driver, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
-      return each.param.isa + "_" + info_of(each.param.dtype).name;
-    });
+    Sets, Driver, ::testing::ValuesIn(settings(/*with_complex=*/true)), name_of);
 
 TEST(Dispatch, RefusesWhatIsNotBuilt) {
   EXPECT_FALSE(cpu::force_isa("no such set"));

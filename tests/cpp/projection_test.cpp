@@ -2,38 +2,15 @@
 // poisoned and between guards.
 #include "cpu/dispatch.h"
 
-#include <ostream>
-
-#include "diagonal_problems.h"
+#include "settings.h"
 
 namespace torch_ext::test {
 namespace {
 
-struct Setting {
-  std::string isa;
-  DType dtype;
-};
-void PrintTo(const Setting& setting, std::ostream* out) {
-  *out << setting.isa << " " << info_of(setting.dtype).name;
-}
-std::vector<Setting> settings() {
-  std::vector<Setting> all;
-  for (const std::string& isa : cpu::built_isas())
-    for (const DTypeInfo& dtype : kDTypes)
-      if (!dtype.complex) all.push_back({isa, dtype.dtype});
-  return all;
-}
-
-class Projection : public ::testing::TestWithParam<Setting> {
- protected:
-  void SetUp() override {
-    if (!cpu::force_isa(GetParam().isa)) GTEST_SKIP() << "this CPU has no " << GetParam().isa;
-  }
-  void TearDown() override { cpu::force_isa(""); }
-};
+class Projection : public OnEachSet {};
 
 TEST_P(Projection, IsTheSumOfProducts) {
-  const DType dtype = GetParam().dtype;
+  const DType dtype = this->dtype();
   // Of what a result is rounded to, and of what is added up.
   const double rounding = dtype == DType::f64    ? 1e-16
                           : dtype == DType::f32  ? 1e-7
@@ -84,7 +61,7 @@ TEST_P(Projection, IsTheSumOfProducts) {
 }
 
 TEST_P(Projection, WithoutInputsIsTheBias) {
-  const DType dtype = GetParam().dtype;
+  const DType dtype = this->dtype();
   Array bias(dtype, 3, false), y(dtype, 3, true);
   for (int64_t i = 0; i < 3; ++i) bias.set(i, double(i));
   cpu::Projection p;
@@ -95,9 +72,7 @@ TEST_P(Projection, WithoutInputsIsTheBias) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Sets, Projection, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
-      return each.param.isa + "_" + info_of(each.param.dtype).name;
-    });
+    Sets, Projection, ::testing::ValuesIn(settings(/*with_complex=*/false)), name_of);
 
 } // namespace
 } // namespace torch_ext::test

@@ -11,6 +11,7 @@
 #include "cells/selective_scan.h"
 #include "cpu/dispatch.h"
 #include "selective_scan_problems.h"
+#include "settings.h"
 
 namespace torch_ext::test {
 namespace {
@@ -55,13 +56,6 @@ std::vector<std::string> isas() {
   return usable;
 }
 
-struct Setting {
-  std::string isa;
-  DType dtype;
-};
-void PrintTo(const Setting& setting, std::ostream* out) {
-  *out << setting.isa << " " << info_of(setting.dtype).name;
-}
 class SelectiveScan : public ::testing::TestWithParam<Setting> {
  protected:
   void SetUp() override { ASSERT_TRUE(cpu::force_isa(GetParam().isa)); }
@@ -187,10 +181,7 @@ std::vector<Setting> settings() {
     for (const DTypeInfo& dtype : kDTypes) all.push_back({isa, dtype.dtype});
   return all;
 }
-INSTANTIATE_TEST_SUITE_P(
-    Sets, SelectiveScan, ::testing::ValuesIn(settings()), [](const auto& each) -> std::string {
-      return each.param.isa + "_" + info_of(each.param.dtype).name;
-    });
+INSTANTIATE_TEST_SUITE_P(Sets, SelectiveScan, ::testing::ValuesIn(settings()), name_of);
 
 // ---- the cell: its gradients against dual numbers, and where it is complex, differences ----
 
