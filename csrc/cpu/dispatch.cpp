@@ -26,6 +26,11 @@ extern const KernelTable kTable;
 }
 #endif
 
+#if defined(__x86_64__)
+extern const bool has_bfloat16; // simd.h's
+const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
 namespace {
 
 // The sets compiled in, best last, each with torch's name for it and whether this machine runs it.
@@ -340,14 +345,15 @@ CausalConv1dPlan plan_of(
   return plan;
 }
 
-// Whether `out` is too large to stay in the cache, and its vectors are aligned.
+// Whether `out` is too large to stay in the cache, and its vectors are aligned. Several rows are written at a time: smaller
+// stores would leave lines behind that are not yet full.
 bool streams(
     const CausalConv1dProblem& p, const CausalConv1dPlan& plan, DType dtype, const void* out,
     const KernelTable& t, int threads) {
   const int64_t row = p.width * size_of(dtype);
   const int64_t store = t.vector_bytes * size_of(dtype) / (dtype == DType::f64 ? 8 : 4);
-  return plan.num_rows * row / std::max(threads, 1) > l2_bytes() && row % store == 0 &&
-         aligned(out, store);
+  return store >= 32 && plan.num_rows * row / std::max(threads, 1) > l2_bytes() &&
+         row % store == 0 && aligned(out, store);
 }
 
 template <class Problem>

@@ -1,8 +1,9 @@
-// Compiled once per instruction set, with TORCH_EXT_ISA naming it: all CPU kernels, behind one table of functions.
+// Compiled once per instruction set, with TORCH_EXT_ISA naming it: the table of all CPU kernels, and those of
+// the diagonal family.
 #include "causal_conv1d_isa.h"
 #include "diagonal.h"
 #include "projection_isa.h"
-#include "selective_scan.h"
+#include "selective_scan_isa.h"
 
 namespace torch_ext::cpu::TORCH_EXT_ISA {
 namespace {
@@ -27,19 +28,6 @@ template <class... Cell>
 constexpr void list_all(KernelTable& t, Cells<Cell...>) {
   static_assert(sizeof...(Cell) <= kMaxCells);
   (list<Cell>(t), ...);
-}
-
-constexpr void list_selective_scan(KernelTable& t) {
-  const auto add = [&]<class Kernel>(DType dtype, Kernel) {
-    t.selective_scan[int(dtype)] = {
-        &Kernel::forward, &Kernel::backward, &Kernel::reduce_channels, &Kernel::reduce_tokens};
-  };
-  add(DType::f32, SelectiveScan<float, false>{});
-  add(DType::f64, SelectiveScan<double, false>{});
-  add(DType::bf16, SelectiveScan<BFloat16, false>{});
-  add(DType::f16, SelectiveScan<Half, false>{});
-  add(DType::c64, SelectiveScan<float, true>{});
-  add(DType::c128, SelectiveScan<double, true>{});
 }
 
 using V = Vec<float>;

@@ -416,10 +416,95 @@ struct SelectiveScan {
     store_tokens(p.out, run, n, count, d, some, tile.y);
   }
 
+  // A single token whose channels have their states side by side: lanes run along those, and nothing is turned over.
+  static bool along_states(const SelectiveScanForward& p) {
+    const auto dense = [](const auto& x) { return !x.data || x.state == 1; };
+    return !kComplex && p.num_states % W == 0 && !p.checkpoints && !p.B.constant && !p.C.constant &&
+           dense(p.A) && dense(p.initial_state) && dense(p.final_state);
+  }
+  struct Channels {
+    const R *A, *from;
+    R* to;
+    int64_t A_step, from_step, to_step;
+    const R *B, *C;
+  };
+  // kUsual: there are states to read and to write, and each is one vector.
+  template <bool kUsual>
+  __attribute__((noinline)) static V step_channels(
+      const Channels m, const int64_t N, const int some, const R* times,
+      const R* inputs) requires(!kComplex) {
+    V y[W];
+    const V B = Stored<R>::load(m.B), C = Stored<R>::load(m.C);
+#pragma GCC unroll 4
+    for (int k = 0; k < W; ++k) {
+      const V time = times[k], input = inputs[k];
+      V sum(0);
+      for (int64_t n = 0; n < (kUsual ? W : k < some ? N : 0); n += W) {
+        const V A = in_octaves(Stored<R>::load(m.A + k * m.A_step + n)),
+                before = kUsual || m.from ? Stored<R>::load(m.from + k * m.from_step + n) : V(0);
+        const V h = scan_step(time, input, A, kUsual ? B : Stored<R>::load(m.B + n), before).h;
+        if (kUsual || m.to) Stored<R>::store(m.to + k * m.to_step + n, h);
+        sum = fused(h, kUsual ? C : Stored<R>::load(m.C + n), sum);
+      }
+      y[k] = sum;
+    }
+    return sums_of(y);
+  }
+  static void step(
+      const SelectiveScanForward& p, const Tokens& B, const Tokens& C, const Run& run, int64_t row,
+      const Block& b) requires(!kComplex) {
+    constexpr int kMost =
+        8; // slots at a time: what they have one of per token takes long, but not each for itself
+    const int64_t N = p.num_states;
+    V delta[kMost], u[kMost], z[kMost], y[kMost];
+    R times[kMost * W], inputs[kMost * W];
+    for (int64_t first = 0; first < b.slots; first += kMost) {
+      const int count = b.slots - first < kMost ? int(b.slots - first) : kMost;
+      const auto channel = [&](int i) { return b.channel + (first + i) * W; };
+      const auto some = [&](int i) { return b.some(first + i); };
+      for (int i = 0; i < count; ++i) {
+        load_tokens(delta + i, p.delta, run, 0, 1, channel(i), some(i));
+        load_tokens(u + i, p.u, run, 0, 1, channel(i), some(i));
+        if (p.z.data) load_tokens(z + i, p.z, run, 0, 1, channel(i), some(i));
+        delta[i] = delta[i] + load_channels(p.delta_bias, channel(i), some(i));
+      }
+      for (int i = 0; i < count; ++i) {
+        const V time = time_step(delta[i], p.delta_softplus);
+        Stored<R>::store(times + i * W, time), Stored<R>::store(inputs + i * W, time * u[i]);
+      }
+      for (int i = 0; i < count; ++i) {
+        const auto at = [&](const auto& x, int64_t r) {
+          return x.data ? static_cast<R*>(const_cast<void*>(static_cast<const void*>(x.data))) +
+                              r * x.row + channel(i) * x.channel
+                        : nullptr;
+        };
+        const Channels memory{
+            at(p.A, 0),
+            at(p.initial_state, row),
+            at(p.final_state, row),
+            p.A.channel,
+            p.initial_state.channel,
+            p.final_state.channel,
+            B.numbers.data,
+            C.numbers.data};
+        const bool usual = N == W && memory.from && memory.to && some(i) == W;
+        y[i] =
+            (usual ? step_channels<true>
+                   : step_channels<false>)(memory, N, some(i), times + i * W, inputs + i * W);
+      }
+      for (int i = 0; i < count; ++i) {
+        y[i] = fused(load_channels(p.D, channel(i), some(i)), u[i], y[i]);
+        if (p.z.data) y[i] = y[i] * silu(z[i]);
+        store_tokens(p.out, run, 0, 1, channel(i), some(i), y + i);
+      }
+    }
+  }
+
   static void forward(
       const SelectiveScanForward& p, const SelectiveScanPlan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
     const int64_t N = p.num_states, interval = selective_scan_interval(N, kComplex);
+    const bool steps = along_states(p);
     Parameters parameters(p, plan.block);
     Scratch<H> states(plan.block * N);
     Tokens B(p.B, parameters.lanes, N), C(p.C, parameters.lanes, N);
@@ -437,6 +522,14 @@ struct SelectiveScan {
                 p.out, run, n, run.count - n < kTile ? run.count - n : kTile, block.channel + i * W,
                 block.some(i), zeros);
         continue;
+      }
+      if constexpr (!kComplex) {
+        if (steps && run.count == 1) {
+          B.load(p.B, false, run, 0, 1, block.group, N);
+          C.load(p.C, false, run, 0, 1, block.group, N);
+          step(p, B, C, run, row, block);
+          continue;
+        }
       }
       if (loaded != index) parameters.load(p, block), loaded = index;
       load_states(states.data, p.initial_state, row, block, N);
@@ -481,10 +574,6 @@ struct SelectiveScan {
   // are then added up over the lanes, and leave one number for every block. reduce_* adds up parts and blocks, in order.
 
   static constexpr int kStates = kVectorBytes == 64 && !kComplex ? 4 : 2; // at a time, in registers
-
-  // Slots that take turns with the same few states: the sums over channels pass through L1 once for all of them. More would
-  // push each other out of it.
-  static constexpr int64_t kTogether = 2;
 
   struct Gradients { // one slot's sums over tokens, in the workspace
     H *A, *B, *C;    // N each; B and C only where they are constant
@@ -538,19 +627,22 @@ struct SelectiveScan {
         if (kGate) work.y[t] = y;
       }
     }
-    H g[NB], gA[NB];
+    H g[NB], gA[NB], after[NB];
 #pragma GCC unroll 4
-    for (int j = 0; j < NB; ++j) g[j] = grad_h[j], gA[j] = grad_A[j];
+    for (int j = 0; j < NB; ++j) g[j] = grad_h[j], gA[j] = grad_A[j], after[j] = h[count][j];
     for (int64_t t = count - 1; t >= 0; --t) {
       const V step = work.step[t], input = work.input[t], grad_y = work.grad_y[t];
       ScanSums<V, H> sums{work.grad_input[t], work.parts[t]};
       H *const gB = grad_B + t * grad_B_step, *const gC = grad_C + t * grad_C_step;
 #pragma GCC unroll 4
-      for (int j = 0; j < NB; ++j)
+      for (int j = 0; j < NB; ++j) {
+        const H before = h[t][j];
         scan_step_vjp(
             step, input, A[j], coefficient<kLanes>(B, t * B_step + j),
-            coefficient<kLanes>(C, t * C_step + j), decays[t][j], h[t][j], h[t + 1][j], grad_y,
-            g[j], gA[j], gB[j], gC[j], sums);
+            coefficient<kLanes>(C, t * C_step + j), decays[t][j], before, after[j], grad_y, g[j],
+            gA[j], gB[j], gC[j], sums);
+        after[j] = before;
+      }
       work.grad_input[t] = sums.input, work.parts[t] = sums.parts;
       ahead.fetch();
     }
@@ -565,7 +657,9 @@ struct SelectiveScan {
     const int64_t N, interval, most; // slots
     Parameters parameters;
     Tokens B, C;
-    Scratch<H> grad_h, starts, grad_B, grad_C; // starts: (tile of the interval, slot, state)
+    // starts: (tile of the interval, slot, state). Sums over channels: (states that are walked together, token, state), or
+    // those few states of all tokens would lie in the same few sets of the cache.
+    Scratch<H> grad_h, starts, grad_B, grad_C;
     Scratch<R> flat;
 
     Backward(const SelectiveScanBackward& problem, const SelectiveScanPlan& a_plan)
@@ -599,12 +693,13 @@ struct SelectiveScan {
         for (int k = 0; k < W; ++k) r[k] = vectors[i + k];
         Stored<R>::store(flat.data + i, sums_of(r));
       }
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t token = run.sequence * p.num_steps + run.first + (n + t) * run.direction;
-        memcpy(
-            to + (token * p.num_groups + group) * N, flat.data + t * N * kParts,
-            size_t(N) * sizeof(State));
-      }
+      const State* from = reinterpret_cast<const State*>(flat.data);
+      over_states<kStates>(N, [&]<int NB>(int64_t j) {
+        for (int64_t t = 0; t < count; ++t, from += NB) {
+          const int64_t token = run.sequence * p.num_steps + run.first + (n + t) * run.direction;
+          memcpy(to + (token * p.num_groups + group) * N + j, from, NB * sizeof(State));
+        }
+      });
     }
 
     State* kept_state(const Block& block, int64_t kept, int64_t n, int64_t i) const {
@@ -691,37 +786,32 @@ struct SelectiveScan {
       if (p.grad_z.data) store_tokens(p.grad_z, run, n, count, d, some, x.z);
     }
 
-    // The slots i .. i + many, one tile. starts: of the first slot.
-    void slots(
+    // The i-th slot, one tile, from the states `start`.
+    void slot(
         const Run& run, const Block& block, int64_t part, int64_t first_slot, int64_t n,
-        int64_t count, int64_t i, int64_t many, const H* start, Ahead& ahead) {
-      Prepared prepared[kTogether];
-      for (int64_t k = 0; k < many; ++k)
-        prepare(prepared[k], run, n, count, block.channel + (i + k) * W, block.some(i + k));
+        int64_t count, int64_t i, const H* start, Ahead& ahead) {
+      const int64_t d = block.channel + i * W;
+      const int some = block.some(i);
+      Prepared prepared;
+      prepare(prepared, run, n, count, d, some);
       const bool lanes = parameters.lanes, gate = p.z.data;
-      ahead.spread(many * count * ((N + kStates - 1) / kStates));
+      const Gradients sums(p, plan, part, block.group, first_slot + i);
+      const void *b = B.at(p.B, parameters.B.data + i * N),
+                 *c = C.at(p.C, parameters.C.data + i * N);
+      ahead.spread(count * ((N + kStates - 1) / kStates));
       over_states<kStates>(N, [&]<int NB>(int64_t j) {
         const auto step =
             lanes ? (gate ? backward_states<NB, true, true> : backward_states<NB, true, false>)
                   : (gate ? backward_states<NB, false, true> : backward_states<NB, false, false>);
         const int64_t size = lanes ? sizeof(H) : sizeof(State);
-        for (int64_t k = 0; k < many; ++k) {
-          const Gradients sums(p, plan, part, block.group, first_slot + i + k);
-          const int64_t at = (i + k) * N + j;
-          step(
-              prepared[k].work, count, parameters.A.data + at,
-              static_cast<const char*>(B.at(p.B, parameters.B.data + (i + k) * N)) + j * size,
-              B.step,
-              static_cast<const char*>(C.at(p.C, parameters.C.data + (i + k) * N)) + j * size,
-              C.step, start + k * N + j, grad_h.data + at, sums.A + j,
-              (p.B.constant ? sums.B : grad_B.data) + j, p.B.constant ? 0 : N,
-              (p.C.constant ? sums.C : grad_C.data) + j, p.C.constant ? 0 : N, ahead);
-        }
+        step(
+            prepared.work, count, parameters.A.data + i * N + j,
+            static_cast<const char*>(b) + j * size, B.step, static_cast<const char*>(c) + j * size,
+            C.step, start + j, grad_h.data + i * N + j, sums.A + j,
+            p.B.constant ? sums.B + j : grad_B.data + j * count, p.B.constant ? 0 : NB,
+            p.C.constant ? sums.C + j : grad_C.data + j * count, p.C.constant ? 0 : NB, ahead);
       });
-      for (int64_t k = 0; k < many; ++k)
-        finish(
-            prepared[k], Gradients(p, plan, part, block.group, first_slot + i + k), run, n, count,
-            block.channel + (i + k) * W, block.some(i + k));
+      finish(prepared, sums, run, n, count, d, some);
     }
 
     void sequence(int64_t s, int64_t part, int64_t index, const Block& block) {
@@ -736,10 +826,7 @@ struct SelectiveScan {
         for (int64_t n = begin + (end - begin - 1) / kTile * kTile; n >= begin; n -= kTile) {
           const int64_t count = end - n < kTile ? end - n : kTile;
           load_coefficients(run, n, count, block.group);
-          for (int64_t i = 0, many; i < block.slots; i += many) {
-            const int64_t past = (i / plan.block + 1) * plan.block; // this block's slots
-            const int64_t left = (past < block.slots ? past : block.slots) - i;
-            many = left < kTogether ? left : kTogether;
+          for (int64_t i = 0; i < block.slots; ++i) {
             if (i % plan.block == 0) {
               const size_t bytes = size_t(count * N) * sizeof(H);
               if (!p.B.constant) memset(static_cast<void*>(grad_B.data), 0, bytes);
@@ -747,24 +834,22 @@ struct SelectiveScan {
             }
             H* const start = starts.data + ((n - begin) / kTile * most + i) * N;
             if (end - begin <= kTile)
-              for (int64_t k = 0; k < many; ++k)
-                load_checkpoint(
-                    start + k * N, kept_state(block, kept, n, i + k), N, block.some(i + k));
+              load_checkpoint(start, kept_state(block, kept, n, i), N, block.some(i));
             Ahead ahead;
-            const bool turn = i + many == block.slots; // on to the tile before
+            const bool turn = i + 1 == block.slots; // on to the tile before
             const int64_t then = turn ? n - kTile : n, tokens = turn ? kTile : count;
-            const int64_t next = turn ? 0 : i + many;
-            for (int64_t k = next; k < next + kTogether && k < block.slots && then >= 0; ++k) {
+            const int64_t next = turn ? 0 : i + 1;
+            if (then >= 0) {
               const auto add = [&](const auto& x) {
-                ahead.add(x, run, then, tokens, block.channel + k * W, block.some(k));
+                ahead.add(x, run, then, tokens, block.channel + next * W, block.some(next));
               };
               if (interval == kTile)
-                ahead.add(kept_state(block, kept, then, k), N * int64_t(sizeof(H)));
+                ahead.add(kept_state(block, kept, then, next), N * int64_t(sizeof(H)));
               add(p.delta), add(p.u), add(p.grad_out), add(p.z);
               add(p.grad_u), add(p.grad_delta), add(p.grad_z);
             }
-            slots(run, block, part, first_slot, n, count, i, many, start, ahead);
-            if (many < left) continue;
+            slot(run, block, part, first_slot, n, count, i, start, ahead);
+            if ((i + 1) % plan.block && i + 1 < block.slots) continue; // this block goes on
             const int64_t b = first_block + i / plan.block;
             if (!p.B.constant)
               put_sums(grad_B.data, sums_of_block(p, plan, b, false), run, n, count, block.group);
