@@ -136,7 +136,8 @@ def mamba_header() -> str:
 def mamba_share(row: dict) -> str:
     """The share that the goal is about, and of what."""
     if row["goal_of"] == "copy":
-        return f"{percent(row['fraction_of_copy'])} of copy"
+        ordinary, best = row["fraction_of_ordinary_copy"], row["fraction_of_copy"]
+        return f"{percent(ordinary)} of copy, {percent(best)} of the faster copy"
     return f"{percent(row['fraction_of_roof'])} of the roof"
 
 

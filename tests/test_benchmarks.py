@@ -490,7 +490,8 @@ def test_a_run_of_mamba(tmp_path, child_environment):
     assert len(result["mamba"]) == 3 * 2 * isas
     for row in result["mamba"]:
         assert row["fraction_of_roof"] > 0 and row["error"] < 3e-2
-        assert ("fraction_of_copy" in row) == (row["operator"] == "causal_conv1d")
+        convolution = row["operator"] == "causal_conv1d"
+        assert ("fraction_of_copy" in row) == ("fraction_of_ordinary_copy" in row) == convolution
         half, scan = "bfloat16" in row["operator"], row["operator"] == "selective_scan"
         assert ("beside" in row) == (half or (scan and row["mode"] == "backward"))
         assert row["dtype"] == ("bfloat16" if half else "float32")

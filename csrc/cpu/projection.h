@@ -2,7 +2,7 @@
 // read as one stream by all threads.
 //
 // Lanes run along the inputs. As many outputs as a vector has lanes are summed one after the other, their lanes then added
-// up all at once. The order of all sums follows from the number of inputs.
+// up all at once. The order of all sums follows from the numbers of inputs and of rows.
 #pragma once
 #include "diagonal.h"
 
@@ -14,46 +14,84 @@ struct ProjectionKernel {
   using Wide = Stored<typename Lane::Scalar>;
   static constexpr int kLanes = Lane::kLanes;
 
+  // So many outputs at a time, from places of W far from each other: a core reads several streams faster than one.
+  template <int kRows>
+  static constexpr int kStreams = kRows <= 2           ? 4
+                                  : kVectorBytes == 64 ? 16 / kRows
+                                                       : 8 / kRows; // sums in registers
+  template <int kRows>
+  static constexpr int kChains =
+      kRows == 1 ? 2 : 1; // of a sum; its order does not depend on streams
+
   // kRows rows of x, widened, at x + r * x_step; the outputs begin .. end.
   template <int kRows>
   static void rows(
       const Projection& p, const typename Lane::Scalar* x, int64_t x_step, int64_t row,
       int64_t begin, int64_t end) {
-    constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1; // additions on their way at a time
+    const int64_t each = (end - begin) / (kStreams<kRows> * kLanes) * kLanes;
+    for (int64_t o = begin; o < begin + each; o += kLanes)
+      outputs<kRows, kStreams<kRows>>(p, x, x_step, row, o, each, kLanes);
+    for (int64_t o = begin + each * kStreams<kRows>; o < end; o += kLanes)
+      outputs<kRows, 1>(p, x, x_step, row, o, 0, end - o < kLanes ? int(end - o) : kLanes);
+  }
+  // The outputs first .. first + some, and those that lie `next` further on, and so on.
+  template <int kRows, int kOutputs>
+  static void outputs(
+      const Projection& p, const typename Lane::Scalar* x, int64_t x_step, int64_t row,
+      int64_t first, int64_t next, int some) {
+    constexpr int kEach = kChains<kRows>;
     const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
-    const int64_t inputs = p.inputs, whole = inputs / (kChains * kLanes) * (kChains * kLanes);
-    for (int64_t o = begin; o < end; o += kLanes) {
-      const int some = end - o < kLanes ? int(end - o) : kLanes;
-      Lane sums[kRows][kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        Lane sum[kRows][kChains];
+    const int64_t inputs = p.inputs, whole = inputs / (kEach * kLanes) * (kEach * kLanes);
+    Lane sums[kOutputs][kRows][kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      Lane sum[kOutputs][kRows][kEach];
+      const S* w[kOutputs];
+#pragma GCC unroll 4
+      for (int k = 0; k < kOutputs; ++k) {
+        w[k] = weight + (first + k * next + i) * p.weight_row;
         for (int r = 0; r < kRows; ++r)
-          for (int c = 0; c < kChains; ++c) sum[r][c] = Lane(0);
-        const S* w = weight + (o + i) * p.weight_row;
-        for (int64_t k = 0; i < some && k < whole; k += kChains * kLanes) {
+          for (int c = 0; c < kEach; ++c) sum[k][r][c] = Lane(0);
+      }
+      for (int64_t n = 0; i < some && n < whole; n += kEach * kLanes) {
 #pragma GCC unroll 4
-          for (int c = 0; c < kChains; ++c) {
-            const Lane v = Stored<S>::load(w + k + c * kLanes);
-            __builtin_prefetch(
-                w + k + c * kLanes + 2048 / sizeof(S)); // beyond the array it is harmless
+        for (int c = 0; c < kEach; ++c) {
+          Lane v[kOutputs];
 #pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r)
-              sum[r][c] = fused(v, Wide::load(x + r * x_step + k + c * kLanes), sum[r][c]);
+          for (int k = 0; k < kOutputs; ++k) {
+            v[k] = Stored<S>::load(w[k] + n + c * kLanes);
+            // Into L2: on its way to L1 a line takes one of the few places that loads wait in. Beyond the array it is harmless.
+            __builtin_prefetch(w[k] + n + c * kLanes + 2048 / sizeof(S), 0, 2);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            const Lane from = Wide::load(x + r * x_step + n + c * kLanes);
+#pragma GCC unroll 4
+            for (int k = 0; k < kOutputs; ++k) sum[k][r][c] = fused(v[k], from, sum[k][r][c]);
           }
         }
-        for (int64_t k = whole; i < some && k < inputs; k += kLanes) {
-          const Lane v =
-              inputs - k < kLanes ? load_some(w + k, int(inputs - k)) : Stored<S>::load(w + k);
+      }
+      for (int64_t n = whole; i < some && n < inputs; n += kLanes) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kOutputs; ++k) {
+          const Lane v = inputs - n < kLanes ? load_some(w[k] + n, int(inputs - n))
+                                             : Stored<S>::load(w[k] + n);
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r)
-            sum[r][0] = fused(v, Wide::load(x + r * x_step + k), sum[r][0]);
-        }
-        for (int r = 0; r < kRows; ++r) {
-          for (int c = 1; c < kChains; ++c) sum[r][0] = sum[r][0] + sum[r][c];
-          sums[r][i] = sum[r][0];
+            sum[k][r][0] = fused(v, Wide::load(x + r * x_step + n), sum[k][r][0]);
         }
       }
+#pragma GCC unroll 4
+      for (int k = 0; k < kOutputs; ++k)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          for (int c = 1; c < kEach; ++c) sum[k][r][0] = sum[k][r][0] + sum[k][r][c];
+          sums[k][r][i] = sum[k][r][0];
+        }
+    }
+    for (int k = 0; k < kOutputs; ++k) {
+      const int64_t o = first + k * next;
       for (int r = 0; r < kRows; ++r) {
-        Lane y = sums_of(sums[r]);
+        Lane y = sums_of(sums[k][r]);
         if (bias) y = y + (some < kLanes ? load_some(bias + o, some) : Stored<S>::load(bias + o));
         S* to = static_cast<S*>(p.y) + (row + r) * p.outputs + o;
         if (some < kLanes) {
@@ -78,7 +116,9 @@ struct ProjectionKernel {
     }
     for (int64_t r = 0; r < p.rows;) {
       const R* at = x.data + r * step;
-      if (p.rows - r >= 4) {
+      if (p.rows - r >= 8) {
+        rows<8>(p, at, step, r, begin, end), r += 8;
+      } else if (p.rows - r >= 4) {
         rows<4>(p, at, step, r, begin, end), r += 4;
       } else if (p.rows - r >= 2) {
         rows<2>(p, at, step, r, begin, end), r += 2;
