@@ -252,6 +252,12 @@ class SelectiveScanCase(Case):
     def also(self, name, dtype):
         return (torch.float32,) if dtype in HALF and name in ("A", "D", "delta_bias") else ()
 
+    def sample(self, argument, shape, dtype, generator):
+        x = super().sample(argument, shape, dtype, generator)
+        if argument == "A" and dtype.is_complex:  # some turns in the time that it takes to fade
+            x = torch.complex(-x.real.abs(), 3 * x.imag)
+        return x
+
     def backward(self, grad_h, grad_final, leaves, h, options, cu=None, reverse=False):
         def call(*ordered):  # without the states that the forward kept
             kept = ordered[2].new_empty(0, dtype=self.state_dtype(ordered[0].dtype))
@@ -318,7 +324,7 @@ def draw_selective_scan(argument, shape, generator, dtype):
     """States that fade within a step and others that stay for hundreds. Steps are forwards: below 0
     and without softplus, states explode."""
     x = normal(argument, shape, generator, dtype)
-    if argument == "A":
+    if argument == "A" and not dtype.is_complex:
         return -torch.exp(2 * x - 1).clamp_min(0.02)
     return x.abs() if argument in ("delta", "delta_bias") else x
 
