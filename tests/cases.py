@@ -466,6 +466,75 @@ class Everything(nn.Module):
         return x, torch.cat(finals)
 
 
+# mamba_step is no sequence's: its arguments, of a layer of odd sizes, and their dimensions.
+LAYER_STEP = {
+    "x": "BM",
+    "in_proj_weight": "PM",
+    "in_proj_bias": "P",
+    "conv_weight": "IW",
+    "conv_bias": "I",
+    "x_proj_weight": "QI",
+    "dt_proj_weight": "IR",
+    "dt_proj_bias": "I",
+    "A_log": "IN",
+    "D": "I",
+    "out_proj_weight": "OI",
+    "out_proj_bias": "O",
+    "conv_state": "BIV",
+    "scan_state": "BIN",
+}
+LAYER_OPTIONAL = ("in_proj_bias", "conv_bias", "dt_proj_bias", "D", "out_proj_bias")
+
+
+def layer_sizes(B=3, M=6, I=4, N=5, W=3, R=2, O=7):  # noqa: E741
+    return dict(B=B, M=M, I=I, N=N, W=W, R=R, O=O, P=2 * I, Q=R + 2 * N, V=W - 1)
+
+
+def layer_sample(argument, shape, dtype, generator):
+    """Projections that neither grow nor shrink."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (x / max(1, shape[-1]) ** 0.5 if argument.endswith("proj_weight") else x).to(dtype)
+
+
+def layer_call(generator, dtype=torch.float32, rows=None, **sizes):
+    """A valid call of mamba_step but for the states, which stand side by side."""
+    sizes = layer_sizes(**sizes)
+    call = {}
+    for name, letters in LAYER_STEP.items():
+        own = sizes | ({"B": rows} if rows is not None and "state" in name else {})
+        kind = state_dtype(dtype) if name == "scan_state" else dtype
+        call[name] = layer_sample(name, tuple(own[d] for d in letters), kind, generator)
+    return call
+
+
+def layer_step(call, indices=None, in_place=False):
+    """(y, conv_state, scan_state) of mamba_step, or y of mamba_step_."""
+    call = dict(call)
+    state = call.pop("conv_state"), call.pop("scan_state")
+    function = torch_ext.mamba_step_ if in_place else torch_ext.mamba_step
+    out = function(**call, state=state, state_indices=indices)
+    return out if in_place else (out[0], *out[1])
+
+
+def layer_step_formula(
+    x, in_proj_weight, conv_weight, x_proj_weight, dt_proj_weight, A_log, out_proj_weight,
+    conv_state, scan_state, in_proj_bias=None, conv_bias=None, dt_proj_bias=None, D=None,
+    out_proj_bias=None,
+):  # fmt: skip
+    """Its equations, in plain PyTorch."""
+    plus = lambda x, b: x if b is None else x + b  # noqa: E731
+    R, N = dt_proj_weight.shape[1], A_log.shape[1]
+    inner, z = plus(x @ in_proj_weight.T, in_proj_bias).chunk(2, -1)
+    seen = torch.cat([conv_state, inner[..., None]], -1)
+    u = nn.functional.silu(plus((seen * conv_weight).sum(-1), conv_bias))
+    delta, b, c = (u @ x_proj_weight.T).split([R, N, N], -1)
+    delta = nn.functional.softplus(plus(delta @ dt_proj_weight.T, dt_proj_bias))[..., None]
+    h = torch.exp(-delta * A_log.exp()) * scan_state + delta * u[..., None] * b[:, None]
+    y = (h * c[:, None]).sum(-1) + (0 if D is None else D * u)
+    y = plus((y * nn.functional.silu(z)) @ out_proj_weight.T, out_proj_bias)
+    return y, seen[..., 1:], h
+
+
 # Every length, batch and width that has its own path somewhere (empty, one, below and above a
 # vector and a tile of time), each at least twice; the full product would add time and no path.
 SHAPES = (

@@ -5,18 +5,26 @@ Derandomised: the same calls in every run.
 """
 
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import (
     ALL,
     HALF,
+    LAYER_OPTIONAL,
+    LAYER_STEP,
     REAL,
     bounds,
     close,
     gradients,
     label,
+    layer_sample,
+    layer_sizes,
+    layer_step,
+    layer_step_formula,
     short,
+    state_dtype,
     wide,
 )
 from hypothesis import HealthCheck, given, settings
@@ -234,6 +242,89 @@ def test_steps(device, call):
     assert torch.equal(x["state"], before)
     in_place = case.step_(**call)
     assert torch.equal(in_place, got[0]) and torch.equal(x["state"], got[1])
+
+
+@st.composite
+def layer_calls(draw):
+    dtype = draw(st.sampled_from(REAL))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    small = st.sampled_from((1, 2, 3, 5, 8, 9, 16, 17, 33))
+    sizes = {d: draw(small) for d in "MINRO"} | {"W": draw(st.sampled_from((1, 2, 4, 5)))}
+    B = draw(st.sampled_from((0, 1, 2, 3, 5, 8, 9)))
+    indices, rows = None, B
+    if draw(st.booleans()):
+        rows = draw(st.integers(B, B + 3))
+        chosen = draw(st.permutations(range(rows)))[:B]
+        chosen = [-1 if draw(st.integers(0, 4)) == 0 else i for i in chosen]
+        indices = torch.tensor(chosen, dtype=draw(st.sampled_from((torch.int32, torch.int64))))
+    sizes, call = layer_sizes(B=B, **sizes), {}
+    wide_state = state_dtype(dtype)
+    for name, letters in LAYER_STEP.items():
+        if name in LAYER_OPTIONAL and draw(st.integers(0, 3)) == 0:
+            call[name] = None
+            continue
+        own = sizes | ({"B": rows} if "state" in name else {})
+        kinds = [dtype]
+        if name in ("conv_weight", "conv_bias", "dt_proj_bias", "A_log", "D", "conv_state"):
+            kinds.append(wide_state)
+        kind = wide_state if name == "scan_state" else draw(st.sampled_from(kinds))
+        shape = tuple(own[d] for d in letters)
+        sampler = SimpleNamespace(sample=layer_sample)
+        call[name] = draw(laid_out(sampler, name, shape, kind, generator, "state" not in name))
+    return Names(indices=indices, **call), call
+
+
+@fuzz(250)
+@given(layer_calls(), st.booleans())
+def test_layer_steps(device, drawn, grad):
+    """mamba_step and mamba_step_, with a gradient, which goes by other products, and without."""
+    names, call = drawn
+    indices = names.indices
+    exact = {k: None if x is None else wide(x) for k, x in call.items()}
+    if indices is None:
+        want = list(layer_step_formula(**exact))
+    else:
+        keep = [b for b, i in enumerate(indices.tolist()) if i >= 0]
+        rows = indices[keep].long()
+        part = dict(exact, x=exact["x"][keep])
+        part |= {name: exact[name][rows] for name in ("conv_state", "scan_state")}
+        y, *states = layer_step_formula(**part)
+        want = [torch.zeros(len(indices), y.shape[1]).double()]
+        want[0][keep] = y
+        for name, new in zip(("conv_state", "scan_state"), states, strict=True):
+            want.append(exact[name].clone())
+            want[-1][rows] = new
+        indices = indices.to(device)
+    call = {k: None if x is None else x.to(device) for k, x in call.items()}
+    call["x"].requires_grad_(grad)
+    before = [call[name].clone() for name in ("conv_state", "scan_state")]
+    got = layer_step(call, indices)
+    # Half precision rounds between the projections: errors of several roundings, of sums that cancel.
+    dtype = call["x"].dtype
+    size = {torch.bfloat16: 0.06, torch.float16: 0.008}.get(dtype, 0)
+    for name, g, w, like in zip(
+        ("y", "conv_state", "scan_state"), got, want, (call["x"], *before), strict=True
+    ):
+        assert g.dtype is like.dtype and g.shape == w.shape
+        w = w.to(g.device)
+        if dtype in HALF:
+            assert (g - w).norm() <= size * w.norm() + 1e-3, name
+        else:
+            close(g, w, grad=True, size=1, factor=4, name=name)
+    for name, b in zip(("conv_state", "scan_state"), before, strict=True):
+        assert torch.equal(call[name], b)
+    call["x"].requires_grad_(False)
+    in_place = layer_step(call, indices, in_place=True)
+    for name, g, w in zip(
+        ("y", "conv_state", "scan_state"),
+        (in_place, call["conv_state"], call["scan_state"]),
+        got,
+        strict=True,
+    ):
+        if dtype in HALF:
+            assert (g - w).double().norm() <= size * w.double().norm() + 1e-3, name
+        else:
+            close(g, wide(w.detach()), grad=True, size=1, name=name)
 
 
 # ---- mistakes ----
