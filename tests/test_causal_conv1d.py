@@ -1,7 +1,6 @@
 """causal_conv1d: what is special to it, and the demands of those suites that are written for
 recurrences alone."""
 
-import inspect
 import warnings
 
 import pytest
@@ -343,42 +342,6 @@ def test_hessian_and_jvp(generator):
 
 
 # ---- registration and consumers ----
-SCHEMAS = {
-    "causal_conv1d": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
-    "Tensor? cu_seqlens=None, str? activation=None) -> (Tensor y, Tensor final_state)",
-    "causal_conv1d_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, "
-    "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, str? activation) -> (Tensor grad_x, "
-    "Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_state)",
-    "causal_conv1d_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor state, "
-    "Tensor? state_indices=None, str? activation=None) -> (Tensor y, Tensor state)",
-    "causal_conv1d_step_": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, "
-    "Tensor? state_indices=None, str? activation=None) -> Tensor y",
-}
-
-
-def test_schemas_and_signatures():
-    for name, schema in SCHEMAS.items():
-        found = getattr(torch.ops.torch_ext, name).default._schema
-        assert str(found) == f"torch_ext::{name}{schema}"
-    for tail in ("", "_step", "_step_"):
-        f = getattr(torch_ext, "causal_conv1d" + tail)
-        arguments = getattr(torch.ops.torch_ext, f.__name__).default._schema.arguments
-        parameters = inspect.signature(f).parameters
-        # The operator's options come last, Python's before cu_seqlens, as for the recurrences.
-        assert set(parameters) == {a.name for a in arguments}
-        if not tail:
-            assert list(parameters)[-2:] == ["activation", "cu_seqlens"]
-        for argument in arguments:
-            parameter = parameters[argument.name]
-            given = parameter.default is not inspect.Parameter.empty
-            assert given == argument.has_default_value()
-            assert not given or parameter.default is None
-    assert (
-        inspect.signature(causal_conv1d).parameters
-        == inspect.signature(causal_conv1d_reference).parameters
-    )
-
-
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize(
     "dtype, parameters, activation",
@@ -390,7 +353,7 @@ def test_schemas_and_signatures():
     ids=str,
 )
 def test_opcheck(dtype, parameters, activation, generator):
-    op, backward = (getattr(torch.ops.torch_ext, n).default for n in list(SCHEMAS)[:2])
+    op, backward = CASE.op, CASE.backward_op
     options = {"activation": activation}
     for requires in (False, True):
         x = leaves(2, 5, 3, 4, generator, dtype, parameters, requires=requires)
@@ -410,7 +373,8 @@ def test_opcheck(dtype, parameters, activation, generator):
 @pytest.mark.unpoisoned
 @ACTIVATIONS
 def test_opcheck_steps(activation, generator):
-    step, step_ = (getattr(torch.ops.torch_ext, n).default for n in list(SCHEMAS)[2:])
+    ops = torch.ops.torch_ext
+    step, step_ = ops.causal_conv1d_step.default, ops.causal_conv1d_step_.default
     indices, options = torch.tensor([4, -1]), {"activation": activation}
     for requires in (False, True):
         x = leaves(2, 1, 3, 4, generator, torch.float32)

@@ -179,6 +179,57 @@ def test_step_by_step_with_constant_coefficients(generator):
     close(state, want_final)
 
 
+def test_threads_and_lazy_bits_of_complex_states(generator, threads):
+    x = draw(generator, B=3, T=90, D=40, form_c="groups", complex_states=True, dtype=torch.float32)
+    weights = cotangents(torch_ext.selective_scan(**x), generator)
+    want = None
+    for n in (1, 2, 3, 2):
+        threads(n)
+        outputs, got = grads(torch_ext.selective_scan, x, weights, delta_softplus=True)
+        got = [*outputs, *got.values()]
+        want = want or got
+        assert all(map(torch.equal, got, want))
+    lazy = {k: v.conj().resolve_conj().conj() if v.is_complex() else v for k, v in x.items()}
+    assert lazy["A"].is_conj() and lazy["initial_state"].is_conj()
+    outputs, got = grads(torch_ext.selective_scan, lazy, weights, delta_softplus=True)
+    assert all(map(torch.equal, (*outputs, *got.values()), want))
+    one = [lazy.get(name) for name in NAMES]
+    one = [y[:, 0] if i in (0, 1, 3, 4, 6) else y for i, y in enumerate(one)]
+    y, after = torch_ext.selective_scan_step(*one)
+    exact = [y.resolve_conj() for y in one]
+    assert all(map(torch.equal, (y, after), torch_ext.selective_scan_step(*exact)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_script_of_functions(generator):
+    x = [draw(generator, dtype=torch.float32)[name] for name in NAMES]
+    script, one = (
+        torch.jit.script,
+        [y[:, 0] if i in (0, 1, 3, 4, 6) else y for i, y in enumerate(x)],
+    )
+    for f, given in ((torch_ext.selective_scan, x), (torch_ext.selective_scan_step, one)):
+        assert all(map(torch.equal, script(f)(*given), f(*given)))
+    y, after = torch_ext.selective_scan_step(*one)
+    assert torch.equal(script(torch_ext.selective_scan_step_)(*one), y)
+    assert torch.equal(one[-1], after)
+
+
+def test_export_step(generator):
+    class Step(torch.nn.Module):
+        def forward(self, *x):
+            return torch_ext.selective_scan_step(*x, None, True)
+
+    x = [draw(generator, dtype=torch.float32)[name] for name in NAMES]
+    now = (0, 1, 3, 4, 6)
+    x = [y[:, 0].clone() if i in now else y for i, y in enumerate(x)]
+    B = torch.export.Dim("B", min=2, max=64)
+    dynamic = tuple({0: B} if i in (*now, 8) else None for i in range(9))
+    program = torch.export.export(Step(), tuple(x), dynamic_shapes=(dynamic,))
+    x = [torch.cat([y, y]) if i in (*now, 8) else y for i, y in enumerate(x)]
+    assert all(map(torch.equal, program.module()(*x), Step()(*x)))
+
+
 @pytest.mark.parametrize("batched", [*NAMES, "all"])
 def test_vmap(batched, generator):
     x = draw(generator, T=5, form_c="groups")

@@ -170,6 +170,17 @@ def test_in_place_on_views(case, dtype, view, generator, device):
         assert torch.equal(memory[outside], before), "wrote outside the state"
 
 
+@pytest.mark.xfail(strict=True, reason="torch's fallback wants the written tensor to be returned")
+@over(dtypes=(torch.float32, torch.complex64), variants=False, cases=ALL)
+def test_in_place_on_a_lazy_state(case, dtype, generator, device):
+    """Conjugation and negation that torch has only noted, not done."""
+    x = step_leaves(case, 4, 5, dtype, generator, device)
+    lazy = torch._neg_view(x[-1].clone())
+    lazy = lazy.conj() if dtype.is_complex else lazy
+    want = case.step(*x[:-1], lazy.resolve_neg().resolve_conj())
+    assert torch.equal(case.step_(*x[:-1], lazy), want[0]) and torch.equal(lazy, want[1])
+
+
 @over(variants=False, cases=ALL)
 def test_in_place_counts_versions(case, generator, device):
     x = step_leaves(case, 2, 5, torch.float32, generator, device)
