@@ -10,6 +10,7 @@ suites demand of it has a file of its own, tests/test_NAME.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import pytest
 import torch
@@ -117,18 +118,46 @@ class Case:
         """The dispatcher's operators that belong to this case."""
         return {f"torch_ext::{self.name}{tail}" for tail in ("", "_backward", "_step", "_step_")}
 
+    # What the leaves are: those that run over time, parameters, the state. A class below for each
+    # operator that has more than the first and the last.
+    @property
+    def names(self):
+        return (*self.arguments, "initial_state")
+
+    optional = ()  # names of leaves that may be None, besides the state
+    words = ("identity", "g")  # what `activation` may be, where there is one
+    sizes: ClassVar = {}  # of dimensions other than B, T and D
+
+    def letters(self, name):
+        """The dimensions of a leaf, a letter each."""
+        return "BD" if name == "initial_state" else "BTD"
+
+    def shape(self, name, B, T, D):
+        return tuple(({"B": B, "T": T, "D": D} | self.sizes)[d] for d in self.letters(name))
+
+    def also(self, name, dtype):
+        """The dtypes that a leaf may have beside inputs of this one, besides it."""
+        return ()
+
     def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
         """Sample inputs and, where `state`, the initial state (`state` rows of it if it is a
         number)."""
-        out = [self.sample(a, (B, T, D), dtype, generator) for a in self.arguments]
-        if state is not False and state is not None:
-            rows = B if state is True else state
-            out.append(self.sample("state", (rows, D), state_dtype(dtype), generator))
+        out = []
+        for name in self.names:
+            if name != "initial_state":
+                out.append(self.sample(name, self.shape(name, B, T, D), dtype, generator))
+            elif state is not False and state is not None:
+                shape = self.state_shape(B if state is True else state, D)
+                out.append(self.sample("state", shape, self.state_dtype(dtype), generator))
         return [x.to(device).requires_grad_(grad) for x in out]
 
     def sample(self, argument, shape, dtype, generator):
         x = self.draw(argument, shape, generator, WIDE.get(dtype, torch.float64))
         return x.to(dtype)
+
+    def named(self, leaves):
+        """As keywords; the state may be missing."""
+        return dict(zip(self.names, leaves, strict=False))
 
     def at(self, leaves, time):
         """The leaves (the state may be missing) with those that run over time at this step or
@@ -139,18 +168,24 @@ class Case:
     @property
     def inputs(self):
         """The number of leaves other than the state."""
-        return len(self.arguments)
+        return len(self.names) - 1
 
     def state_dtype(self, dtype):
         return state_dtype(dtype)
 
     def state_shape(self, rows, D):
-        return (rows, D)
+        return self.shape("initial_state", rows, None, D)
+
+    def backward(self, grad_h, grad_final, leaves, h, options, cu=None, reverse=False):
+        """The backward operator, called by hand; the gradients of the leaves."""
+        *inputs, state = leaves
+        tail = (h, state, cu, *options.values(), reverse)
+        return self.backward_op(grad_h, grad_final, *inputs, *tail)
 
     def bind(self, function=None, **options):
         """The function of the leaves alone: f(*inputs) or f(*inputs, initial_state) -> (h,
         final_state)."""
-        function, n = function or self.function, len(self.arguments)
+        function, n = function or self.function, self.inputs
 
         def bound(*leaves):
             return function(*leaves[:n], leaves[n] if len(leaves) > n else None, **options)
@@ -166,21 +201,23 @@ class Case:
 class ConvolutionCase(Case):
     """Its leaves are x, the parameters and the state, which has a dimension more."""
 
-    window = 3  # no size that test_consumers.py has in a first call, or torch takes them for one
-    inputs = 3
+    names = ("x", "weight", "bias", "initial_state")
+    optional = ("bias",)
+    words = ("silu",)
+    # no size that test_consumers.py has in a first call, or torch takes them for one
+    sizes: ClassVar = {"W": 3, "V": 2}
 
-    def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
-        shapes = {"x": (B, T, D), "weight": (D, self.window), "bias": (D,)}
-        if state is not False and state is not None:
-            shapes["state"] = self.state_shape(B if state is True else state, D)
-        out = [self.sample(name, shape, dtype, generator) for name, shape in shapes.items()]
-        return [x.to(device).requires_grad_(grad) for x in out]
+    def letters(self, name):
+        return {"x": "BTD", "weight": "DW", "bias": "D", "initial_state": "BDV"}[name]
+
+    def also(self, name, dtype):
+        return (torch.float32,) if dtype in HALF and name in ("weight", "bias") else ()
 
     def state_dtype(self, dtype):
         return dtype
 
-    def state_shape(self, rows, D):
-        return (rows, D, self.window - 1)
+    def backward(self, grad_h, grad_final, leaves, h, options, cu=None, reverse=False):
+        return self.backward_op(grad_h, grad_final, *leaves, cu, *options.values())
 
     def bind(self, function=None, reverse=False, cu_seqlens=None, **options):
         """`reverse` is not the operator's: everything is turned round before and after."""
@@ -200,26 +237,35 @@ class ConvolutionCase(Case):
 
 class SelectiveScanCase(Case):
     """Its leaves: what runs over time, the parameters, the state; its functions take them in that
-    order."""
+    order, and by name."""
 
-    states = 3
-    inputs = 8
-    order = ("u", "delta", "B", "C", "z", "A", "D", "delta_bias")
+    order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
-    def shape(self, name, B, T, D):
-        if name in ("B", "C"):
-            return (B, T, self.states)
-        return {"A": (D, self.states), "D": (D,), "delta_bias": (D,)}.get(name, (B, T, D))
+    names = ("u", "delta", "B", "C", "z", "A", "D", "delta_bias", "initial_state")
+    optional = ("D", "z", "delta_bias")
+    sizes: ClassVar = {"N": 3}
 
-    def leaves(self, B, T, D, dtype, generator, device="cpu", state=True, grad=False):
-        out = [self.sample(a, self.shape(a, B, T, D), dtype, generator) for a in self.order]
-        if state is not False and state is not None:
-            shape = self.state_shape(B if state is True else state, D)
-            out.append(self.sample("state", shape, state_dtype(dtype), generator))
-        return [x.to(device).requires_grad_(grad) for x in out]
+    def letters(self, name):
+        short = {"A": "DN", "B": "BTN", "C": "BTN", "D": "D", "delta_bias": "D"}
+        return short.get(name, "BDN" if name == "initial_state" else "BTD")
 
-    def state_shape(self, rows, D):
-        return (rows, D, self.states)
+    def also(self, name, dtype):
+        return (torch.float32,) if dtype in HALF and name in ("A", "D", "delta_bias") else ()
+
+    def sample(self, argument, shape, dtype, generator):
+        x = super().sample(argument, shape, dtype, generator)
+        if argument == "A" and dtype.is_complex:  # some turns in the time that it takes to fade
+            x = torch.complex(-x.real.abs(), 3 * x.imag)
+        return x
+
+    def backward(self, grad_h, grad_final, leaves, h, options, cu=None, reverse=False):
+        def call(*ordered):  # without the states that the forward kept
+            kept = ordered[2].new_empty(0, dtype=self.state_dtype(ordered[0].dtype))
+            tail = (kept, cu, *options.values(), reverse)
+            return self.backward_op(grad_h, grad_final, *ordered, *tail)
+
+        grads = dict(zip(self.order, self.ordered(call)(*leaves), strict=True))
+        return tuple(grads[name] for name in self.names)
 
     def ordered(self, function):
         def of_leaves(u, delta, B, C, z, A, D, delta_bias, *rest, **options):
@@ -242,14 +288,6 @@ class SelectiveScanCase(Case):
     @property
     def step_(self):
         return self.ordered(torch_ext.selective_scan_step_)
-
-    def bind(self, function=None, **options):
-        function, n = function or self.function, self.inputs
-
-        def bound(*leaves):
-            return function(*leaves[:n], leaves[n] if len(leaves) > n else None, **options)
-
-        return bound
 
 
 def normal(argument, shape, generator, dtype):
@@ -286,7 +324,7 @@ def draw_selective_scan(argument, shape, generator, dtype):
     """States that fade within a step and others that stay for hundreds. Steps are forwards: below 0
     and without softplus, states explode."""
     x = normal(argument, shape, generator, dtype)
-    if argument == "A":
+    if argument == "A" and not dtype.is_complex:
         return -torch.exp(2 * x - 1).clamp_min(0.02)
     return x.abs() if argument in ("delta", "delta_bias") else x
 
@@ -428,6 +466,75 @@ class Everything(nn.Module):
         return x, torch.cat(finals)
 
 
+# mamba_step is no sequence's: its arguments, of a layer of odd sizes, and their dimensions.
+LAYER_STEP = {
+    "x": "BM",
+    "in_proj_weight": "PM",
+    "in_proj_bias": "P",
+    "conv_weight": "IW",
+    "conv_bias": "I",
+    "x_proj_weight": "QI",
+    "dt_proj_weight": "IR",
+    "dt_proj_bias": "I",
+    "A_log": "IN",
+    "D": "I",
+    "out_proj_weight": "OI",
+    "out_proj_bias": "O",
+    "conv_state": "BIV",
+    "scan_state": "BIN",
+}
+LAYER_OPTIONAL = ("in_proj_bias", "conv_bias", "dt_proj_bias", "D", "out_proj_bias")
+
+
+def layer_sizes(B=3, M=6, I=4, N=5, W=3, R=2, O=7):  # noqa: E741
+    return dict(B=B, M=M, I=I, N=N, W=W, R=R, O=O, P=2 * I, Q=R + 2 * N, V=W - 1)
+
+
+def layer_sample(argument, shape, dtype, generator):
+    """Projections that neither grow nor shrink."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (x / max(1, shape[-1]) ** 0.5 if argument.endswith("proj_weight") else x).to(dtype)
+
+
+def layer_call(generator, dtype=torch.float32, rows=None, **sizes):
+    """A valid call of mamba_step but for the states, which stand side by side."""
+    sizes = layer_sizes(**sizes)
+    call = {}
+    for name, letters in LAYER_STEP.items():
+        own = sizes | ({"B": rows} if rows is not None and "state" in name else {})
+        kind = state_dtype(dtype) if name == "scan_state" else dtype
+        call[name] = layer_sample(name, tuple(own[d] for d in letters), kind, generator)
+    return call
+
+
+def layer_step(call, indices=None, in_place=False):
+    """(y, conv_state, scan_state) of mamba_step, or y of mamba_step_."""
+    call = dict(call)
+    state = call.pop("conv_state"), call.pop("scan_state")
+    function = torch_ext.mamba_step_ if in_place else torch_ext.mamba_step
+    out = function(**call, state=state, state_indices=indices)
+    return out if in_place else (out[0], *out[1])
+
+
+def layer_step_formula(
+    x, in_proj_weight, conv_weight, x_proj_weight, dt_proj_weight, A_log, out_proj_weight,
+    conv_state, scan_state, in_proj_bias=None, conv_bias=None, dt_proj_bias=None, D=None,
+    out_proj_bias=None,
+):  # fmt: skip
+    """Its equations, in plain PyTorch."""
+    plus = lambda x, b: x if b is None else x + b  # noqa: E731
+    R, N = dt_proj_weight.shape[1], A_log.shape[1]
+    inner, z = plus(x @ in_proj_weight.T, in_proj_bias).chunk(2, -1)
+    seen = torch.cat([conv_state, inner[..., None]], -1)
+    u = nn.functional.silu(plus((seen * conv_weight).sum(-1), conv_bias))
+    delta, b, c = (u @ x_proj_weight.T).split([R, N, N], -1)
+    delta = nn.functional.softplus(plus(delta @ dt_proj_weight.T, dt_proj_bias))[..., None]
+    h = torch.exp(-delta * A_log.exp()) * scan_state + delta * u[..., None] * b[:, None]
+    y = (h * c[:, None]).sum(-1) + (0 if D is None else D * u)
+    y = plus((y * nn.functional.silu(z)) @ out_proj_weight.T, out_proj_bias)
+    return y, seen[..., 1:], h
+
+
 # Every length, batch and width that has its own path somewhere (empty, one, below and above a
 # vector and a tile of time), each at least twice; the full product would add time and no path.
 SHAPES = (
@@ -505,3 +612,14 @@ def gradients(f, leaves, through=(0, 1), weights=None, generator=None, unused=Fa
 
 def bounds(lengths):
     return [0, *accumulate(lengths)]
+
+
+def refuses(error, pieces, function, *args, **kwargs):
+    """Asserts that the call raises this very error, in words of which these are some."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    assert caught.type is error, f"{caught.type.__name__}, expected {error.__name__}"
+    message = str(caught.value)
+    for piece in pieces:
+        assert str(piece) in message, f"{piece!r} is not in {message!r}"
+    assert "Exception raised from" not in message.split("\n")[0]

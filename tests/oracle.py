@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
-LN3 = math.log(3)  # sigmoid(-ln 3) = 1/4, sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4
+LN2, LN3 = math.log(2), math.log(3)  # sigmoid(-ln 3) = 1/4, sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4
+# silu(-ln 3), silu(0) and silu(ln 3) are -ln 3 / 4, 0 and 3/4 ln 3; its slopes there are
+SLOPES = 1 / 4 * (1 - 3 / 4 * LN3), 1 / 2, 3 / 4 * (1 + LN3 / 4)
 
 
 @dataclass
 class Table:
-    """One channel over three steps. The loss is sum(grad_h * h) + sum(grad_final * final_state)."""
+    """One channel over three steps. The loss is sum(grad_h * h) + sum(grad_final * final_state).
+
+    Of a parameter there is what a channel has of it: a number, or a list."""
 
     name: str
     operator: str
@@ -190,6 +194,148 @@ TABLES = [
             [43 / 60],
         ],
     ),
+    Table(
+        "convolution",
+        "causal_conv1d",
+        [[1, 2, 3], [1, 2, 4], 100],
+        [[7, 8]],
+        # 7 + 2*8 + 4*1,  8 + 2*1 + 4*2,  1 + 2*2 + 4*3
+        [127, 118, 117],
+        [[2, 3]],
+        grad_final=[[2, 2]],
+        # x1 meets taps 4, 2, 1;  x2 4 and 2, and it is in the final state;  x3 4, and it is too
+        # the taps meet 7 + 8 + 1,  8 + 1 + 2,  1 + 2 + 3;  the state 1 and 2 + 1
+        grads=[[7, 8, 6], [16, 11, 6], 3, [[1, 3]]],
+    ),
+    Table(
+        "convolution silu",
+        "causal_conv1d",
+        [[LN3, -2 * LN3, 0], [1, 2], LN3],
+        [[-2 * LN3]],
+        # before silu: -2 + 2 + 1 = 1,  1 - 4 + 1 = -2,  -2 + 0 + 1 = -1, times ln 3
+        [3 / 4 * LN3, -2 * LN3 / 10, -LN3 / 4],
+        [[0]],
+        {"activation": "silu"},
+        grad_h=[1, 0, 1],
+        grad_final=[[5]],
+        # with the slopes s1, 0, s3: dx = 2 s1,  s3,  2 s3 + 5;  dstate = s1
+        grads=[
+            [2 * SLOPES[2], SLOPES[0], 2 * SLOPES[0] + 5],
+            [-2 * LN3 * (SLOPES[2] + SLOPES[0]), LN3 * SLOPES[2]],
+            SLOPES[2] + SLOPES[0],
+            [[SLOPES[2]]],
+        ],
+    ),
+    Table(
+        "convolution packed",
+        "causal_conv1d",
+        [[1, 2, 5], [2, 3], 1],
+        [[10], [7], [-2]],
+        # 2*10 + 3*1,  2*1 + 3*2;  an empty sequence keeps its 7;  2*-2 + 3*5;  each + 1
+        [24, 9, 12],
+        [[2], [7], [5]],
+        {"cu_seqlens": [0, 2, 2, 3]},
+        grad_final=[[2], [2], [2]],
+        # x1 meets 3 and 2;  x2 and x3 meet 3, and are final states;  taps: 10 + 1 - 2,  1 + 2 + 5
+        grads=[[5, 5, 5], [9, 8], 3, [[2], [2], [2]]],
+    ),
+    Table(
+        "selective scan",
+        "selective_scan",
+        # steps 1, 2, 1 with the bias; u; two states of which one fades by halves, one stays
+        [
+            [3, 1, 2],
+            [1 / 2, 3 / 2, 1 / 2],
+            [[1, 1], [2, 0], [1, -1]],
+            [[1, 2], [1, 1], [2, 1]],
+            [LN3, 0, -LN3],
+            [-LN2, 0],
+            10,
+            1 / 2,
+        ],
+        [[4, 8]],
+        # first state: 4/2 + 3,  5/4 + 2*2,  5.25/2 + 2;  second: 8 + 3,  11 + 0,  11 - 2
+        # C h + D u: 5 + 2*11 + 30 = 57,  5.25 + 11 + 10 = 26.25,  2*4.625 + 9 + 20 = 38.25;  gate
+        [57 * 3 / 4 * LN3, 0, -38.25 / 4 * LN3],
+        [[4.625, 9]],
+        grad_final=[[2, 2]],
+        # g = 3/4 ln 3, 0, -ln 3 / 4 is the gradient before the gate.  With L = ln 3, delta of the
+        # first state: 2 - 2 L/4,  half of it,  3/4 L + a quarter of that;
+        # of the second: 2 - L/4,  the same,  2 * 3/4 L + the same
+        # dstate = half of the first delta, and the second;  dC = g h;  dB = delta * step * u
+        # into step * u, delta B summed: 2.25 + 1.9375 L,  2 - L/2,  -L/4;  du = step * it + D g
+        # into step * A, e = delta * decay * h before:  first  0.5 + 1.375 L,  1.25 - 0.3125 L,
+        #   5.25 - 1.3125 L;  second  16 + 10 L,  22 - 2.75 L,  22 - 2.75 L
+        # ddelta = it * u - ln 2 * the first e;  dA = e * step
+        grads=[
+            [2.25 + 9.4375 * LN3, 4 - LN3, -2.75 * LN3],
+            [
+                3 * (2.25 + 1.9375 * LN3) - LN2 * (0.5 + 1.375 * LN3),
+                2 - LN3 / 2 - LN2 * (1.25 - 0.3125 * LN3),
+                -LN3 / 2 - LN2 * (5.25 - 1.3125 * LN3),
+            ],
+            [
+                [3 * (0.25 + 0.6875 * LN3), 3 * (2 + 1.25 * LN3)],
+                [2 * (1 - LN3 / 4), 2 * (2 - LN3 / 4)],
+                [2 * (2 - LN3 / 2), 2 * (2 - LN3 / 4)],
+            ],
+            [[3.75 * LN3, 8.25 * LN3], [0, 0], [-4.625 / 4 * LN3, -9 / 4 * LN3]],
+            [57 * SLOPES[2], 26.25 * SLOPES[1], 38.25 * SLOPES[0]],
+            [8.25 - 0.5625 * LN3, 82 + 1.75 * LN3],
+            1.75 * LN3,  # 3 * 3/4 - 2/4
+            8.75 + 4.8125 * LN3 - LN2 * (7 - 0.25 * LN3),  # the sum of ddelta
+            [[0.125 + 0.34375 * LN3, 2 + 1.25 * LN3]],
+        ],
+    ),
+    Table(
+        "selective scan softplus reverse",
+        "selective_scan",
+        # softplus gives ln 4, ln 2, ln 4/3, so that decays are 1/4, 1/2, 3/4, and step * u 3, 2, 1
+        [
+            [3 / (2 * LN2), 2 / LN2, 1 / (2 * LN2 - LN3)],
+            [LN3, 0, -LN3],
+            [[1], [1], [1]],
+            [[1], [1], [1]],
+            [LN3, LN3, LN3],
+            [-1],
+            0,
+            0,
+        ],
+        [[8]],
+        # from the right: 3/4 * 8 + 1 = 7,  7/2 + 2 = 5.5,  5.5/4 + 3 = 4.375;  the gate is 3/4 ln 3
+        [4.375 * 0.75 * LN3, 5.5 * 0.75 * LN3, 7 * 0.75 * LN3],
+        [[4.375]],
+        {"delta_softplus": True, "reverse": True},
+        grad_final=[[2]],
+        # with g = 3/4 ln 3, from the left: delta1 = g + 2,  delta2 = g + delta1 / 4,
+        # delta3 = g + delta2 / 2;  e = delta * decay * h before = delta * 5.5/4,  7/2,  3/4 * 8
+        # ddelta = (delta u - e) * 3/4, 1/2, 1/4
+        grads=[
+            [
+                (0.75 * LN3 + 2) * 2 * LN2,
+                (0.9375 * LN3 + 0.5) * LN2,
+                (1.21875 * LN3 + 0.25) * (2 * LN2 - LN3),
+            ],
+            [
+                (0.75 * LN3 + 2) * (3 / (2 * LN2) - 1.375) * 3 / 4,
+                (0.9375 * LN3 + 0.5) * (2 / LN2 - 3.5) / 2,
+                (1.21875 * LN3 + 0.25) * (1 / (2 * LN2 - LN3) - 6) / 4,
+            ],
+            [[3 * (0.75 * LN3 + 2)], [2 * (0.9375 * LN3 + 0.5)], [1.21875 * LN3 + 0.25]],
+            [[4.375 * 0.75 * LN3], [5.5 * 0.75 * LN3], [7 * 0.75 * LN3]],
+            [4.375 * SLOPES[2], 5.5 * SLOPES[2], 7 * SLOPES[2]],
+            [
+                (0.75 * LN3 + 2) * 1.375 * 2 * LN2
+                + (0.9375 * LN3 + 0.5) * 3.5 * LN2
+                + (1.21875 * LN3 + 0.25) * 6 * (2 * LN2 - LN3)
+            ],
+            0.75 * LN3 * (3 / (2 * LN2) + 2 / LN2 + 1 / (2 * LN2 - LN3)),
+            (0.75 * LN3 + 2) * (3 / (2 * LN2) - 1.375) * 3 / 4
+            + (0.9375 * LN3 + 0.5) * (2 / LN2 - 3.5) / 2
+            + (1.21875 * LN3 + 0.25) * (1 / (2 * LN2 - LN3) - 6) / 4,
+            [[0.75 * (1.21875 * LN3 + 0.25)]],
+        ],
+    ),
 ]
 
 
@@ -218,8 +364,42 @@ def lstm_terms(forget_gate, input_gate, candidate, activation="identity", normal
     return f / total, i / total * activate(candidate, activation)
 
 
+def states_terms(u, delta, B, C, z, A, D, delta_bias, delta_softplus=False):
+    d = delta + delta_bias
+    d = np.where(d > 20, d, np.log1p(np.exp(np.minimum(d, 20)))) if delta_softplus else d
+    # numpy's exp in float64 is low by 0.05 units on average, which 1e5 steps multiply up
+    return np.exp((d[..., None] * A).astype(np.longdouble)).astype(d.dtype), (d * u)[..., None] * B[
+        :, :, None
+    ]
+
+
+def read_states(h, u, delta, B, C, z, A, D, delta_bias, **options):
+    return ((C[:, :, None] * h).sum(-1) + D * u) * z * sigmoid(z)
+
+
 # The decay and the drive of every step, h = decay * h + drive, in numpy.
-TERMS = {"linear_scan": scan_terms, "min_gru": gru_terms, "min_lstm": lstm_terms}
+TERMS = {
+    "linear_scan": scan_terms,
+    "min_gru": gru_terms,
+    "min_lstm": lstm_terms,
+    "selective_scan": states_terms,
+}
+# And what is made of h, where that is not the output.
+READ = {"selective_scan": read_states}
+
+
+def convolution(x, weight, bias, state, cu_seqlens, reverse, activation=None):
+    """All steps at once, tap by tap."""
+    rows, finals = [], []
+    for x_s, _, s in split((x, x), state, cu_seqlens, reverse):
+        seen, T = np.concatenate([s.T, x_s]), len(x_s)
+        v = bias + sum(w * seen[k : k + T] for k, w in enumerate(weight.T))
+        rows.append(v * sigmoid(v) if activation == "silu" else v)
+        finals.append(seen[T:].T)
+    return join(rows, x, cu_seqlens, reverse), np.array(finals).reshape(np.shape(state))
+
+
+FORMULAS = {*TERMS, "causal_conv1d"}
 
 
 def split(terms, state, cu_seqlens, reverse):
@@ -242,9 +422,15 @@ def join(rows, like, cu_seqlens, reverse):
     return np.stack(rows) if rows else np.zeros_like(like)
 
 
+def read(name, h, inputs, options):
+    return READ[name](h, *inputs, **options) if name in READ else h
+
+
 def closed_form(name, inputs, state, cu_seqlens=None, reverse=False, **options):
     """Without a loop over the state: h[t] = prod(a[..t]) h0 + sum over s of prod(a[s+1..t])
     b[s]."""
+    if name == "causal_conv1d":
+        return convolution(*inputs, state, cu_seqlens, reverse, **options)
     terms = TERMS[name](*inputs, **options)
     rows, finals = [], []
     for a, b, s in split(terms, state, cu_seqlens, reverse):
@@ -254,11 +440,14 @@ def closed_form(name, inputs, state, cu_seqlens=None, reverse=False, **options):
         ]
         rows.append(np.array(h).reshape(a.shape))
         finals.append(h[-1] if h else s)
-    return join(rows, terms[1], cu_seqlens, reverse), np.array(finals).reshape(np.shape(state))
+    h = join(rows, terms[1], cu_seqlens, reverse)
+    return read(name, h, inputs, options), np.array(finals).reshape(np.shape(state))
 
 
 def loop(name, inputs, state, cu_seqlens=None, reverse=False, **options):
     """The recurrence itself, fast enough for 1e5 steps."""
+    if name == "causal_conv1d":
+        return convolution(*inputs, state, cu_seqlens, reverse, **options)
     terms = TERMS[name](*inputs, **options)
     rows, finals = [], []
     for a, b, h in split(terms, state, cu_seqlens, reverse):
@@ -267,4 +456,5 @@ def loop(name, inputs, state, cu_seqlens=None, reverse=False, **options):
             h = out[t] = a[t] * h + b[t]
         rows.append(out)
         finals.append(np.array(h))
-    return join(rows, terms[1], cu_seqlens, reverse), np.array(finals).reshape(np.shape(state))
+    h = join(rows, terms[1], cu_seqlens, reverse)
+    return read(name, h, inputs, options), np.array(finals).reshape(np.shape(state))

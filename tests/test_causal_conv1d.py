@@ -1,7 +1,6 @@
 """causal_conv1d: what is special to it, and the demands of those suites that are written for
 recurrences alone."""
 
-import inspect
 import warnings
 
 import pytest
@@ -67,22 +66,6 @@ def check(f, reference, x, generator, factor=1.0):
 
 
 # ---- values ----
-def test_by_hand():
-    """Two channels, W = 3, bias, three steps from a state."""
-    x = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
-    weight = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1.0, 1.0]])
-    state = torch.tensor([[[7.0, 8.0], [0.0, 5.0]]])
-    y, final = causal_conv1d(x, weight, torch.tensor([100.0, 0.5]), state)
-    # 7 + 2*8 + 4*1,  8 + 2*1 + 4*2,  1 + 2*2 + 4*3, each + 100;  10 - 5, 20 - 10, 30 - 20, + 0.5
-    assert y[0].T.tolist() == [[127, 118, 117], [5.5, 10.5, 10.5]]
-    assert final[0].tolist() == [[2, 3], [20, 30]]
-    g = torch.autograd.functional.vjp(
-        lambda *a: causal_conv1d(*a)[0], (x, weight, torch.zeros(2), state), torch.ones_like(x)
-    )[1]
-    # inputs -2 .. 2 are seen by taps 0; 0, 1; 0, 1, 2; 1, 2; 2
-    assert g[3][0].tolist() == [[1, 3], [0, -1]]
-    assert g[0][0].T.tolist() == [[7, 6, 4], [0, 0, 1]]
-    assert g[1].tolist() == [[16, 11, 6], [15, 35, 60]] and g[2].tolist() == [3, 3]
 
 
 @WINDOWS
@@ -206,26 +189,6 @@ def test_pool(in_place, generator):
         assert torch.equal(after[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
 
 
-def test_pool_in_a_view(generator):
-    """A pool inside something larger, its rows, channels or taps apart."""
-    x, weight, bias, _ = leaves(3, 1, 17, 4, generator)
-    x = x[:, 0]
-    for view in (
-        lambda big: big[::2, 1:18, 2:5],
-        lambda big: big[:5, ::2, ::2][:, :17, :3],
-        lambda big: big.permute(0, 2, 1)[:5, :6:2].transpose(1, 2)[:, :17],
-    ):
-        big = torch.randn(10, 34, 6, generator=generator, dtype=torch.float64)
-        pool = view(big)
-        inside = torch.zeros_like(big, dtype=torch.bool)
-        view(inside)[:] = True
-        outside = big[~inside].clone()
-        indices = torch.tensor([4, 1, 0])
-        want, after = causal_conv1d_step(x, weight, bias, pool.clone(), indices)
-        assert torch.equal(causal_conv1d_step_(x, weight, bias, pool, indices), want)
-        assert torch.equal(pool, after) and torch.equal(big[~inside], outside)
-
-
 # ---- layouts, determinism ----
 @DTYPES
 def test_layouts_agree_bitwise(dtype, generator):
@@ -248,20 +211,6 @@ def test_layouts_agree_bitwise(dtype, generator):
             assert torch.equal(g, w)
 
 
-def test_threads(generator, threads):
-    """The weight's gradient is a sum over B and T: its order does not depend on the threads."""
-    for B, T, D in ((3, 500, 100), (1, 5000, 3), (64, 17, 40), (2, 300, 2500)):
-        x = leaves(B, T, D, 4, generator, torch.float32, requires=True)
-        f = lambda *y: causal_conv1d(*y, activation="silu")  # noqa: E731
-        weights = cotangents(f(*x), generator)
-        found = []
-        for n in (1, 2, 3, 2):
-            threads(n)
-            found.append([*f(*x), *gradients(f, x, weights=weights)])
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
 def test_any_size(generator):
     for B, T, D in ((0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)):
         for W in (1, 4, 11):
@@ -273,29 +222,6 @@ def test_any_size(generator):
             assert not grads[1].any() and torch.equal(grads[3], torch.ones_like(x[3])) or T > 0
             if T == 0:
                 assert torch.equal(final, x[3])
-
-
-def test_fuzz(generator):
-    """Whatever the sizes: random ones, with everything optional present or not."""
-    pick = lambda n: int(torch.randint(0, n, (), generator=generator))  # noqa: E731
-    for _ in range(150):
-        B, T, D, W = pick(4), pick(200) if pick(4) else pick(6), pick(70), 1 + pick(12)
-        dtype = REAL[pick(len(REAL))]
-        activation = ("silu", None)[pick(2)]
-        cu = None
-        if pick(3) == 0:
-            B, cuts = 1, sorted(pick(T + 1) for _ in range(pick(6)))
-            cu = torch.tensor([0, *cuts, T])
-        rows = None if cu is None else len(cu) - 1
-        x = leaves(B, T, D, W, generator, dtype, rows=rows, requires=True)
-        n = 2 + pick(3)
-        options = {"activation": activation, "cu_seqlens": cu}
-        check(
-            lambda *y, o=options: causal_conv1d(*y, **o),
-            lambda *y, o=options: causal_conv1d_reference(*y, **o),
-            x[:n],
-            generator,
-        )
 
 
 # ---- numerics ----
@@ -314,16 +240,6 @@ def test_silu_far_out(dtype):
     assert error(got, slope, floor) <= 16 * torch.finfo(dtype).eps
 
 
-def test_infinite_inputs_stay_where_they_are_seen(generator):
-    x, weight, bias, state = leaves(1, 40, 5, 4, generator, torch.float32)
-    x[0, 10, 2] = torch.inf
-    y, final = causal_conv1d(x, weight, bias, state, activation="silu")
-    bad = ~y.isfinite()
-    assert not bad[:, :10].any() and not bad[:, 14:].any() and not bad[..., [0, 1, 3, 4]].any()
-    assert final.isfinite().all()
-    assert causal_conv1d(x[:, :10], weight, bias, state)[0].isfinite().all()
-
-
 def test_no_gradient_of_y_is_zero(generator):
     """Through the final state alone, infinite inputs meet no 0 * inf."""
     x = leaves(1, 20, 5, 4, generator, torch.float32, requires=True)
@@ -333,30 +249,6 @@ def test_no_gradient_of_y_is_zero(generator):
     grads = torch.autograd.grad(final.sum(), x)
     assert all(g.isfinite().all() for g in grads)
     assert torch.equal(grads[0][:, -3:], torch.ones(1, 3, 5)) and not grads[0][:, :-3].any()
-
-
-def test_long_sequence(generator):
-    """T = 1e5: the weight's gradient is a sum of as many terms."""
-    x = leaves(1, 100_000, 6, 4, generator, torch.float32, requires=True)
-    check(
-        lambda *y: causal_conv1d(*y, activation="silu"),
-        lambda *y: by_torch(*y, activation="silu"),
-        x,
-        generator,
-    )
-
-
-def test_sequences_do_not_see_each_other(generator):
-    x, weight, bias, state = leaves(1, 40, 19, 4, generator, torch.float32, rows=3)
-    cu = torch.tensor([0, 11, 29, 40])
-    clean = causal_conv1d(x, weight, bias, state, cu_seqlens=cu)
-    x[:, 11:29] = torch.nan
-    x.requires_grad_()
-    y, final = causal_conv1d(x, weight, bias, state, cu_seqlens=cu)
-    for part in (slice(0, 11), slice(29, 40)):
-        assert torch.equal(y[:, part], clean[0][:, part])
-    (g,) = torch.autograd.grad(y[:, :11].sum() + y[:, 29:].sum(), x)
-    assert g[:, :11].isfinite().all() and g[:, 29:].isfinite().all()
 
 
 # ---- derivatives and transforms ----
@@ -450,47 +342,18 @@ def test_hessian_and_jvp(generator):
 
 
 # ---- registration and consumers ----
-SCHEMAS = {
-    "causal_conv1d": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
-    "Tensor? cu_seqlens=None, str? activation=None) -> (Tensor y, Tensor final_state)",
-    "causal_conv1d_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, "
-    "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, str? activation) -> (Tensor grad_x, "
-    "Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_state)",
-    "causal_conv1d_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor state, "
-    "Tensor? state_indices=None, str? activation=None) -> (Tensor y, Tensor state)",
-    "causal_conv1d_step_": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, "
-    "Tensor? state_indices=None, str? activation=None) -> Tensor y",
-}
-
-
-def test_schemas_and_signatures():
-    for name, schema in SCHEMAS.items():
-        found = getattr(torch.ops.torch_ext, name).default._schema
-        assert str(found) == f"torch_ext::{name}{schema}"
-    for tail in ("", "_step", "_step_"):
-        f = getattr(torch_ext, "causal_conv1d" + tail)
-        arguments = getattr(torch.ops.torch_ext, f.__name__).default._schema.arguments
-        parameters = inspect.signature(f).parameters
-        # The operator's options come last, Python's before cu_seqlens, as for the recurrences.
-        assert set(parameters) == {a.name for a in arguments}
-        if not tail:
-            assert list(parameters)[-2:] == ["activation", "cu_seqlens"]
-        for argument in arguments:
-            parameter = parameters[argument.name]
-            given = parameter.default is not inspect.Parameter.empty
-            assert given == argument.has_default_value()
-            assert not given or parameter.default is None
-    assert (
-        inspect.signature(causal_conv1d).parameters
-        == inspect.signature(causal_conv1d_reference).parameters
-    )
-
-
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("dtype, parameters", PARAMETERS[1:], ids=str)
-@ACTIVATIONS
+@pytest.mark.parametrize(
+    "dtype, parameters, activation",
+    [
+        (torch.float32, torch.float32, None),
+        (torch.float32, torch.float32, "silu"),
+        (torch.bfloat16, torch.float32, "silu"),
+    ],
+    ids=str,
+)
 def test_opcheck(dtype, parameters, activation, generator):
-    op, backward = (getattr(torch.ops.torch_ext, n).default for n in list(SCHEMAS)[:2])
+    op, backward = CASE.op, CASE.backward_op
     options = {"activation": activation}
     for requires in (False, True):
         x = leaves(2, 5, 3, 4, generator, dtype, parameters, requires=requires)
@@ -510,7 +373,8 @@ def test_opcheck(dtype, parameters, activation, generator):
 @pytest.mark.unpoisoned
 @ACTIVATIONS
 def test_opcheck_steps(activation, generator):
-    step, step_ = (getattr(torch.ops.torch_ext, n).default for n in list(SCHEMAS)[2:])
+    ops = torch.ops.torch_ext
+    step, step_ = ops.causal_conv1d_step.default, ops.causal_conv1d_step_.default
     indices, options = torch.tensor([4, -1]), {"activation": activation}
     for requires in (False, True):
         x = leaves(2, 1, 3, 4, generator, torch.float32)
@@ -578,26 +442,6 @@ def test_autocast(generator):
     assert torch.autograd.grad(y.float().sum(), leaf)[0].dtype is torch.float32
 
 
-def test_changed_in_place_before_backward(generator):
-    x = [y * 1 for y in leaves(2, 5, 3, 4, generator, requires=True)]
-    y, _ = causal_conv1d(*x)
-    with torch.no_grad():
-        x[0].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_backward_operator_without_gradients(generator):
-    """Absent is zero."""
-    x = leaves(2, 9, 5, 4, generator)
-    gy, gs = cotangents(causal_conv1d(*x), generator)
-    op = torch.ops.torch_ext.causal_conv1d_backward.default
-    for p, q in ((gy, gs), (gy, None), (None, gs), (None, None)):
-        filled = [torch.zeros_like(o) if g is None else g for g, o in ((p, gy), (q, gs))]
-        for g, w in zip(op(p, q, *x, None, "silu"), op(*filled, *x, None, "silu"), strict=True):
-            close(g, w, grad=True)
-
-
 @pytest.mark.skipif(bool(torch_ext.build_info.cuda), reason="this build has CUDA kernels")
 def test_no_cuda_kernel_in_this_build(generator):
     """What the dispatcher would call for tensors on a GPU says so."""
@@ -608,162 +452,3 @@ def test_no_cuda_kernel_in_this_build(generator):
         NotImplementedError, match="causal_conv1d: its inputs are on a CUDA device.*expected cpu"
     ):
         op.redispatch(cuda, *x, None, None)
-
-
-# ---- errors ----
-def refuses(error, pieces, f, *args, **kwargs):
-    with pytest.raises(error) as caught:
-        f(*args, **kwargs)
-    assert caught.type is error
-    message = str(caught.value).split("\n")[0]
-    for piece in pieces:
-        assert str(piece) in message, f"{piece!r} is not in {message!r}"
-
-
-@pytest.fixture(params=["cpu", "meta"])
-def call(request, generator):
-    """A valid call, by name."""
-    names = ("x", "weight", "bias", "initial_state")
-    x = leaves(3, 5, 4, 3, generator, torch.float32)
-    return {name: y.to(request.param) for name, y in zip(names, x, strict=True)}
-
-
-SHAPES_REFUSED = {
-    "x": ([(5, 4), (4,), (3, 5, 4, 1)], ["(B, T, D)"]),
-    "weight": ([(3,), (5, 3), (1, 3), (4, 0), (4, 1, 3)], ["(D=4, W)"]),
-    "bias": ([(), (1,), (3,), (4, 1), (1, 4)], ["(D=4)"]),
-    "initial_state": (
-        [(4, 2), (3, 4), (3, 4, 3), (3, 4, 1), (1, 4, 2), (3, 2, 4), (3, 4, 2, 1)],
-        ["(B=3, D=4, W-1=2)"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES_REFUSED)
-def test_shapes(name, call):
-    shapes, pieces = SHAPES_REFUSED[name]
-    for shape in shapes:
-        bad = torch.ones(shape, device=call["x"].device)
-        came = str(tuple(shape))
-        said = [f"causal_conv1d: {name}", "shape", came, "expected", *pieces]
-        refuses(ValueError, said, causal_conv1d, **call | {name: bad})
-
-
-def test_dtypes(call):
-    for dtype in (torch.int64, torch.bool, torch.complex64):
-        bad = call | {"x": call["x"].to(dtype)}
-        pieces = ["causal_conv1d: x", "dtype", short(dtype), "expected", "float32", "bfloat16"]
-        refuses(TypeError, pieces, causal_conv1d, **bad)
-    for name in ("weight", "bias"):
-        for dtype in (torch.float64, torch.bfloat16, torch.int32):
-            bad = call | {name: call[name].to(dtype)}
-            pieces = [
-                f"causal_conv1d: {name}",
-                short(dtype),
-                "expected float32",
-                "x has dtype float32",
-            ]
-            refuses(TypeError, pieces, causal_conv1d, **bad)
-    half = {k: v.bfloat16() for k, v in call.items()}
-    for dtype in (torch.float16, torch.float64):
-        bad = half | {"weight": half["weight"].to(dtype)}
-        pieces = ["weight", short(dtype), "expected bfloat16 or float32"]
-        refuses(TypeError, pieces, causal_conv1d, **bad)
-    bad = half | {"initial_state": half["initial_state"].float()}
-    refuses(TypeError, ["initial_state", "float32", "expected bfloat16"], causal_conv1d, **bad)
-
-
-def test_devices(generator):
-    x = leaves(3, 5, 4, 3, generator)
-    for i, name in enumerate(("weight", "bias", "initial_state"), 1):
-        bad = [y.to("meta") if i == j else y for j, y in enumerate(x)]
-        refuses(
-            RuntimeError, [f"causal_conv1d: {name}", "meta", "expected cpu"], causal_conv1d, *bad
-        )
-
-
-def test_activation(call):
-    for word in ("relu", "", "SiLU", "swish", "identity"):
-        pieces = ["causal_conv1d: activation", f"'{word}'", "expected None or 'silu'"]
-        refuses(ValueError, pieces, causal_conv1d, **call, activation=word)
-    with pytest.raises(ValueError, match="activation"):
-        causal_conv1d_reference(torch.ones(1, 1, 1), torch.ones(1, 1), activation="relu")
-
-
-def test_cu_seqlens(call):
-    one = call | {"x": call["x"][:1]}
-    where = call["x"].device
-    cu = torch.tensor([0, 2, 2, 5], device=where)
-    causal_conv1d(**one, cu_seqlens=cu)
-    refuses(ValueError, ["causal_conv1d: x", "expected B=1"], causal_conv1d, **call, cu_seqlens=cu)
-    refuses(
-        TypeError, ["cu_seqlens", "float32", "int32"], causal_conv1d, **one, cu_seqlens=cu.float()
-    )
-    refuses(ValueError, ["cu_seqlens", "shape"], causal_conv1d, **one, cu_seqlens=cu[None])
-    pieces = ["initial_state", "num_sequences=2, D=4, W-1=2"]
-    refuses(ValueError, pieces, causal_conv1d, **one, cu_seqlens=cu[:3])
-    if where.type == "cpu":
-        for bad, pieces in (
-            ([1, 2, 3, 5], ["starts at 1", "expected 0"]),
-            ([0, 3, 2, 5], ["descends from 3 to 2"]),
-            ([0, 2, 2, 4], ["ends at 4", "T=5"]),
-        ):
-            refuses(ValueError, pieces, causal_conv1d, **one, cu_seqlens=torch.tensor(bad))
-
-
-@pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
-def test_steps_refuse(in_place, call):
-    f = causal_conv1d_step_ if in_place else causal_conv1d_step
-    x, weight, bias, state = call["x"][:, 0], call["weight"], call["bias"], call["initial_state"]
-    name = "causal_conv1d_step: "
-    refuses(ValueError, [name + "x", "(B, D)"], f, call["x"], weight, bias, state)
-    refuses(ValueError, [name + "weight", "(D=4, W)"], f, x, weight[:2], bias, state)
-    refuses(ValueError, [name + "bias", "(D=4)"], f, x, weight, bias[:2], state)
-    for bad in (state[:2], state[..., :1], state[:, :3], state[0]):
-        refuses(ValueError, [name + "state", "B=3, D=4, W-1=2"], f, x, weight, bias, bad)
-    refuses(TypeError, [name + "state", "float64", "float32"], f, x, weight, bias, state.double())
-    i = torch.tensor([0, 2, -1], device=x.device)
-    for bad in (state[..., :1], state[:, :3], state[0]):
-        refuses(ValueError, [name + "state", "num_rows, D=4, W-1=2"], f, x, weight, bias, bad, i)
-    refuses(
-        TypeError,
-        ["state_indices", "expected int32 or int64"],
-        f,
-        x,
-        weight,
-        bias,
-        state,
-        i.float(),
-    )
-    refuses(ValueError, ["state_indices", "(B=3)"], f, x, weight, bias, state, i[:2])
-    refuses(ValueError, ["activation", "'g'"], f, x, weight, bias, state, i, "g")
-    if x.is_cpu:
-        before = state.clone()
-        i[2] = 3
-        refuses(ValueError, ["state_indices[2] is 3", "less than 3"], f, x, weight, bias, state, i)
-        i[2] = 2
-        refuses(ValueError, ["state_indices has 2 twice"], f, x, weight, bias, state, i)
-        assert torch.equal(state, before)
-
-
-def test_in_place_step_refuses(generator):
-    x, weight, bias, state = leaves(3, 1, 4, 3, generator)
-    x = x[:, 0]
-    for i in range(4):
-        args = [y.clone().requires_grad_(i == j) for j, y in enumerate((x, weight, bias, state))]
-        refuses(
-            RuntimeError,
-            ["causal_conv1d_step_: an input requires grad"],
-            causal_conv1d_step_,
-            *args,
-        )
-    for shared in (
-        state[:1].expand(3, 4, 2),
-        state[..., :1].expand(3, 4, 2),
-        torch.zeros(20, dtype=x.dtype).as_strided((3, 4, 2), (4, 1, 1)),
-    ):
-        with pytest.raises((RuntimeError, ValueError), match=r"state|single memory location"):
-            causal_conv1d_step_(x, weight, bias, shared)
-    before = state._version
-    causal_conv1d_step_(x, weight, bias, state)
-    assert state._version > before

@@ -5,18 +5,24 @@ Derandomised: the same calls in every run.
 """
 
 import string
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import (
-    CASES,
+    ALL,
     HALF,
+    LAYER_OPTIONAL,
+    LAYER_STEP,
     REAL,
-    STATE_DTYPE,
     bounds,
     close,
     gradients,
     label,
+    layer_sample,
+    layer_sizes,
+    layer_step,
+    layer_step_formula,
     short,
     state_dtype,
     wide,
@@ -38,7 +44,7 @@ def fuzz(examples):
 
 SIZES = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))
 LENGTHS = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 23, 33))
-VARIANTS = [(case, options) for case in CASES for options in case.variants]
+VARIANTS = [(case, options) for case in ALL for options in case.variants]
 
 
 class Names:
@@ -77,12 +83,48 @@ def laid_out(draw, case, argument, shape, dtype, generator, expand=True):
     return x.expand(shape)
 
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+@st.composite
+def forms(draw, case, D, dtype, step=False):
+    """What an operator may be called with: of each argument but the state that is there, its
+    dimensions and its dtype; the sizes of those that others do not have; the state's dtype."""
+    absent = [name for name in case.optional if draw(st.integers(0, 3)) == 0]
+    given = {
+        name: (case.letters(name), draw(st.sampled_from((dtype, *case.also(name, dtype)))))
+        for name in case.names[:-1]
+        if name not in absent
+    }
+    sizes, states = {}, case.state_dtype(dtype)
+    if case.name == "causal_conv1d":
+        sizes["W"] = draw(st.sampled_from((1, 2, 3, 4, 4, 5, 8, 9, 13)))
+        sizes["V"] = sizes["W"] - 1
+    if case.name == "selective_scan":
+        sizes["N"] = draw(st.sampled_from((1, 2, 3, 4, 8, 11, 16, 17)))
+        divisors = [n for n in range(1, D + 1) if D % n == 0] or [1, 2]
+        sizes |= {"G": draw(st.sampled_from(divisors)), "H": draw(st.sampled_from(divisors))}
+        if dtype in COMPLEX and draw(st.integers(0, 4)) == 0:
+            states = COMPLEX[dtype]
+            given["A"] = ("DN", states)
+        for name, group in (("B", "G"), ("C", "H")):
+            letters = draw(st.sampled_from(("BTN", f"BT{group}N", "DN")[: 2 if step else 3]))
+            own = dtype if "T" in letters and not states.is_complex else states
+            given[name] = (letters, own)
+    return given, sizes, states
+
+
+def rest(case, options):
+    """The options that the function itself takes."""
+    return {k: v for k, v in options.items() if k != "reverse" or case.name != "causal_conv1d"}
+
+
 @st.composite
 def sequence_calls(draw):
     case, options = draw(st.sampled_from(VARIANTS))
     dtype = draw(st.sampled_from(case.dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    options = dict(options, reverse=draw(st.booleans()))
+    options = rest(case, dict(options, reverse=draw(st.booleans())))
     D = draw(SIZES)
     cu = None
     if draw(st.booleans()):
@@ -92,27 +134,41 @@ def sequence_calls(draw):
     else:
         B, T = draw(st.sampled_from((0, 1, 1, 2, 3, 5))), draw(LENGTHS)
         rows = B
-    x = [draw(laid_out(case, a, (B, T, D), dtype, generator)) for a in case.arguments]
+    given, sizes, states = draw(forms(case, D, dtype))
+    sizes |= {"B": B, "T": T, "D": D}
+    x = {
+        name: draw(laid_out(case, name, tuple(sizes[d] for d in letters), kind, generator))
+        for name, (letters, kind) in given.items()
+    }
     if draw(st.booleans()):
-        x.append(draw(laid_out(case, "state", (rows, D), state_dtype(dtype), generator)))
-    return Names(case=case.name, options=options, cu=cu, x=x), case, generator
+        shape = tuple((sizes | {"B": rows})[d] for d in case.letters("initial_state"))
+        x["initial_state"] = draw(laid_out(case, "state", shape, states, generator))
+    return Names(case=case.name, options=options, cu=cu, **x), case, x, states, generator
+
+
+def by_name(function, names, options):
+    return lambda *y: function(**dict(zip(names, y, strict=True)), **options)
 
 
 @fuzz(1000)
 @given(sequence_calls(), st.data())
 def test_sequences(device, call, data):
     """Values and gradients of any valid call."""
-    names, case, generator = call
+    names, case, leaves, states, generator = call
     cu = names.cu if names.cu is None else names.cu.to(device)
-    f = case.bind(**names.options, cu_seqlens=cu)
-    reference = case.bind(case.reference, **names.options, cu_seqlens=names.cu)
-    x = [y.to(device).requires_grad_(data.draw(st.booleans(), label="grad")) for y in names.x]
+    missing = {name: None for name in case.optional if name not in leaves}
+    f = by_name(case.function, leaves, names.options | missing | {"cu_seqlens": cu})
+    options = names.options | missing | {"cu_seqlens": names.cu}
+    reference = by_name(case.reference, leaves, options)
+    x = [y.to(device).requires_grad_(data.draw(st.booleans(), "grad")) for y in leaves.values()]
     exact = [wide(y.cpu()) for y in x]
     got, want = f(*x), reference(*exact)
-    assert got[0].dtype is x[0].dtype and got[1].dtype is state_dtype(x[0].dtype)
+    assert got[0].dtype is x[0].dtype and got[1].dtype is states
+    # the phase of a complex decay, of several turns, is rounded before its sine is taken
+    factor = 16 if case.name == "selective_scan" and states.is_complex else 1
     for name, g, w in zip(("h", "final_state"), got, want, strict=True):
         assert g.is_contiguous()
-        close(g, w, name=name, size=0.25)
+        close(g, w, name=name, size=0.25, factor=factor)
     if not any(y.requires_grad for y in x):
         return
     through = data.draw(st.sampled_from(((0, 1), (0,), (1,))), label="through")
@@ -125,7 +181,7 @@ def test_sequences(device, call, data):
     # saved h
     size = 0.5 if x[0].dtype in HALF else 0.02
     for g, w in zip(gradients(f, x, through, weights), want, strict=True):
-        close(g, w, grad=True, name="gradient", size=size)
+        close(g, w, grad=True, name="gradient", size=size, factor=factor)
 
 
 @st.composite
@@ -140,67 +196,208 @@ def step_calls(draw):
         chosen = draw(st.permutations(range(rows)))[:B]
         chosen = [-1 - i if draw(st.integers(0, 4)) == 0 else i for i in chosen]
         indices = torch.tensor(chosen, dtype=draw(st.sampled_from((torch.int32, torch.int64))))
-    x = [draw(laid_out(case, a, (B, D), dtype, generator)) for a in case.arguments]
-    state = draw(laid_out(case, "state", (rows, D), state_dtype(dtype), generator, expand=False))
-    return Names(case=case.name, options=options, indices=indices, x=[*x, state]), case
+    given, sizes, states = draw(forms(case, D, dtype, step=True))
+    sizes |= {"B": B, "D": D}
+    x = {}
+    for name, (letters, kind) in given.items():
+        shape = tuple(sizes[d] for d in letters.replace("T", ""))
+        x[name] = draw(laid_out(case, name, shape, kind, generator))
+    shape = tuple((sizes | {"B": rows})[d] for d in case.letters("initial_state"))
+    x["state"] = draw(laid_out(case, "state", shape, states, generator, expand=False))
+    over_time = [name for name, (letters, _) in given.items() if "T" in letters]
+    return Names(case=case.name, options=options, indices=indices, **x), case, x, over_time
 
 
-@fuzz(400)
+@fuzz(600)
 @given(step_calls())
 def test_steps(device, call):
     """Functional and in place, with and without a pool."""
-    names, case = call
-    x = [y.to(device) for y in names.x]
-    *inputs, state = [wide(y.cpu()) for y in x]
-    reference = case.bind(case.reference, **names.options)
+    names, case, leaves, over_time = call
+    x = {name: y.to(device) for name, y in leaves.items()}
+    missing = {name: None for name in case.optional if name not in leaves}
+    exact = {name: wide(y) for name, y in leaves.items()} | missing
+    state = exact.pop("state")
+
+    def reference(keep, state):
+        now = {k: y[keep][:, None] if k in over_time else y for k, y in exact.items()}
+        h, after = case.reference(**now, initial_state=state, **names.options)
+        return h[:, 0], after
+
     if names.indices is None:
-        h, want = reference(*[y[:, None] for y in inputs], state)
-        h, indices = h[:, 0], None
+        h, want = reference(slice(None), state)
+        indices = None
     else:
         indices = names.indices.to(device)
         keep = [b for b, i in enumerate(names.indices.tolist()) if i >= 0]
         rows = names.indices[keep].long()
-        part, new = reference(*[y[keep][:, None] for y in inputs], state[rows])
-        h, want = torch.zeros_like(inputs[0]), state.clone()
-        h[keep], want[rows] = part[:, 0], new
-    before = x[-1].clone()
-    got = case.step(*x, indices, **names.options)
-    close(got[0], h, name="h", size=0.25)
-    close(got[1], want, name="state", size=0.25)
-    assert torch.equal(x[-1], before)
-    in_place = case.step_(*x, indices, **names.options)
-    assert torch.equal(in_place, got[0]) and torch.equal(x[-1], got[1])
+        part, new = reference(keep, state[rows])
+        h, want = torch.zeros_like(exact[case.names[0]]), state.clone()
+        h[keep], want[rows] = part, new
+    call = x | missing | names.options | {"state_indices": indices}
+    before = x["state"].clone()
+    got = case.step(**call)
+    factor = 16 if case.name == "selective_scan" and before.is_complex() else 1
+    close(got[0], h, name="h", size=0.25, factor=factor)
+    close(got[1], want, name="state", size=0.25, factor=factor)
+    assert torch.equal(x["state"], before)
+    in_place = case.step_(**call)
+    assert torch.equal(in_place, got[0]) and torch.equal(x["state"], got[1])
+
+
+@st.composite
+def layer_calls(draw):
+    dtype = draw(st.sampled_from(REAL))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    small = st.sampled_from((1, 2, 3, 5, 8, 9, 16, 17, 33))
+    sizes = {d: draw(small) for d in "MINRO"} | {"W": draw(st.sampled_from((1, 2, 4, 5)))}
+    B = draw(st.sampled_from((0, 1, 2, 3, 5, 8, 9)))
+    indices, rows = None, B
+    if draw(st.booleans()):
+        rows = draw(st.integers(B, B + 3))
+        chosen = draw(st.permutations(range(rows)))[:B]
+        chosen = [-1 if draw(st.integers(0, 4)) == 0 else i for i in chosen]
+        indices = torch.tensor(chosen, dtype=draw(st.sampled_from((torch.int32, torch.int64))))
+    sizes, call = layer_sizes(B=B, **sizes), {}
+    wide_state = state_dtype(dtype)
+    for name, letters in LAYER_STEP.items():
+        if name in LAYER_OPTIONAL and draw(st.integers(0, 3)) == 0:
+            call[name] = None
+            continue
+        own = sizes | ({"B": rows} if "state" in name else {})
+        kinds = [dtype]
+        if name in ("conv_weight", "conv_bias", "dt_proj_bias", "A_log", "D", "conv_state"):
+            kinds.append(wide_state)
+        kind = wide_state if name == "scan_state" else draw(st.sampled_from(kinds))
+        shape = tuple(own[d] for d in letters)
+        sampler = SimpleNamespace(sample=layer_sample)
+        call[name] = draw(laid_out(sampler, name, shape, kind, generator, "state" not in name))
+    return Names(indices=indices, **call), call
+
+
+@fuzz(250)
+@given(layer_calls(), st.booleans())
+def test_layer_steps(device, drawn, grad):
+    """mamba_step and mamba_step_, with a gradient, which goes by other products, and without."""
+    names, call = drawn
+    indices = names.indices
+    exact = {k: None if x is None else wide(x) for k, x in call.items()}
+    if indices is None:
+        want = list(layer_step_formula(**exact))
+    else:
+        keep = [b for b, i in enumerate(indices.tolist()) if i >= 0]
+        rows = indices[keep].long()
+        part = dict(exact, x=exact["x"][keep])
+        part |= {name: exact[name][rows] for name in ("conv_state", "scan_state")}
+        y, *states = layer_step_formula(**part)
+        want = [torch.zeros(len(indices), y.shape[1]).double()]
+        want[0][keep] = y
+        for name, new in zip(("conv_state", "scan_state"), states, strict=True):
+            want.append(exact[name].clone())
+            want[-1][rows] = new
+        indices = indices.to(device)
+    call = {k: None if x is None else x.to(device) for k, x in call.items()}
+    call["x"].requires_grad_(grad)
+    before = [call[name].clone() for name in ("conv_state", "scan_state")]
+    got = layer_step(call, indices)
+    # Half precision rounds between the projections: errors of several roundings, of sums that cancel.
+    dtype = call["x"].dtype
+    size = {torch.bfloat16: 0.06, torch.float16: 0.008}.get(dtype, 0)
+    for name, g, w, like in zip(
+        ("y", "conv_state", "scan_state"), got, want, (call["x"], *before), strict=True
+    ):
+        assert g.dtype is like.dtype and g.shape == w.shape
+        w = w.to(g.device)
+        if dtype in HALF:
+            assert (g - w).norm() <= size * w.norm() + 1e-3, name
+        else:
+            close(g, w, grad=True, size=1, factor=4, name=name)
+    for name, b in zip(("conv_state", "scan_state"), before, strict=True):
+        assert torch.equal(call[name], b)
+    call["x"].requires_grad_(False)
+    in_place = layer_step(call, indices, in_place=True)
+    for name, g, w in zip(
+        ("y", "conv_state", "scan_state"),
+        (in_place, call["conv_state"], call["scan_state"]),
+        got,
+        strict=True,
+    ):
+        if dtype in HALF:
+            assert (g - w).double().norm() <= size * w.double().norm() + 1e-3, name
+        else:
+            close(g, wide(w.detach()), grad=True, size=1, name=name)
 
 
 # ---- mistakes ----
 DTYPES = (*REAL, torch.complex64, torch.complex128, torch.int32, torch.int64, torch.bool)
 WORDS = st.one_of(
-    st.sampled_from(("identity", "g", "relu", "")), st.text(string.printable, max_size=8)
+    st.sampled_from(("identity", "g", "silu", "relu", "")),
+    st.text(string.printable.replace("\n", ""), max_size=8),
 )
 
 
-def is_valid(case, call):
+def allowed(case, name, call):
+    """The dimensions and dtypes that an argument may have beside the others."""
+    dtype, letters = call[case.names[0]].dtype, case.letters(name)
+    if name == "initial_state" or case.name != "selective_scan" or name not in ("A", "B", "C"):
+        states = case.state_dtype(dtype)
+        if case.name == "selective_scan" and call["A"].is_complex():
+            states = COMPLEX.get(dtype)
+        return {letters: (states,) if name == "initial_state" else (dtype, *case.also(name, dtype))}
+    if name == "A":
+        return {"DN": (dtype, *case.also(name, dtype), COMPLEX.get(dtype))}
+    complex_states = call["A"].is_complex()
+    states = COMPLEX.get(dtype) if complex_states else case.state_dtype(dtype)
+    now = (states if complex_states else dtype,)
+    return {"BTN": now, "BTGN": now, "DN": (states,) if complex_states else (states, dtype)}
+
+
+def valid_arguments(case, call, step, rows):
     """The rules of the interface, in one place: may the operator accept this call?"""
-    inputs = [call[name] for name in case.arguments]
-    first, state, cu = inputs[0], call["initial_state"], call["cu_seqlens"]
-    if first.dim() != 3 or first.dtype not in case.dtypes:
+    first = call[case.names[0]]
+    if first.dim() != 3 - step or first.dtype not in case.dtypes:
         return False
-    if any(y.shape != first.shape or y.dtype != first.dtype for y in inputs):
-        return False
-    B, T, D = first.shape
-    rows = B
+    sizes = dict(zip("BD" if step else "BTD", first.shape, strict=True))
+    owners = {"selective_scan": ("A", "N"), "causal_conv1d": ("weight", "W")}
+    if case.name in owners:  # of a size that others have too
+        name, letter = owners[case.name]
+        if call[name].dim() != 2 or call[name].shape[1] < 1:
+            return False
+        sizes[letter] = call[name].shape[1]
+        sizes["V"] = sizes[letter] - 1
+    for name in case.names[1:]:
+        x = call[name]
+        if x is None:
+            continue
+        for letters, dtypes in allowed(case, name, call).items():
+            if step and letters == "DN" and name != "A":
+                continue
+            letters = letters.replace("T", "") if step else letters
+            mine = sizes | ({"B": rows} if name == "initial_state" else {})
+            fits = x.dim() == len(letters) and all(
+                mine.get(d, n) == n for d, n in zip(letters, x.shape, strict=True)
+            )
+            groups = x.shape[-2] if "G" in letters and fits else 1
+            if fits and x.dtype in dtypes and groups and sizes["D"] % groups == 0:
+                break
+        else:
+            return False
+    words = (*case.words, None) if case.name == "causal_conv1d" else case.words
+    return "activation" not in call or call["activation"] in words
+
+
+def is_valid(case, call):
+    first, cu = call[case.names[0]], call["cu_seqlens"]
+    rows = first.shape[0] if first.dim() else 0
     if cu is not None:
-        if cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) == 0 or B != 1:
+        if cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) == 0 or rows != 1:
             return False
         steps = cu.tolist()
-        if steps[0] != 0 or steps[-1] != T or steps != sorted(steps):
+        if first.dim() < 2 or steps[0] != 0 or steps[-1] != first.shape[1]:
+            return False
+        if steps != sorted(steps):
             return False
         rows = len(steps) - 1
-    if state is not None and (
-        state.shape != (rows, D) or state.dtype is not STATE_DTYPE.get(first.dtype, first.dtype)
-    ):
-        return False
-    return call.get("activation", "g") in ("identity", "g")
+    return valid_arguments(case, call, 0, rows)
 
 
 @st.composite
@@ -238,10 +435,10 @@ def doubtful_calls(draw):
     B, T = (1, sum(lengths)) if packed else (draw(st.integers(0, 3)), draw(st.integers(0, 4)))
     D = draw(st.integers(0, 4))
     x = case.leaves(B, T, D, dtype, generator, state=len(lengths) if packed else B)
-    call = dict(zip((*case.arguments, "initial_state"), x, strict=True))
+    call = case.named(x)
     call["cu_seqlens"] = torch.tensor(bounds(lengths)) if packed else None
     call |= options
-    targets = [*case.arguments, "initial_state", "cu_seqlens"]
+    targets = [*case.names, "cu_seqlens"]
     targets += [name for name in options if name == "activation"]
     for name in draw(st.lists(st.sampled_from(targets), min_size=1, max_size=2)):
         call[name] = draw(changed(name, call[name]))
@@ -249,7 +446,7 @@ def doubtful_calls(draw):
     return Names(case=case.name, grad=grad, call=Names(**call)), case, call
 
 
-@fuzz(1000)
+@fuzz(1500)
 @given(doubtful_calls())
 def test_mistakes(device, names_case_call):
     """Accepted exactly if the interface allows it; refused in words, with one of three types."""
@@ -277,37 +474,31 @@ def doubtful_steps(draw):
     dtype = draw(st.sampled_from(case.dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     B, D = draw(st.integers(0, 3)), draw(st.integers(0, 4))
-    x = [y[:, 0] if y.dim() == 3 else y for y in case.leaves(B, 1, D, dtype, generator, state=B)]
-    call = dict(zip((*case.arguments, "state"), x, strict=True)) | options
+    x = case.at(case.leaves(B, 1, D, dtype, generator, state=B), 0)
+    call = dict(zip((*case.names[:-1], "state"), x, strict=True)) | options
     call["state_indices"] = None
     if draw(st.booleans()):
         values = draw(st.lists(st.integers(-3, 4), min_size=B, max_size=B, unique=True))
         call["state_indices"] = torch.tensor(values, dtype=torch.int64)
-    targets = [*case.arguments, "state", "state_indices"]
+    targets = [*case.names[:-1], "state", "state_indices"]
     for name in draw(st.lists(st.sampled_from(targets), max_size=2)):
         call[name] = draw(changed(name, call[name]))
     return Names(case=case.name, in_place=draw(st.booleans()), call=Names(**call)), case, call
 
 
 def is_valid_step(case, call):
-    inputs = [call[name] for name in case.arguments]
-    first, state, indices = inputs[0], call["state"], call["state_indices"]
-    if first.dim() != 2 or first.dtype not in case.dtypes:
-        return False
-    if any(y.shape != first.shape or y.dtype != first.dtype for y in inputs):
-        return False
-    if state.dim() != 2 or state.shape[1] != first.shape[1]:
-        return False
-    if state.dtype is not STATE_DTYPE.get(first.dtype, first.dtype):
-        return False
-    if indices is None:
-        return state.shape[0] == first.shape[0]
-    if indices.dtype not in (torch.int32, torch.int64) or indices.shape != first.shape[:1]:
-        return False
-    return all(i < state.shape[0] for i in indices.tolist())
+    first, state, indices = call[case.names[0]], call["state"], call["state_indices"]
+    rows = first.shape[0] if first.dim() else 0
+    if indices is not None:
+        if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (rows,):
+            return False
+        rows = state.shape[0] if state.dim() else 0
+        if any(i >= rows for i in indices.tolist()):
+            return False
+    return valid_arguments(case, call | {"initial_state": state}, 1, rows)
 
 
-@fuzz(500)
+@fuzz(800)
 @given(doubtful_steps())
 def test_step_mistakes(device, names_case_call):
     names, case, call = names_case_call

@@ -88,27 +88,30 @@ def test_gradients_coming_in(case, dtype, layout, generator, device):
         same(g, w)
 
 
-EXPANDED = {"batch": (0,), "time": (1,), "channels": (2,), "one_number": (0, 1, 2)}
+EXPANDED = {"batch": "B", "time": "T", "channels": "D", "states": "NWV", "one_number": "BTDNWV"}
 
 
-@over(dtypes="all", variants=False)
-@pytest.mark.parametrize("dims", EXPANDED.values(), ids=EXPANDED)
-def test_expanded(case, dtype, dims, generator, device):
-    """Stride 0: one element stands for many, in inputs, states and gradients (sum() gives such)."""
+@over(dtypes="all", variants=False, cases=ALL)
+@pytest.mark.parametrize("letters", EXPANDED.values(), ids=EXPANDED)
+def test_expanded(case, dtype, letters, generator, device):
+    """Stride 0: one element stands for many, in inputs, parameters, states and gradients (sum()
+    gives such)."""
 
-    def one(x):
-        for d in dims:
-            d = {0: 0, 1: None, 2: 1}[d] if x.dim() == 2 else d
-            if d is not None:
-                x = x.narrow(d, 0, 1)
+    def one(x, name):
+        for d, letter in enumerate(case.letters(name)):
+            x = x.narrow(d, 0, 1) if letter in letters else x
         return x
 
-    shape = (2, 21, 19)
-    small = [one(y) for y in case.leaves(*shape, dtype, generator, device)]
-    big = [y.expand(shape if y.dim() == 3 else (2, 19)) for y in small]
+    leaves = case.leaves(2, 21, 19, dtype, generator, device)
+    small = [one(y, name) for name, y in zip(case.names, leaves, strict=True)]
+    big = [y.expand_as(x) for x, y in zip(leaves, small, strict=True)]
     f = case.bind()
     outputs = f(*[y.contiguous() for y in big])
-    weights = [one(g).expand_as(g) for g in cotangents(outputs, generator)]
+    ends = (case.names[0], case.names[-1])  # which have the outputs' shapes
+    weights = [
+        one(g, name).expand_as(g)
+        for g, name in zip(cotangents(outputs, generator), ends, strict=True)
+    ]
     want = results(f, [y.contiguous() for y in big], [g.contiguous() for g in weights])
     for g, w in zip(results(f, big, weights), want, strict=True):
         same(g, w)
@@ -120,13 +123,15 @@ def test_expanded(case, dtype, dims, generator, device):
         assert torch.equal(g, w)
 
 
-@over(dtypes=(torch.float32,), variants=False)
+@over(dtypes=(torch.float32,), variants=False, cases=ALL)
 def test_overlapping_inputs(case, dtype, generator, device):
-    """Windows that share memory, and one tensor as every input."""
-    x = torch.randn(2, 60, generator=generator).to(device)
-    windows = x.unfold(1, 21, 2).transpose(1, 2)[..., :19]  # (2, 21, 19), overlapping
-    f, n = case.bind(), len(case.arguments)
-    for g, w in zip(f(*[windows] * n), f(*[windows.clone()] * n), strict=True):
+    """Windows that share memory, in every input that has two dimensions."""
+    line = case.sample("delta", (400,), dtype, generator).to(device)  # below 0, states explode
+    x = case.leaves(2, 21, 19, dtype, generator, device)
+    for i, (name, y) in enumerate(case.named(x).items()):
+        if y.dim() > 1 and name != "A":
+            x[i] = line[i:].as_strided(y.shape, (5, 2, 1)[-y.dim() :])
+    for g, w in zip(case.bind()(*x), case.bind()(*[y.clone() for y in x]), strict=True):
         same(g, w)
 
 
@@ -176,18 +181,48 @@ def test_step(case, layout, generator, device):
 
 
 # ---- more elements than 32 bits count ----
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_more_elements_than_int32_on_meta(case):
     B, T, D = 3, 2**20, 1024
-    x = [torch.empty(B, T, D, device="meta", requires_grad=True) for _ in case.arguments]
-    h, final = case.function(*x)
-    assert h.shape == (B, T, D) and h.numel() > 2**31 and final.shape == (B, D)
+    x = [
+        torch.empty(case.shape(name, B, T, D), device="meta", requires_grad=True)
+        for name in case.names
+    ]
+    h, final = case.bind()(*x)
+    assert h.shape == (B, T, D) and h.numel() > 2**31 and final.shape == case.state_shape(B, D)
     for g, y in zip(torch.autograd.grad((h, final), x, (h, final)), x, strict=True):
         assert g.shape == y.shape
 
 
 def available_bytes():
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.unpoisoned
+@over(dtypes=(torch.bfloat16,), variants=False, cases=ALL)
+@pytest.mark.parametrize("d", [0, 1, 2])
+def test_strides_beyond_int32(case, dtype, d, generator, device):
+    """Few elements, but far apart in one dimension. Of their memory next to nothing is touched."""
+    if device == "cpu" and available_bytes() < 6e9:
+        pytest.skip("may not get 5 GB of addresses")
+    x = case.leaves(2, 3, 9, dtype, generator, device)
+    memory = torch.empty(2**31 + 1000, dtype=dtype, device=device)
+    f = case.bind()
+    weights = cotangents(f(*x), generator)
+    want = results(f, x, weights)
+    for i, name in enumerate(case.names):
+        if x[i].dtype is not dtype or d >= x[i].dim():
+            continue
+        far, strides = list(x), list(x[i].stride())
+        strides[d] = 2**31 // (x[i].shape[d] - 1) + 1
+        far[i] = memory.as_strided(x[i].shape, strides).copy_(x[i])
+        assert torch.equal(far[i], x[i]), name
+        for g, w in zip(results(f, far, weights), want, strict=True):
+            same(g, w)
+        if i < len(case.arguments):
+            continue
+        for g, w in zip(case.step(*case.at(far, 0)), case.step(*case.at(x, 0)), strict=True):
+            same(g, w)
 
 
 @pytest.mark.slow

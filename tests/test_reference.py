@@ -5,46 +5,53 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import CASES, close, gradients, over
+from cases import ALL, close, gradients, over
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in ALL}
 
 
 def test_every_operator_has_a_table_and_a_formula():
-    assert set(oracle.TERMS) == set(BY_NAME)
+    assert set(BY_NAME) == oracle.FORMULAS
     assert {table.operator for table in oracle.TABLES} == set(BY_NAME)
 
 
 WIDTH = 17  # the one channel of a table, in each of so many: a vector and a rest
 
 
-def channels(numbers, dtype, device):
-    """(steps or rows, WIDTH)"""
-    return torch.tensor(numbers, dtype=dtype, device=device)[:, None].repeat(1, WIDTH)
-
-
-def table_leaves(table, dtype, device):
-    inputs = [channels(x, dtype, device)[None] for x in table.inputs]
-    return [x.requires_grad_() for x in (*inputs, channels(table.state, dtype, device))]
+def lay(case, name, numbers, dtype, device="cpu"):
+    """The leaf of this name, or what has its shape, whose every channel has these numbers."""
+    x, letters = torch.tensor(numbers, dtype=dtype, device=device), case.letters(name)
+    x = x[None] if letters.startswith("BT") else x
+    if "D" not in letters:
+        return x
+    d = letters.index("D")
+    return x.unsqueeze(d).repeat_interleave(WIDTH, d)
 
 
 def check_table(table, function, dtype, device="cpu"):
-    options = dict(table.options)
+    options, case = dict(table.options), BY_NAME[table.operator]
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], device=device)
-    leaves = table_leaves(table, dtype, device)
-    f = BY_NAME[table.operator].bind(function, **options)
-    exact = table_dtype(table)
-    for name, got, want in zip(
-        ("h", "final_state"), f(*leaves), (table.h, table.final_state), strict=True
+    leaves = [
+        lay(case, name, x, dtype, device).requires_grad_()
+        for name, x in zip(case.names, (*table.inputs, table.state), strict=True)
+    ]
+    f = case.bind(function, **options)
+    exact, ends = table_dtype(table), (case.names[0], case.names[-1])
+    for name, end, got, want in zip(
+        ("h", "final_state"), ends, f(*leaves), (table.h, table.final_state), strict=True
     ):
-        close(got.reshape(-1, WIDTH), channels(want, exact, "cpu"), dtype, name=name)
-    weights = [channels(g, dtype, device) for g in (table.grad_h, table.grad_final)]
-    grads = gradients(f, leaves, weights=(weights[0][None], weights[1]))
-    names = (*BY_NAME[table.operator].arguments, "initial_state")
-    for name, got, want in zip(names, grads, table.grads, strict=True):
-        want = channels(want, exact, "cpu")
-        close(got.reshape(-1, WIDTH), want, dtype, grad=True, name=f"gradient of {name}")
+        close(got, lay(case, end, want, exact), dtype, name=name)
+    weights = [
+        lay(case, end, g, dtype, device)
+        for end, g in zip(ends, (table.grad_h, table.grad_final), strict=True)
+    ]
+    grads = gradients(f, leaves, weights=weights)
+    for name, got, want in zip(case.names, grads, table.grads, strict=True):
+        want = lay(case, name, want, exact)
+        if "D" not in case.letters(name):  # all channels have it together
+            want = WIDTH * want
+        close(got, want, dtype, grad=True, name=f"gradient of {name}")
 
 
 def over_tables(f):
@@ -69,7 +76,7 @@ def test_table_kernel(table, dtype, device):
     check_table(table, None, table_dtype(table, dtype), device)
 
 
-@over(dtypes=(torch.float64, torch.complex128))
+@over(dtypes=(torch.float64, torch.complex128), cases=ALL)
 @pytest.mark.parametrize("form", ["plain", "reverse", "packed", "packed_reverse"])
 @pytest.mark.parametrize("formula", [oracle.closed_form, oracle.loop], ids=["closed_form", "loop"])
 def test_second_formula(case, options, dtype, form, formula, generator):
@@ -87,13 +94,13 @@ def test_second_formula(case, options, dtype, form, formula, generator):
         close(g, torch.from_numpy(w), name=name)
 
 
-@over(dtypes=(torch.float64, torch.complex128))
+@over(dtypes=(torch.float64, torch.complex128), cases=ALL)
 def test_gradients_of_the_reference(case, options, dtype, generator):
     leaves = case.leaves(2, 3, 2, dtype, generator, grad=True)
     assert torch.autograd.gradcheck(case.bind(case.reference, **options), leaves)
 
 
-@over(dtypes="all", variants=False)
+@over(dtypes="all", variants=False, cases=ALL)
 def test_dtypes_of_the_reference(case, dtype, generator):
     leaves = case.leaves(2, 3, 2, dtype, generator)
     h, final = case.bind(case.reference)(*leaves)

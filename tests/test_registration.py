@@ -5,10 +5,13 @@ import inspect
 
 import pytest
 import torch
-from cases import ALL, over
+from cases import ALL, OTHERS, over
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
 
 import torch_ext
+
+# Made of other operators: of test_mamba.py and test_fuzz.py.
+LAYER_STEPS = {"torch_ext::mamba_step", "torch_ext::mamba_step_"}
 
 
 def registered():
@@ -17,7 +20,7 @@ def registered():
 
 def test_every_registered_operator_is_listed_and_the_other_way_round():
     listed = set().union(*(case.operators for case in ALL))
-    listed |= {"torch_ext::mamba_step", "torch_ext::mamba_step_"}  # of operators: test_mamba.py
+    listed |= LAYER_STEPS
     assert registered() - listed == set(), "registered, but no Case in tests/cases.py tests it"
     assert listed - registered() == set(), "listed in tests/cases.py, but not registered"
 
@@ -60,6 +63,76 @@ def test_schemas(case):
         # the names of what comes back are free
         assert str(found).split(" -> ")[0] == str(want_schema).split(" -> ")[0]
         assert [str(r.type) for r in found.returns] == [str(r.type) for r in want_schema.returns]
+
+
+LAYER = (
+    "Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, Tensor conv_weight, "
+    "Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, Tensor? dt_proj_bias, "
+    "Tensor A_log, Tensor? D, Tensor out_proj_weight, Tensor? out_proj_bias, "
+)
+SCHEMAS = {
+    "causal_conv1d": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
+    "Tensor? cu_seqlens=None, str? activation=None) -> (Tensor y, Tensor final_state)",
+    "causal_conv1d_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor x, Tensor weight, "
+    "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, str? activation) -> (Tensor grad_x, "
+    "Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_state)",
+    "causal_conv1d_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor state, "
+    "Tensor? state_indices=None, str? activation=None) -> (Tensor y, Tensor state)",
+    "causal_conv1d_step_": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, "
+    "Tensor? state_indices=None, str? activation=None) -> Tensor y",
+    "selective_scan": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+    "Tensor? z=None, Tensor? delta_bias=None, Tensor? initial_state=None, "
+    "Tensor? cu_seqlens=None, bool delta_softplus=False, bool reverse=False, "
+    "bool checkpoints=False) -> (Tensor y, Tensor final_state, Tensor kept)",
+    "selective_scan_backward": "(Tensor? grad_y, Tensor? grad_final_state, Tensor u, "
+    "Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_state, Tensor kept, Tensor? cu_seqlens, bool delta_softplus, "
+    "bool reverse) -> (Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, "
+    "Tensor grad_C, Tensor grad_D, Tensor grad_z, Tensor grad_delta_bias, "
+    "Tensor grad_initial_state)",
+    "selective_scan_step": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? delta_bias, Tensor state, Tensor? state_indices=None, "
+    "bool delta_softplus=False) -> (Tensor y, Tensor state)",
+    "selective_scan_step_": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? delta_bias, Tensor(a!) state, Tensor? state_indices=None, "
+    "bool delta_softplus=False) -> Tensor y",
+    "mamba_step": f"({LAYER}Tensor conv_state, Tensor scan_state, Tensor? state_indices=None) -> "
+    "(Tensor y, Tensor conv_state, Tensor scan_state)",
+    "mamba_step_": f"({LAYER}Tensor(a!) conv_state, Tensor(b!) scan_state, "
+    "Tensor? state_indices=None) -> Tensor y",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_of_the_others(name):
+    """And the signatures of their functions: the same arguments with the same defaults."""
+    schema = getattr(torch.ops.torch_ext, name).default._schema
+    assert str(schema) == f"torch_ext::{name}{SCHEMAS[name]}"
+    if name.endswith("_backward"):
+        return
+    parameters = dict(inspect.signature(getattr(torch_ext, name)).parameters)
+    arguments = {a.name: a for a in schema.arguments if a.name != "checkpoints"}
+    if name.startswith("mamba"):  # one argument in Python: a pair
+        assert parameters.pop("state").default is inspect.Parameter.empty
+        del arguments["conv_state"], arguments["scan_state"]
+    # Python has its options after the states and before cu_seqlens, as the recurrences
+    assert set(parameters) == set(arguments)
+    options = ["activation", "delta_softplus", "cu_seqlens", "reverse"]
+    if f"{name}_step" in SCHEMAS and not name.startswith("mamba"):
+        assert list(parameters)[-2:] == [n for n in options if n in parameters][-2:]
+        reference = getattr(torch_ext, name + "_reference")
+        assert inspect.signature(reference).parameters == parameters
+    else:
+        assert list(parameters) == list(arguments)
+    for key, argument in arguments.items():
+        given = parameters[key].default is not inspect.Parameter.empty
+        assert given == argument.has_default_value()
+        assert not given or parameters[key].default == argument.default_value
+
+
+def test_the_table_of_schemas_is_whole():
+    listed = set().union(*(case.operators for case in OTHERS))
+    assert {f"torch_ext::{name}" for name in SCHEMAS} == listed | LAYER_STEPS
 
 
 @over(variants=False, cases=ALL)
@@ -109,10 +182,12 @@ def test_python_signatures(case):
         assert f.__name__ in torch_ext.__all__ and f.__module__.startswith("torch_ext")
 
 
-@over(variants=False, cases=ALL)
-@pytest.mark.parametrize("tail", ["", "_step", "_step_", "_reference"])
-def test_examples_in_the_documentation(case, tail):
-    f = getattr(torch_ext, case.name + tail)
+EXAMPLES = [c.name + tail for c in ALL for tail in ("", "_step", "_step_", "_reference")]
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, "mamba_step", "mamba_step_"])
+def test_examples_in_the_documentation(name):
+    f = getattr(torch_ext, name)
     finder = doctest.DocTestFinder(recurse=False)
     tests = finder.find(
         f, f.__name__, globs={"torch": torch, "torch_ext": torch_ext} | vars(torch_ext)

@@ -82,11 +82,12 @@ def test_truncated_backpropagation(case, generator, device):
     close(second[1], f(*x)[1])
 
 
-@over(variants=False)
+@over(variants=False, cases=ALL)
 def test_forward_then_reverse_is_time_reversal(case, generator, device):
     """reverse=True on flipped inputs is the forward direction, flipped."""
     x = case.leaves(2, 23, 17, torch.float32, generator, device)
     h, final = case.bind()(*x)
-    flipped = case.bind(reverse=True)(*[y.flip(1) for y in x[:-1]], x[-1])
+    n = len(case.arguments)
+    flipped = case.bind(reverse=True)(*[y.flip(1) for y in x[:n]], *x[n:])
     close(flipped[0].flip(1), wide(h), factor=2)
     close(flipped[1], wide(final), factor=2)

@@ -134,28 +134,54 @@ def test_index_out_of_range(case, in_place, generator, device):
         assert torch.equal(x[-1], before), "a refused step changed the pool"
 
 
-@over(variants=False)
-def test_in_place_on_views(case, generator, device):
-    """A state inside something larger: every second row, every second column, transposed."""
-    for view in (
-        lambda big: big[1::2, :17],
-        lambda big: big[:4, ::2],
-        lambda big: big.t()[:4, :8],
-    ):
-        x = step_leaves(case, 4, 17, torch.float32, generator, device)
-        big = torch.randn(8, 34, generator=generator).to(device)
-        state = view(big)
-        state, inputs = state[:, :17], [y[:, : state.shape[1]] for y in x[:-1]]
-        inside = torch.zeros_like(big, dtype=torch.bool)
-        view(inside)[:, :17] = True
-        outside = big[~inside].clone()
-        h, want = case.step(*inputs, state.clone())
-        h_ = case.step_(*inputs, state)
+VIEWS = {
+    "rows": lambda big: big[1::2, :17],
+    "channels": lambda big: big[:4, ::2],
+    "last": lambda big: big[:4, :17] if big.dim() == 2 else big[:4, :17, ::2],
+    "transposed": lambda big: big.transpose(0, 1)[:4, :8],
+    "channels_first": lambda big: big.movedim(1, -1).contiguous().movedim(-1, 1)[:4, :17],
+}
+
+
+@over(dtypes=(torch.float32, torch.bfloat16), variants=False, cases=ALL)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_in_place_on_views(case, dtype, view, generator, device):
+    """A state inside something larger."""
+    n = case.state_shape(4, 17)[2:]
+    kind = case.state_dtype(dtype)
+    big = torch.randn(8, 34, *(2 * k for k in n), generator=generator).to(device, kind)
+    state = view(big)
+    base = state._base if state._base is not None else state
+    state = state[:, :17] if not n else state[:, :17, : n[0]]
+    assert state.shape[2:] == n and state._base is not None
+    inputs = step_leaves(case, 4, state.shape[1], dtype, generator, device)[:-1]
+    inside = state.storage_offset() + sum(
+        torch.arange(k, device=device).view(-1, *(1,) * (state.dim() - 1 - d)) * state.stride(d)
+        for d, k in enumerate(state.shape)
+    )
+    memory = base.as_strided((base.untyped_storage().nbytes() // base.element_size(),), (1,), 0)
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside[inside.flatten()] = False
+    before = memory[outside].clone()
+    for indices in (None, torch.tensor([2, -1, 0, 3], device=device)):
+        h, want = case.step(*inputs, state.clone(), state_indices=indices)
+        h_ = case.step_(*inputs, state, state_indices=indices)
         assert torch.equal(h_, h) and torch.equal(state, want)
-        assert torch.equal(big[~inside], outside), "wrote outside the state"
+        assert torch.equal(memory[outside], before), "wrote outside the state"
 
 
-@over(variants=False)
+@pytest.mark.xfail(strict=True, reason="torch's fallback wants the written tensor to be returned")
+@over(dtypes=(torch.float32, torch.complex64), variants=False, cases=ALL)
+def test_in_place_on_a_lazy_state(case, dtype, generator, device):
+    """Conjugation and negation that torch has only noted, not done."""
+    x = step_leaves(case, 4, 5, dtype, generator, device)
+    lazy = torch._neg_view(x[-1].clone())
+    lazy = lazy.conj() if dtype.is_complex else lazy
+    want = case.step(*x[:-1], lazy.resolve_neg().resolve_conj())
+    assert torch.equal(case.step_(*x[:-1], lazy), want[0]) and torch.equal(lazy, want[1])
+
+
+@over(variants=False, cases=ALL)
 def test_in_place_counts_versions(case, generator, device):
     x = step_leaves(case, 2, 5, torch.float32, generator, device)
     before = x[-1]._version
@@ -164,7 +190,8 @@ def test_in_place_counts_versions(case, generator, device):
     base = x[-1][:1]
     base._version  # noqa: B018
     seen = x[-1]._version
-    case.step_(*[y[:1] for y in x[:-1]], base)
+    n = len(case.arguments)
+    case.step_(*[y[:1] for y in x[:n]], *x[n:-1], base)
     assert x[-1]._version > seen, "a step on a view did not bump its base"
 
 
@@ -185,18 +212,20 @@ def test_in_place_refuses_gradients(case, which, generator, device):
     """It has no derivative: it says so, and points to the functional step, instead of dropping
     one."""
     x = step_leaves(case, 2, 5, torch.float32, generator, device)
-    if which == "input":
-        x[0].requires_grad_()
-    else:
-        x[-1] = x[-1].clone().requires_grad_() * 1
-        x[-1] = x[-1][:, :] if which == "view" else x[-1]
-    before = x[-1].detach().clone()
-    with pytest.raises(RuntimeError, match=f"{case.name}_step_?"):
-        case.step_(*x)
-    assert torch.equal(x[-1].detach(), before)
-    with torch.no_grad():
-        case.step_(*x)
-    assert not torch.equal(x[-1].detach(), before)
+    leaves = range(len(x) - 1) if which == "input" else (len(x) - 1,)
+    before = x[-1].clone()
+    for i in leaves:
+        y = [z.clone() for z in x]
+        y[i].requires_grad_()
+        if which != "input":
+            y[-1] = y[-1] * 1
+            y[-1] = y[-1][:, :] if which == "view" else y[-1]
+        with pytest.raises(RuntimeError, match=f"{case.name}_step_: an input requires grad"):
+            case.step_(*y)
+        assert torch.equal(y[-1].detach(), before)
+        with torch.no_grad():
+            case.step_(*y)
+        assert not torch.equal(y[-1].detach(), before)
 
 
 @over(variants=False, cases=ALL)
