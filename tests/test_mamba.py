@@ -374,7 +374,6 @@ def test_the_step_under_transforms(generator):
 DECIDES = {"x": "BM", "A_log": "IN", "conv_weight": "W", "dt_proj_weight": "R"}
 DECIDES["out_proj_weight"] = "O"
 IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
-LATE = "shapes alone are checked before the parts of the layer run"
 
 
 def refused(error, pieces, call, in_place, indices=None):
@@ -419,7 +418,6 @@ def test_indices_of_the_step(in_place, generator):
     refused(ValueError, ["scan_state", "(4, 4, 5)", "num_slots=5"], call, in_place, good)
 
 
-@pytest.mark.xfail(strict=True, reason=LATE)
 @IN_PLACE
 def test_dtypes_of_the_step(in_place, generator):
     name = "mamba_step_: " if in_place else "mamba_step: "
@@ -441,7 +439,6 @@ def test_dtypes_of_the_step(in_place, generator):
         refused(TypeError, pieces, call | {argument: call[argument].float()}, in_place)
 
 
-@pytest.mark.xfail(strict=True, reason=LATE)
 @IN_PLACE
 def test_devices_of_the_step(in_place, generator):
     call = layer_call(generator)
@@ -459,10 +456,7 @@ def test_none_for_a_tensor_of_the_step(in_place, generator):
             refused(ValueError, pieces, call | {argument: None}, in_place)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv_state", pytest.param("scan_state", marks=pytest.mark.xfail(strict=True, reason=LATE))],
-)
+@pytest.mark.parametrize("name", ["conv_state", "scan_state"])
 def test_the_step_refuses_shared_memory(name, generator):
     call = layer_call(generator)
     for d in range(3):

@@ -327,7 +327,6 @@ def test_infinities(case, options, dtype, value, generator, device):
             check_infinity(case, options, i, value, generator, device)
 
 
-@pytest.mark.xfail(reason="2^-inf is NaN in float32 with AVX-512: csrc/cpu/simd.h, exp2")
 @over(cases=OTHERS[1:])
 @pytest.mark.parametrize("name", DECAYS[:2])  # a third, every step's, meets an infinite state
 def test_infinite_decays(case, options, name, generator, device):
@@ -336,7 +335,6 @@ def test_infinite_decays(case, options, name, generator, device):
     check_infinity(case, options, case.names.index(name), value, generator, device)
 
 
-@pytest.mark.xfail(reason="2^-inf is NaN in float32 with AVX-512: csrc/cpu/simd.h, exp2")
 @over(dtypes=(torch.float32, torch.bfloat16), variants=False, cases=OTHERS[1:])
 def test_decays_beyond_the_largest_number(case, dtype, generator, device):
     """step * A overflows, of numbers that do not."""

@@ -45,7 +45,9 @@ variable_list apply_op(const Args&... args) {
   node->set_ctx_grad_fn(node);
   node->set_next_edges(record ? collect_next_edges(inputs) : edge_list());
   node->clear_input_metadata();
-  for (const Tensor& v : inputs) node->input_info_.emplace_back(v);
+  // None, which the operator itself refuses in words, has no device.
+  for (const Tensor& v : inputs)
+    node->input_info_.push_back(v.defined() ? VariableInfo(v) : VariableInfo());
 
   const variable_list raw = T::forward(&node->ctx_, args...);
 

@@ -47,6 +47,8 @@ inline std::string dtype_text(at::ScalarType dtype) {
       return "uint8";
     case at::kBool:
       return "bool";
+    case at::ScalarType::Undefined: // the dispatcher lets None through where a tensor is asked for
+      return "None";
     default:
       return c10::toString(dtype);
   }

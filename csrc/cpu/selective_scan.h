@@ -268,6 +268,13 @@ struct SelectiveScan {
     for (int64_t i = 0; i < N * kVectorsOfState; ++i) Stored<R>::stream(at + i * W, vectors[i]);
   }
 
+  // Of what a decay's exponent is a product: bounds within which it is a number, in float too, whose 2^-inf would be NaN.
+  static V bounded(V x) {
+    if constexpr (sizeof(R) == sizeof(float)) return at_least(at_most(x, 1e18), -1e18);
+    return x;
+  }
+  static torch_ext::Complex<V> bounded(torch_ext::Complex<V> x) { return {bounded(x.re), x.im}; }
+
   // What stays the same over a block's tokens. Constant B and C are needed as vectors; and then the other one too, so that
   // there are two kernels and not four.
   struct Parameters {
@@ -282,7 +289,7 @@ struct SelectiveScan {
           C(p.C.constant ? slots * N : 0) {}
     void load(const SelectiveScanProblem& p, const Block& b) {
       load_states(A.data, p.A, 0, b, N);
-      for (int64_t i = 0; i < b.slots * N; ++i) A.data[i] = in_octaves(A.data[i]);
+      for (int64_t i = 0; i < b.slots * N; ++i) A.data[i] = bounded(in_octaves(A.data[i]));
       const auto constant = [&](H* to, const Coefficient<const void*>& x) {
         if (x.constant) load_states(to, {x.data, 0, x.channel, x.state}, 0, b, N);
       };
@@ -398,8 +405,9 @@ struct SelectiveScan {
     ahead.spread(count * ((N + 7) / 8));
     const V bias = load_channels(p.delta_bias, d, some);
     for (int64_t t = 0; t < count; ++t) {
-      tile.step[t] = time_step(tile.step[t] + bias, p.delta_softplus);
-      tile.input[t] = tile.step[t] * u[t];
+      const V step = time_step(tile.step[t] + bias, p.delta_softplus);
+      tile.step[t] = bounded(step);
+      tile.input[t] = step * u[t];
       tile.y[t] = V(0);
     }
     forward_all_states(
@@ -440,7 +448,7 @@ struct SelectiveScan {
       const V time = times[k], input = inputs[k];
       V sum(0);
       for (int64_t n = 0; n < (kUsual ? W : k < some ? N : 0); n += W) {
-        const V A = in_octaves(Stored<R>::load(m.A + k * m.A_step + n)),
+        const V A = bounded(in_octaves(Stored<R>::load(m.A + k * m.A_step + n))),
                 before = kUsual || m.from ? Stored<R>::load(m.from + k * m.from_step + n) : V(0);
         const V h = scan_step(time, input, A, kUsual ? B : Stored<R>::load(m.B + n), before).h;
         if (kUsual || m.to) Stored<R>::store(m.to + k * m.to_step + n, h);
@@ -470,7 +478,8 @@ struct SelectiveScan {
       }
       for (int i = 0; i < count; ++i) {
         const V time = time_step(delta[i], p.delta_softplus);
-        Stored<R>::store(times + i * W, time), Stored<R>::store(inputs + i * W, time * u[i]);
+        Stored<R>::store(times + i * W, bounded(time));
+        Stored<R>::store(inputs + i * W, time * u[i]);
       }
       for (int i = 0; i < count; ++i) {
         const auto at = [&](const auto& x, int64_t r) {
@@ -724,8 +733,9 @@ struct SelectiveScan {
           load_tokens(tile.input, p.u, run, n, kTile, d, some);
           const V bias = load_channels(p.delta_bias, d, some);
           for (int t = 0; t < kTile; ++t) {
-            tile.step[t] = time_step(tile.step[t] + bias, p.delta_softplus);
-            tile.input[t] = tile.step[t] * tile.input[t];
+            const V step = time_step(tile.step[t] + bias, p.delta_softplus);
+            tile.step[t] = bounded(step);
+            tile.input[t] = step * tile.input[t];
             tile.y[t] = V(0);
           }
           forward_all_states(
@@ -750,8 +760,9 @@ struct SelectiveScan {
       const V bias = load_channels(p.delta_bias, d, some);
       for (int64_t t = 0; t < count; ++t) {
         x.delta[t] = x.delta[t] + bias;
-        x.work.step[t] = time_step(x.delta[t], p.delta_softplus);
-        x.work.input[t] = x.work.step[t] * x.u[t];
+        const V step = time_step(x.delta[t], p.delta_softplus);
+        x.work.step[t] = bounded(step);
+        x.work.input[t] = step * x.u[t];
         if (!p.grad_out.data) x.grad_out[t] = V(0);
         if (gate) {
           const Gate<V> g = silu_with_slope(x.z[t]);

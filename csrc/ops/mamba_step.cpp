@@ -101,6 +101,49 @@ struct Layer {
     const char* of = pool ? "num_slots" : "B";
     fits("conv_state", conv_state, {of, "d_inner", "W - 1"}, {rows, inner, window - 1});
     fits("scan_state", scan_state, {of, "d_inner", "N"}, {rows, inner, states});
+    check_dtypes_and_devices(op);
+    if (!pool) return;
+    check_index_dtype(op, "state_indices", *state_indices);
+    check_index_device(op, "state_indices", *state_indices, x.device());
+    check_shape(
+        op, "state_indices", *state_indices, {"B"}, {x.sym_size(0)}, "one index per row of x");
+  }
+  // Before any part of the layer runs: the first ones write, and the names of the arguments are the layer's.
+  void check_dtypes_and_devices(const char* op) const {
+    const auto dtype = x.scalar_type(), wide = state_dtype(dtype);
+    const bool cast = at::autocast::is_autocast_enabled(x.device().type()); // then the parts decide
+    TORCH_CHECK_TYPE(
+        dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+        op, ": x has dtype ", dtype_text(dtype),
+        ", expected float32, float64, bfloat16 or float16");
+    const auto check = [&](const char* name, const Opt& t, const char* more,
+                           std::initializer_list<at::ScalarType> also) {
+      if (!t || !t->defined()) return;
+      check_device(op, name, *t, x.device(), "the device of x");
+      bool fits = cast || t->scalar_type() == dtype;
+      for (const auto other : also) fits = fits || t->scalar_type() == other;
+      TORCH_CHECK_TYPE(
+          fits, op, ": ", name, " has dtype ", dtype_text(t->scalar_type()), ", expected ",
+          dtype_text(dtype), more, ", as x has dtype ", dtype_text(dtype));
+    };
+    check("in_proj_weight", in_proj_weight, "", {});
+    check("in_proj_bias", in_proj_bias, "", {});
+    const char* or_wide = wide == dtype ? "" : " or float32";
+    check("conv_weight", conv_weight, or_wide, {wide});
+    check("conv_bias", conv_bias, or_wide, {wide});
+    check("x_proj_weight", x_proj_weight, "", {});
+    check("dt_proj_weight", dt_proj_weight, "", {});
+    check("dt_proj_bias", dt_proj_bias, or_wide, {wide});
+    check("A_log", A_log, or_wide, {wide});
+    check("D", D, or_wide, {wide});
+    check("out_proj_weight", out_proj_weight, "", {});
+    check("out_proj_bias", out_proj_bias, "", {});
+    check("conv_state", conv_state, " or wider", {wide, at::kDouble});
+    check_device(op, "scan_state", scan_state, x.device(), "the device of x");
+    if (!cast)
+      check_dtype(
+          op, "scan_state", scan_state, wide,
+          "the dtype of the states for x of " + dtype_text(dtype));
   }
 
   // conv(input) -> u and scan(u, delta, A, B, C, z) -> y change the states, or make new ones.
@@ -194,6 +237,9 @@ Tensor step_(
       "mamba_step_: an input requires grad, but the states are written in place, where no gradient "
       "can pass; expected torch.no_grad(), or mamba_step, which is differentiable");
   layer.check("mamba_step_");
+  for (const Tensor& state : {conv_state, scan_state})
+    if (!state.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
+      check_no_overlap("mamba", state);
   return layer.run(
       [&](const Tensor& input) {
         // Here the state's dtype rules, as it is written in place.

@@ -128,6 +128,8 @@ void check_parameters(const char* op, const Arguments& x, bool step) {
       shape_text(x.A.sym_sizes()), ", expected (D=", width, ", N) with at least one state, N >= 1");
 
   const auto check_coefficient = [&](const char* name, const Tensor& c) {
+    TORCH_CHECK_TYPE(
+        c.defined(), op, ": ", name, " has dtype None, expected ", dtype_text(x.state_type()));
     check_device(op, name, c, x.u.device(), "the device of u");
     if (!step && c.dim() == 2) {
       TORCH_CHECK_TYPE(
@@ -467,7 +469,7 @@ Tensor step_on(Launch launch, const Arguments& x, const Opt& state_indices) {
 }
 
 struct OnCpu {
-  explicit OnCpu(at::Device) {}
+  explicit OnCpu(const Tensor&) {}
   void operator()(DType dtype, const SelectiveScanForward& p) const {
     TORCH_INTERNAL_ASSERT(cpu::selective_scan_forward(dtype, p, torch_threads()));
   }
@@ -478,8 +480,8 @@ struct OnCpu {
 #ifdef TORCH_EXT_CUDA
 struct OnCuda {
   c10::cuda::OptionalCUDAGuard guard;
-  explicit OnCuda(at::Device device) {
-    if (device.is_cuda()) guard.set_device(device); // else the checks will tell
+  explicit OnCuda(const Tensor& u) {
+    if (u.defined() && u.is_cuda()) guard.set_device(u.device()); // else the checks will tell
   }
   template <class Problem>
   void operator()(DType dtype, const Problem& p) const {
@@ -500,7 +502,7 @@ Three forward_kernel(
     const Opt& cu_seqlens, bool delta_softplus, bool reverse, bool checkpoints) {
   const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
                     cu_seqlens, delta_softplus, reverse};
-  const Device device(u.device());
+  const Device device(u);
   return forward_on([&](auto dtype, const auto& p) { device(dtype, p); }, x, checkpoints);
 }
 template <class Device>
@@ -511,7 +513,7 @@ Gradients backward_kernel(
     const Opt& cu_seqlens, bool delta_softplus, bool reverse) {
   const Arguments x{u,          delta,          A,      B, C, D, z, delta_bias, initial_state,
                     cu_seqlens, delta_softplus, reverse};
-  const Device device(u.device());
+  const Device device(u);
   return backward_on(
       [&](auto dtype, const auto& p) { device(dtype, p); }, grad_y, grad_final_state, x,
       checkpoints);
@@ -521,7 +523,7 @@ Tensor step_kernel_(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
     const Opt& D, const Opt& z, const Opt& delta_bias, const Tensor& state,
     const Opt& state_indices, bool delta_softplus) {
-  const Device device(u.device());
+  const Device device(u);
   return step_on(
       [&](auto dtype, const auto& p) { device(dtype, p); },
       {u, delta, A, B, C, D, z, delta_bias, state, {}, delta_softplus}, state_indices);
