@@ -7,7 +7,8 @@ namespace torch_ext::cuda {
 namespace {
 
 // Variables for tests alone.
-int64_t scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps;
+int64_t scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps,
+        scan_enough_wide_blocks = kScanEnoughBlocks;
 
 int64_t scan_divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -19,7 +20,7 @@ struct ScanDriver {
   using Forward = SelectiveScanForward;
   using Backward = SelectiveScanBackward;
   static constexpr int K = Pack<H>::kSize;
-  // Is there a backward kernel for what nearly all calls are? One more to compile.
+  // Are there kernels for what nearly all calls are? Some more to compile.
   static constexpr bool kHasPlain = !kComplex && sizeof(R) == 4;
 
   // Lanes and passes, where a lane has so many states.
@@ -58,11 +59,19 @@ struct ScanDriver {
     ScanPlan q = basic(p);
     spread_states(q, p.num_states, kForwardPacks * K);
     spread_channels(q, p, 1);
-    if (p.state_rows)
+    if (p.state_rows) {
       q.segment_steps = p.num_steps;
-    else
-      cut_time(q, p);
-    return q;
+      return q;
+    }
+    cut_time(q, p);
+    if (!kHasPlain || p.cu_seqlens || p.B.constant || p.C.constant || p.num_states != 16) return q;
+    // Half as many blocks for the same work: are they enough, and is nothing done twice for them?
+    ScanPlan wide = q;
+    spread_channels(wide, p, 2);
+    cut_time(wide, p);
+    wide.wide = blocks(wide, p, wide.segments) >= scan_enough_wide_blocks &&
+                (wide.segments == 1 || q.segments > 1);
+    return wide.wide ? wide : q;
   }
   static ScanPlan plan(const Backward& p) {
     ScanPlan q = basic(p);
@@ -77,8 +86,8 @@ struct ScanDriver {
     cut_time(q, p);
     return q;
   }
-  // Of the kernel that finds what segments do to a gradient.
-  static ScanPlan effect_plan(ScanPlan q, const Backward& p) {
+  // Of the kernel that finds what segments do from zero.
+  static ScanPlan effect_plan(ScanPlan q, const SelectiveScanProblem& p) {
     spread_states(q, p.num_states, kForwardPacks * K);
     spread_channels(q, p, 1);
     return q;
@@ -156,10 +165,16 @@ struct ScanDriver {
     if (blocks(q, p) == 0 || p.num_steps == 0) return;
     share_out(q, p, workspace);
     if (q.segments > 1) {
-      walk<ScanWalk::forward_effect>(p, q, q.segments - 1, stream);
+      walk<ScanWalk::forward_effect>(p, effect_plan(q, p), q.segments - 1, stream);
       for_all(
           selective_scan_fold_kernel<Types, false, Forward>, q.rows * p.width * p.num_states,
           stream, p, q);
+    }
+    if constexpr (kHasPlain) {
+      if (q.wide)
+        return launch(
+            selective_scan_wide_kernel<Types>, dim3(unsigned(blocks(q, p, q.segments))),
+            kScanThreads, scan_wide_shared<Types>(), stream, p, q);
     }
     walk<ScanWalk::forward>(p, q, q.segments, stream);
   }

@@ -60,6 +60,7 @@ struct ScanPlan {
   int log_lanes = 0; // lanes of a channel: a power of two
   int passes = 1;    // over a channel's states, so many at a time as its lanes hold
   int turns = 1;     // backward: the block's channels at a time
+  bool wide = false; // forward: two channels for each lane
   int channels = 0;  // of a block: a power of two, and no more than it has threads
   int log_channels = 0;
   int64_t interval = 0; // between kept states
@@ -765,6 +766,433 @@ __global__ void __launch_bounds__(kScanThreads, sizeof(typename Types::H) == 4 ?
       store_global(static_cast<R*>(q.sums) + carried() * p.width + block.d0() + my_channel, sum);
     if (thread == 0) store_global(q.restarts + carried(), int(restarted));
   }
+}
+
+// ---- forward, as nearly all calls are ----
+
+// A real number that never has a positive product with a time step: exp2 needs no bound on that. The states of a scan_step
+// where all of A and all time steps say so.
+struct Falling {
+  float x;
+  friend TORCH_EXT_DEVICE Falling decay(float time_step, Falling A) {
+    return {exp2_bounded(time_step * A.x)};
+  }
+  friend TORCH_EXT_DEVICE Falling fused(Falling x, Falling y, Falling z) {
+    return {torch_ext::fused(x.x, y.x, z.x)};
+  }
+  friend TORCH_EXT_DEVICE Falling scaled(float x, Falling y) { return {x * y.x}; }
+};
+template <bool kFalls>
+TORCH_EXT_DEVICE float next_state(float time_step, float input, float A, float B, float h) {
+  if constexpr (kFalls)
+    return scan_step(time_step, input, Falling{A}, Falling{B}, Falling{h}).h.x;
+  else
+    return scan_step(time_step, input, A, B, h).h;
+}
+
+// Elements that lie side by side in memory. 16-bit ones are kept as words, of which registers are made.
+template <class S, int kCount>
+struct alignas(sizeof(S) * kCount) ScanVector {
+  using R = typename Stored<S>::Lane;
+  uint32_t words[kCount * sizeof(S) / 4];
+  TORCH_EXT_DEVICE R widen(int i) const {
+    if constexpr (sizeof(S) == 2) {
+      return Stored<S>::widen(S{uint16_t(words[i / 2] >> (16 * (i % 2)))});
+    } else {
+      R x;
+      memcpy(&x, words + i, sizeof x);
+      return x;
+    }
+  }
+  TORCH_EXT_DEVICE static ScanVector narrow(const R* x) {
+    ScanVector y;
+    if constexpr (sizeof(S) == 2) {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) y.words[i] = pack_pair<S>(x[2 * i], x[2 * i + 1]);
+    } else {
+      memcpy(y.words, x, sizeof y);
+    }
+    return y;
+  }
+};
+
+// Where a tile's (step, channel) elements lie, for 16 states, B and C per token and one sequence per row. A thread loads
+// 16 bytes that lie side by side, along channels or along time. Two channels share 16 bytes of shared memory, a slot: first
+// time steps and inputs, then y. Slots are in such an order that what threads write at once falls on all banks.
+template <class Types>
+struct ScanWide {
+  using S = typename Types::S;
+  using R = typename Types::R;
+  static constexpr int kStates = 16, kVector = 16 / int(sizeof(S));
+  static constexpr int kChannels = kScanThreads, kLogChannels = 7, kSlots = kChannels / 2,
+                       kLogSlots = kLogChannels - 1;
+  static constexpr int kVectors = kScanTile * kChannels / kVector / kScanThreads; // of a thread
+  static_assert(1 << kLogChannels == kChannels && kScanTile % kVector == 0);
+  using Vector = ScanVector<S, kVector>;
+
+  bool along_time;
+  int log_group; // pairs of a vector's channels
+  TORCH_EXT_DEVICE explicit ScanWide(bool time)
+      : along_time(time), log_group(time ? 0 : kVector == 8 ? 2 : 1) {}
+  TORCH_EXT_DEVICE int slot(int pair) const {
+    return (pair & ((1 << log_group) - 1)) << (kLogSlots - log_group) | pair >> log_group;
+  }
+  TORCH_EXT_DEVICE int pair(int slot) const {
+    const int shift = kLogSlots - log_group;
+    return (slot & ((1 << shift) - 1)) << log_group | slot >> shift;
+  }
+  // A thread's first vector, and how far it is from one to the next.
+  TORCH_EXT_DEVICE int t() const {
+    const int i = int(threadIdx.x);
+    return along_time ? i % (kScanTile / kVector) * kVector : i / (kChannels / kVector);
+  }
+  TORCH_EXT_DEVICE int channel() const {
+    const int i = int(threadIdx.x);
+    return along_time ? i / (kScanTile / kVector) : i % (kChannels / kVector) * kVector;
+  }
+  TORCH_EXT_DEVICE int next_t() const {
+    return along_time ? 0 : kScanThreads / (kChannels / kVector);
+  }
+  TORCH_EXT_DEVICE int next_channel() const {
+    return along_time ? kScanThreads / (kScanTile / kVector) : 0;
+  }
+  // Can an array of a whole block be loaded so?
+  template <class Data>
+  TORCH_EXT_DEVICE bool fits(
+      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t d0) const {
+    if (!x.data) return true;
+    const int64_t side = along_time ? x.time : x.channel, other = along_time ? x.channel : x.time;
+    return side == 1 && other % kVector == 0 && x.sequence % kVector == 0 &&
+           reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0 * x.channel) % 16 == 0 &&
+           !(along_time && p.reverse);
+  }
+};
+
+template <class Types>
+TORCH_EXT_HOST_DEVICE int scan_wide_shared() {
+  using Wide = ScanWide<Types>;
+  return 2 * kScanTile * Wide::kStates * int(sizeof(float)) + kScanTile * Wide::kSlots * 16 +
+         2 * Wide::kChannels * int(sizeof(float)) + int(ScanBlock::kWords) * int(sizeof(int64_t));
+}
+
+// Two lanes share two channels, each with eight states of both: what they load of B and C is used twice.
+template <class Types>
+__global__ void __launch_bounds__(kScanThreads, 4)
+    selective_scan_wide_kernel(const SelectiveScanForward p, const ScanPlan q) {
+  using S = typename Types::S;
+  using R = typename Types::R;
+  using Wide = ScanWide<Types>;
+  using Vector = typename Wide::Vector;
+  using Four = Pack<R>;
+  static_assert(Four::kSize == 4);
+  struct alignas(8) Two {
+    R x[2];
+  };
+  constexpr int kStates = Wide::kStates, kSlots = Wide::kSlots, kVector = Wide::kVector;
+  const int thread = int(threadIdx.x);
+  const Shared<R> Bs = shared_memory<R>(), Cs = Bs + kScanTile * kStates;
+  const Shared<Four> slots = (Cs + kScanTile * kStates).template view<Four>();
+  const Shared<R> bias = (slots + kScanTile * kSlots).template view<R>(),
+                  skip = bias + Wide::kChannels;
+  const ScanBlock block(p, q, q.segments, (skip + Wide::kChannels).template view<int64_t>());
+  const int64_t d0 = block.d0(), row = block.row();
+  const int channels = block.channels();
+  {
+    const bool in = thread < channels;
+    const auto get = [&](const OverChannels<const void*>& x) {
+      return in && x.data ? load_global(static_cast<const R*>(x.data) + (d0 + thread) * x.channel)
+                          : R(0);
+    };
+    bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
+  }
+  const Wide wide(runs_along_time(p.delta));
+  const bool vectors = !wide.along_time && channels == Wide::kChannels && wide.fits(p.u, p, d0) &&
+                       wide.fits(p.delta, p, d0) && wide.fits(p.z, p, d0) &&
+                       wide.fits(p.out, p, d0);
+  const auto fits = [&](const Coefficient<const void*>& x) {
+    return x.state == 1 && x.time % 4 == 0 && x.sequence % 4 == 0 && x.group % 4 == 0 &&
+           reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
+  };
+  const bool coefficient_vectors = fits(p.B) && fits(p.C);
+
+  // ---- where the segment lies ----
+  const int64_t begin = block.segment() * q.segment_steps, left = p.num_steps - begin,
+                steps = left < q.segment_steps ? left : q.segment_steps;
+  const int backward = p.reverse ? -1 : 1;
+  int64_t token = p.reverse ? p.num_steps - 1 - begin : begin;
+  const auto start = [&](const auto& x) {
+    return x.sequence * row + (token + wide.t() * backward) * x.time +
+           (d0 + wide.channel()) * x.channel;
+  };
+  const S *delta = nullptr, *u = nullptr, *z = nullptr, *coefficient = nullptr;
+  S* out = nullptr;
+  if (vectors) {
+    delta = static_cast<const S*>(p.delta.data) + start(p.delta);
+    u = static_cast<const S*>(p.u.data) + start(p.u);
+    if (p.z.data) z = static_cast<const S*>(p.z.data) + start(p.z);
+    out = static_cast<S*>(p.out.data) + start(p.out);
+  }
+  // Half of the threads load B, and half C: four states each.
+  const bool loads_C = thread >= kScanThreads / 2;
+  const int coefficient_t = thread % (kScanThreads / 2) / 4, coefficient_n = thread % 4 * 4;
+  const auto of_coefficient = [&](auto member) {
+    return loads_C ? member(p.C) : member(p.B);
+  };
+  const int64_t coefficient_time =
+      of_coefficient([](const Coefficient<const void*>& x) { return x.time; }) * backward;
+  if (coefficient_vectors)
+    coefficient = of_coefficient([&](const Coefficient<const void*>& x) {
+      return static_cast<const S*>(x.data) + row * x.sequence + block.group() * x.group +
+             (token + coefficient_t * backward) * x.time + coefficient_n;
+    });
+
+  // ---- states ----
+  const int half = thread & 1, my_slot = thread >> 1, c0 = 2 * wide.pair(my_slot);
+  R A[2][8], h[2][8];
+  const auto load = [&](R(*to)[8], const auto& from, int64_t r) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        const Four x = from.load(r, d0 + c0 + c, half * 8 + v * 4, c0 + c < channels);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[c][v * 4 + j] = x.x[j];
+      }
+    }
+  };
+  const auto store = [&](const ScanStates<R, void*>& to, int64_t r) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        Four x;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x.x[j] = h[c][v * 4 + j];
+        to.store(r, d0 + c0 + c, half * 8 + v * 4, c0 + c < channels, x);
+      }
+    }
+  };
+  load(A, ScanStates<R, const void*>(p.A, kStates), 0);
+  bool falls = p.delta_softplus;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    A[i / 8][i % 8] = torch_ext::in_octaves(A[i / 8][i % 8]);
+    falls = falls && A[i / 8][i % 8] <= R(0);
+  }
+  falls = ballot(~0u, falls) == ~0u;
+  if (block.segment() == 0)
+    load(h, ScanStates<R, const void*>(p.initial_state, kStates), row);
+  else
+    load(
+        h, dense_states<R>(q.carry, p.width, kStates), row * q.segments + block.segment());
+  R* kept = nullptr;
+  if (p.checkpoints)
+    kept = static_cast<R*>(p.checkpoints) +
+           ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + begin / kScanTile) * p.width + d0 +
+            c0) *
+               kStates +
+           half * 8;
+
+  // Of this tile, steps t .. t + kSteps.
+  const auto walk = [&]<bool kFalls, int kSteps>(int t) __attribute__((always_inline)) {
+    const Shared<Four> items = slots + (t * kSlots + my_slot);
+    const Shared<Four> b_at = Bs.template view<Four>() + (t * 4 + half * 2),
+                       c_at = Cs.template view<Four>() + (t * 4 + half * 2);
+    Two y[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const Four item = items.load(i * kSlots);
+      y[i] = {};
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        const Four b = b_at.load(i * 4 + v), cc = c_at.load(i * 4 + v);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            R& state = h[c][v * 4 + j];
+            state = next_state<kFalls>(
+                item.x[2 * c], item.x[2 * c + 1], A[c][v * 4 + j], b.x[j], state);
+            y[i].x[c] = add_real(state, cc.x[j], y[i].x[c]);
+          }
+        }
+      }
+    }
+    warp_sync(); // the pair of lanes has read what it writes over
+    const Shared<Two> ys = items.template view<Two>() + half;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) ys.store(i * kSlots * 2, y[i]);
+  };
+
+  block_sync();
+#pragma unroll 1
+  for (int64_t into = 0; into < steps; into += kScanTile) {
+    const int count = steps - into < kScanTile ? int(steps - into) : kScanTile;
+    const bool whole = vectors && count == kScanTile;
+    if (whole) {
+      Vector deltas[Wide::kVectors], us[Wide::kVectors];
+#pragma unroll
+      for (int k = 0; k < Wide::kVectors; ++k) {
+        deltas[k] = load_global(
+            reinterpret_cast<const Vector*>(delta + k * wide.next_t() * backward * p.delta.time));
+        us[k] = load_global(
+            reinterpret_cast<const Vector*>(u + k * wide.next_t() * backward * p.u.time));
+      }
+      const int t = wide.t(), c = wide.channel();
+      R dt[kVector];
+#pragma unroll
+      for (int k = 0; k < Wide::kVectors; ++k) {
+#pragma unroll
+        for (int j = 0; j < kVector; j += 4) {
+          const Four b = (bias + c).template view<Four>().load(j / 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dt[j + i] = deltas[k].widen(j + i) + b.x[i];
+        }
+        if (p.delta_softplus) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
+        }
+        const Shared<Four> to = slots + ((t + k * wide.next_t()) * kSlots + wide.slot(c / 2));
+#pragma unroll
+        for (int j = 0; j < kVector / 2; ++j)
+          to.store(
+              j * (kSlots / (kVector / 2)),
+              {dt[2 * j], dt[2 * j] * us[k].widen(2 * j), dt[2 * j + 1],
+               dt[2 * j + 1] * us[k].widen(2 * j + 1)});
+      }
+    } else {
+      block_sync(); // all have read what stands in shared memory
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      ScanCursor<const S> delta(p.delta, p, row, token, d0, items),
+          u(p.u, p, row, token, d0, items);
+      int t = items.t, c = items.column;
+#pragma unroll 1
+      for (int i = 0; i < items.count; i += kScanAhead) {
+        R step[kScanAhead], input[kScanAhead];
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
+          step[k] = delta.load(in), input[k] = u.load(in);
+          delta.advance(), u.advance();
+        }
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const R dt =
+              t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
+          (slots + (t * kSlots + wide.slot(c / 2))).template view<Two>().store(
+              c % 2, {dt, dt * input[k]});
+          t += items.t_next, c += items.column_next;
+        }
+      }
+    }
+    if (coefficient_vectors && count == kScanTile) {
+      const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(coefficient));
+      (loads_C ? Cs : Bs)
+          .template view<Four>()
+          .store(
+              coefficient_t * 4 + coefficient_n / 4,
+              {x.widen(0), x.widen(1), x.widen(2), x.widen(3)});
+    } else {
+      for (const bool of_C : {false, true})
+        ScanCoefficient<Types>{of_C ? p.C : p.B, of_C ? Cs : Bs}.stage(
+            p, row, token, count, block.group(), 0, 4);
+    }
+    if (kept) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (c0 + i / 2 < channels) {
+          Four x;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x.x[j] = h[i / 2][i % 2 * 4 + j];
+          store_global(reinterpret_cast<Four*>(kept + i / 2 * kStates + i % 2 * 4), x);
+        }
+      }
+      kept += p.width * kStates;
+    }
+    block_sync();
+    constexpr int kAtOnce = 4;
+    if (falls && count == kScanTile) {
+#pragma unroll 1
+      for (int t = 0; t < kScanTile; t += kAtOnce) walk.template operator()<true, kAtOnce>(t);
+    } else {
+      const int many = count / kAtOnce * kAtOnce;
+#pragma unroll 1
+      for (int t = 0; t < many; t += kAtOnce) walk.template operator()<false, kAtOnce>(t);
+#pragma unroll 1
+      for (int t = many; t < count; ++t) walk.template operator()<false, 1>(t);
+    }
+    block_sync();
+    if (whole) {
+      Vector us[Wide::kVectors], gates[Wide::kVectors];
+#pragma unroll
+      for (int k = 0; k < Wide::kVectors; ++k) {
+        us[k] = load_global(
+            reinterpret_cast<const Vector*>(u + k * wide.next_t() * backward * p.u.time));
+        if (z)
+          gates[k] = load_global(
+              reinterpret_cast<const Vector*>(z + k * wide.next_t() * backward * p.z.time));
+      }
+      const int t = wide.t(), c = wide.channel();
+#pragma unroll
+      for (int k = 0; k < Wide::kVectors; ++k) {
+        const Shared<Four> from = slots + ((t + k * wide.next_t()) * kSlots + wide.slot(c / 2));
+        R y[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; j += 4) {
+          const Four D = (skip + c).template view<Four>().load(j / 4);
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            const Four parts = from.load((j + i) / 2 * (kSlots / (kVector / 2)));
+            y[j + i] =
+                fused(D.x[i], us[k].widen(j + i), parts.x[0] + parts.x[2]);
+            y[j + i + 1] =
+                fused(D.x[i + 1], us[k].widen(j + i + 1), parts.x[1] + parts.x[3]);
+          }
+        }
+        if (z) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) y[j] = y[j] * silu(gates[k].widen(j));
+        }
+        store_global(
+            reinterpret_cast<Vector*>(out + k * wide.next_t() * backward * p.out.time),
+            Vector::narrow(y));
+      }
+      delta += kScanTile * backward * p.delta.time, u += kScanTile * backward * p.u.time;
+      if (z) z += kScanTile * backward * p.z.time;
+      out += kScanTile * backward * p.out.time;
+    } else {
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      ScanCursor<const S> u(p.u, p, row, token, d0, items), z(p.z, p, row, token, d0, items);
+      ScanCursor<S> out(p.out, p, row, token, d0, items);
+      int t = items.t, c = items.column;
+#pragma unroll 1
+      for (int i = 0; i < items.count; i += kScanAhead) {
+        R x[kScanAhead], gate[kScanAhead];
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
+          x[k] = u.load(in), gate[k] = z.load(in && z.any);
+          u.advance(), z.advance();
+        }
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          if (t < count && c < channels) {
+            const Four parts = slots.load(t * kSlots + wide.slot(c / 2));
+            const R sum = c % 2 ? parts.x[1] + parts.x[3] : parts.x[0] + parts.x[2];
+            R y = fused(skip.load(c), x[k], sum);
+            if (z.any) y = y * silu(gate[k]);
+            out.store(y);
+          }
+          t += items.t_next, c += items.column_next;
+          out.advance();
+        }
+      }
+    }
+    token += kScanTile * backward;
+    coefficient += kScanTile * coefficient_time;
+  }
+  if (block.segment() == q.segments - 1)
+    store(ScanStates<R, void*>(p.final_state, kStates), row);
 }
 
 // Thread by thread a state of a row: from what segments do, the state that reaches each of them.

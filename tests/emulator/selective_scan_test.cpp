@@ -10,9 +10,11 @@ namespace torch_ext::cuda {
 // What the drivers above leave to chance: so many blocks fill a GPU, and so many steps a segment has at least.
 void force_segments(bool many) {
   scan_enough_blocks = many ? 1000 : 1, scan_least_steps = many ? 1 : kScanLeastSteps;
+  scan_enough_wide_blocks = 1;
 }
 void leave_segments() {
   scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps;
+  scan_enough_wide_blocks = kScanEnoughBlocks;
 }
 } // namespace torch_ext::cuda
 
@@ -120,18 +122,28 @@ TEST_P(ScanKernels, StatePool) {
       pick(random, std::vector<int64_t>{3, 16}), run_cuda<SelectiveScanForward>));
 }
 
-// As many channels as a block has, and whole tiles of them.
+// As many channels as a block has, and whole tiles of them: what nearly all calls are, in either layout, and other options.
 TEST_P(ScanKernels, WholeTiles) {
   if (dtype() != DType::f32 && dtype() != DType::bf16) GTEST_SKIP() << "the same for all";
   Random random;
-  Problem3 p = draw_problem(random, dtype(), 1, 35, GetParam().segments ? 64 : 128, 16, 1);
+  const bool usual = GetParam().order != Options::random;
+  Problem3 p = draw_problem(
+      random, dtype(), 1, 35, GetParam().segments && !usual ? 64 : 128, 16, 1);
   p.cu_seqlens.clear();
-  p = reshaped(random, p);
-  if (GetParam().order != Options::random) { // neither B nor C is constant
-    for (Dense* x : {&p.B, &p.C})
-      *x = draw(
-          random, types_of(dtype()).per_token, {1, 35, 1, 16}, [&] { return random.normal(); });
+  const Types types = types_of(dtype());
+  if (usual) {
+    p.order = GetParam().order == Options::forward && !GetParam().segments ? kTimeInside : kNatural;
+    p.softplus = true;
+    p.z = draw(random, types.time, {1, 35, 128}, [&] { return random.normal(); });
   }
+  p = reshaped(random, p);
+  if (usual) { // neither B nor C is constant
+    for (Dense* x : {&p.B, &p.C})
+      *x = draw(random, types.per_token, {1, 35, 1, 16}, [&] { return random.normal(); });
+  }
+  ASSERT_NO_FATAL_FAILURE(check(p));
+  if (GetParam().order != Options::reversed) return;
+  for (int64_t d = 0; d < 128; d += 2) p.A(d, d % 16) = 0.01; // a state that grows
   ASSERT_NO_FATAL_FAILURE(check(p));
 }
 
