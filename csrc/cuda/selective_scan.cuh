@@ -817,60 +817,73 @@ struct alignas(sizeof(S) * kCount) ScanVector {
 };
 
 // Where a tile's (step, channel) elements lie, for 16 states, B and C per token and one sequence per row. A thread loads
-// 16 bytes that lie side by side, along channels or along time. Two channels share 16 bytes of shared memory, a slot: first
-// time steps and inputs, then y. Slots are in such an order that what threads write at once falls on all banks.
-template <class Types>
+// 16 bytes that lie side by side, of one step. kShare channels share 16 bytes of shared memory, a slot, for what goes into the
+// steps and then for what comes out. Slots are in such an order that what threads write at once falls on all banks.
+template <class Types, int kShare>
 struct ScanWide {
   using S = typename Types::S;
   using R = typename Types::R;
   static constexpr int kStates = 16, kVector = 16 / int(sizeof(S));
-  static constexpr int kChannels = kScanThreads, kLogChannels = 7, kSlots = kChannels / 2,
-                       kLogSlots = kLogChannels - 1;
+  static constexpr int kChannels = kScanThreads, kLogChannels = 7, kSlots = kChannels / kShare;
   static constexpr int kVectors = kScanTile * kChannels / kVector / kScanThreads; // of a thread
+  static constexpr int kRows = kScanTile / kVectors; // steps that all threads load at once
+  static constexpr int kAhead = kVectors < 2 ? kVectors : 2; // vectors on their way at once
+  static constexpr int kSlotVectors = kVector / kShare, kNextSlot = kSlots / kSlotVectors;
   static_assert(1 << kLogChannels == kChannels && kScanTile % kVector == 0);
   using Vector = ScanVector<S, kVector>;
 
-  bool along_time;
-  int log_group; // pairs of a vector's channels
-  TORCH_EXT_DEVICE explicit ScanWide(bool time)
-      : along_time(time), log_group(time ? 0 : kVector == 8 ? 2 : 1) {}
-  TORCH_EXT_DEVICE int slot(int pair) const {
-    return (pair & ((1 << log_group) - 1)) << (kLogSlots - log_group) | pair >> log_group;
+  TORCH_EXT_DEVICE static int slot_of(int channel) {
+    return channel / kShare % kSlotVectors * kNextSlot + channel / kVector;
   }
-  TORCH_EXT_DEVICE int pair(int slot) const {
-    const int shift = kLogSlots - log_group;
-    return (slot & ((1 << shift) - 1)) << log_group | slot >> shift;
+  TORCH_EXT_DEVICE static int channel_of(int slot) {
+    return (slot % kNextSlot * kSlotVectors + slot / kNextSlot) * kShare;
   }
-  // A thread's first vector, and how far it is from one to the next.
-  TORCH_EXT_DEVICE int t() const {
-    const int i = int(threadIdx.x);
-    return along_time ? i % (kScanTile / kVector) * kVector : i / (kChannels / kVector);
+  // Where a thread's vector lies. Its slots are kNextSlot apart.
+  TORCH_EXT_DEVICE static int row(int vector) {
+    return int(threadIdx.x) / (kChannels / kVector) + vector * kRows;
   }
-  TORCH_EXT_DEVICE int channel() const {
-    const int i = int(threadIdx.x);
-    return along_time ? i / (kScanTile / kVector) : i % (kChannels / kVector) * kVector;
+  TORCH_EXT_DEVICE static int channel() {
+    return int(threadIdx.x) % (kChannels / kVector) * kVector;
   }
-  TORCH_EXT_DEVICE int next_t() const {
-    return along_time ? 0 : kScanThreads / (kChannels / kVector);
-  }
-  TORCH_EXT_DEVICE int next_channel() const {
-    return along_time ? kScanThreads / (kScanTile / kVector) : 0;
-  }
-  // Can an array of a whole block be loaded so?
+  // Can an array be loaded so, from this channel on?
   template <class Data>
-  TORCH_EXT_DEVICE bool fits(
-      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t d0) const {
-    if (!x.data) return true;
-    const int64_t side = along_time ? x.time : x.channel, other = along_time ? x.channel : x.time;
-    return side == 1 && other % kVector == 0 && x.sequence % kVector == 0 &&
-           reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0 * x.channel) % 16 == 0 &&
-           !(along_time && p.reverse);
+  TORCH_EXT_DEVICE static bool fits(const OverTime<Data>& x, int64_t d0) {
+    constexpr int64_t kMost = 1 << 24; // of a stride, for offsets of 32 bits inside a tile
+    return !x.data || (x.channel == 1 && x.time % kVector == 0 && x.sequence % kVector == 0 &&
+                       x.time < kMost && x.time > -kMost &&
+                       reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0) % 16 == 0);
   }
+};
+// A thread's vectors of an array.
+template <class Wide, class Data>
+struct ScanVectors {
+  using S = typename Wide::S;
+  using Vector = typename Wide::Vector;
+  using Number = std::conditional_t<std::is_const_v<std::remove_pointer_t<Data>>, const S, S>;
+  Number* at = nullptr;
+  int row = 0;
+  ScanVectors() = default;
+  TORCH_EXT_DEVICE ScanVectors(
+      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t sequence, int64_t token,
+      int64_t d0, bool use) {
+    const int direction = p.reverse ? -1 : 1;
+    row = int(x.time) * (Wide::kRows * direction);
+    if (use && x.data)
+      at = static_cast<Number*>(x.data) + sequence * x.sequence +
+           (token + Wide::row(0) * direction) * x.time + d0 + Wide::channel();
+  }
+  TORCH_EXT_DEVICE Vector load(int k) const {
+    return load_global(reinterpret_cast<const Vector*>(at + k * row));
+  }
+  TORCH_EXT_DEVICE void store(int k, Vector x) const {
+    store_global(reinterpret_cast<Vector*>(at + k * row), x);
+  }
+  TORCH_EXT_DEVICE void next_tile(int tiles) { at += tiles * Wide::kVectors * row; }
 };
 
 template <class Types>
 TORCH_EXT_HOST_DEVICE int scan_wide_shared() {
-  using Wide = ScanWide<Types>;
+  using Wide = ScanWide<Types, 2>;
   return 2 * kScanTile * Wide::kStates * int(sizeof(float)) + kScanTile * Wide::kSlots * 16 +
          2 * Wide::kChannels * int(sizeof(float)) + int(ScanBlock::kWords) * int(sizeof(int64_t));
 }
@@ -881,7 +894,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     selective_scan_wide_kernel(const SelectiveScanForward p, const ScanPlan q) {
   using S = typename Types::S;
   using R = typename Types::R;
-  using Wide = ScanWide<Types>;
+  using Wide = ScanWide<Types, 2>;
   using Vector = typename Wide::Vector;
   using Four = Pack<R>;
   static_assert(Four::kSize == 4);
@@ -905,10 +918,9 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     };
     bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
   }
-  const Wide wide(runs_along_time(p.delta));
-  const bool vectors = !wide.along_time && channels == Wide::kChannels && wide.fits(p.u, p, d0) &&
-                       wide.fits(p.delta, p, d0) && wide.fits(p.z, p, d0) &&
-                       wide.fits(p.out, p, d0);
+  const bool along_time = runs_along_time(p.delta);
+  const bool vectors = channels == Wide::kChannels && Wide::fits(p.u, d0) &&
+                       Wide::fits(p.delta, d0) && Wide::fits(p.z, d0) && Wide::fits(p.out, d0);
   const auto fits = [&](const Coefficient<const void*>& x) {
     return x.state == 1 && x.time % 4 == 0 && x.sequence % 4 == 0 && x.group % 4 == 0 &&
            reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
@@ -920,18 +932,11 @@ __global__ void __launch_bounds__(kScanThreads, 4)
                 steps = left < q.segment_steps ? left : q.segment_steps;
   const int backward = p.reverse ? -1 : 1;
   int64_t token = p.reverse ? p.num_steps - 1 - begin : begin;
-  const auto start = [&](const auto& x) {
-    return x.sequence * row + (token + wide.t() * backward) * x.time +
-           (d0 + wide.channel()) * x.channel;
-  };
-  const S *delta = nullptr, *u = nullptr, *z = nullptr, *coefficient = nullptr;
-  S* out = nullptr;
-  if (vectors) {
-    delta = static_cast<const S*>(p.delta.data) + start(p.delta);
-    u = static_cast<const S*>(p.u.data) + start(p.u);
-    if (p.z.data) z = static_cast<const S*>(p.z.data) + start(p.z);
-    out = static_cast<S*>(p.out.data) + start(p.out);
-  }
+  using Read = ScanVectors<Wide, const void*>;
+  Read delta(p.delta, p, row, token, d0, vectors), u(p.u, p, row, token, d0, vectors),
+      z(p.z, p, row, token, d0, vectors);
+  ScanVectors<Wide, void*> out(p.out, p, row, token, d0, vectors);
+  const S* coefficient = nullptr;
   // Half of the threads load B, and half C: four states each.
   const bool loads_C = thread >= kScanThreads / 2;
   const int coefficient_t = thread % (kScanThreads / 2) / 4, coefficient_n = thread % 4 * 4;
@@ -947,7 +952,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     });
 
   // ---- states ----
-  const int half = thread & 1, my_slot = thread >> 1, c0 = 2 * wide.pair(my_slot);
+  const int half = thread & 1, my_slot = thread >> 1, c0 = Wide::channel_of(my_slot);
   R A[2][8], h[2][8];
   const auto load = [&](R(*to)[8], const auto& from, int64_t r) {
 #pragma unroll
@@ -1024,45 +1029,45 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     for (int i = 0; i < kSteps; ++i) ys.store(i * kSlots * 2, y[i]);
   };
 
+  int tiles = int((steps + kScanTile - 1) / kScanTile);
+  const int last_count = int(steps - int64_t(tiles - 1) * kScanTile);
   block_sync();
 #pragma unroll 1
-  for (int64_t into = 0; into < steps; into += kScanTile) {
-    const int count = steps - into < kScanTile ? int(steps - into) : kScanTile;
+  for (; tiles > 0; --tiles) {
+    const int count = tiles == 1 ? last_count : kScanTile;
     const bool whole = vectors && count == kScanTile;
     if (whole) {
-      Vector deltas[Wide::kVectors], us[Wide::kVectors];
+      const int c = Wide::channel();
+#pragma unroll 1
+      for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
+        Vector deltas[Wide::kAhead], us[Wide::kAhead];
 #pragma unroll
-      for (int k = 0; k < Wide::kVectors; ++k) {
-        deltas[k] = load_global(
-            reinterpret_cast<const Vector*>(delta + k * wide.next_t() * backward * p.delta.time));
-        us[k] = load_global(
-            reinterpret_cast<const Vector*>(u + k * wide.next_t() * backward * p.u.time));
-      }
-      const int t = wide.t(), c = wide.channel();
-      R dt[kVector];
+        for (int k = 0; k < Wide::kAhead; ++k)
+          deltas[k] = delta.load(first + k), us[k] = u.load(first + k);
 #pragma unroll
-      for (int k = 0; k < Wide::kVectors; ++k) {
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          R dt[kVector];
 #pragma unroll
-        for (int j = 0; j < kVector; j += 4) {
-          const Four b = (bias + c).template view<Four>().load(j / 4);
+          for (int j = 0; j < kVector; j += 4) {
+            const Four b = (bias + c).template view<Four>().load(j / 4);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) dt[j + i] = deltas[k].widen(j + i) + b.x[i];
+            for (int i = 0; i < 4; ++i) dt[j + i] = deltas[k].widen(j + i) + b.x[i];
+          }
+          if (p.delta_softplus) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
+          }
+          const Shared<Four> to = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
+#pragma unroll
+          for (int j = 0; j < kVector; j += 2)
+            to.store(
+                j / 2 * Wide::kNextSlot, {dt[j], dt[j] * us[k].widen(j), dt[j + 1],
+                                          dt[j + 1] * us[k].widen(j + 1)});
         }
-        if (p.delta_softplus) {
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
-        }
-        const Shared<Four> to = slots + ((t + k * wide.next_t()) * kSlots + wide.slot(c / 2));
-#pragma unroll
-        for (int j = 0; j < kVector / 2; ++j)
-          to.store(
-              j * (kSlots / (kVector / 2)),
-              {dt[2 * j], dt[2 * j] * us[k].widen(2 * j), dt[2 * j + 1],
-               dt[2 * j + 1] * us[k].widen(2 * j + 1)});
       }
     } else {
       block_sync(); // all have read what stands in shared memory
-      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      const ScanItems items(Wide::kLogChannels, along_time);
       ScanCursor<const S> delta(p.delta, p, row, token, d0, items),
           u(p.u, p, row, token, d0, items);
       int t = items.t, c = items.column;
@@ -1079,7 +1084,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
         for (int k = 0; k < kScanAhead; ++k) {
           const R dt =
               t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
-          (slots + (t * kSlots + wide.slot(c / 2))).template view<Two>().store(
+          (slots + (t * kSlots + Wide::slot_of(c))).template view<Two>().store(
               c % 2, {dt, dt * input[k]});
           t += items.t_next, c += items.column_next;
         }
@@ -1123,45 +1128,40 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     }
     block_sync();
     if (whole) {
-      Vector us[Wide::kVectors], gates[Wide::kVectors];
+      const int c = Wide::channel();
+#pragma unroll 1
+      for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
+        Vector us[Wide::kAhead], gates[Wide::kAhead];
 #pragma unroll
-      for (int k = 0; k < Wide::kVectors; ++k) {
-        us[k] = load_global(
-            reinterpret_cast<const Vector*>(u + k * wide.next_t() * backward * p.u.time));
-        if (z)
-          gates[k] = load_global(
-              reinterpret_cast<const Vector*>(z + k * wide.next_t() * backward * p.z.time));
-      }
-      const int t = wide.t(), c = wide.channel();
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          us[k] = u.load(first + k);
+          if (z.at) gates[k] = z.load(first + k);
+        }
 #pragma unroll
-      for (int k = 0; k < Wide::kVectors; ++k) {
-        const Shared<Four> from = slots + ((t + k * wide.next_t()) * kSlots + wide.slot(c / 2));
-        R y[kVector];
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          const Shared<Four> from = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
+          R y[kVector];
 #pragma unroll
-        for (int j = 0; j < kVector; j += 4) {
-          const Four D = (skip + c).template view<Four>().load(j / 4);
+          for (int j = 0; j < kVector; j += 4) {
+            const Four D = (skip + c).template view<Four>().load(j / 4);
 #pragma unroll
-          for (int i = 0; i < 4; i += 2) {
-            const Four parts = from.load((j + i) / 2 * (kSlots / (kVector / 2)));
-            y[j + i] =
-                fused(D.x[i], us[k].widen(j + i), parts.x[0] + parts.x[2]);
-            y[j + i + 1] =
-                fused(D.x[i + 1], us[k].widen(j + i + 1), parts.x[1] + parts.x[3]);
+            for (int i = 0; i < 4; i += 2) {
+              const Four parts = from.load((j + i) / 2 * Wide::kNextSlot);
+              y[j + i] = fused(D.x[i], us[k].widen(j + i), parts.x[0] + parts.x[2]);
+              y[j + i + 1] = fused(D.x[i + 1], us[k].widen(j + i + 1), parts.x[1] + parts.x[3]);
+            }
           }
-        }
-        if (z) {
+          if (z.at) {
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) y[j] = y[j] * silu(gates[k].widen(j));
+            for (int j = 0; j < kVector; ++j) y[j] = y[j] * silu(gates[k].widen(j));
+          }
+          out.store(first + k, Vector::narrow(y));
         }
-        store_global(
-            reinterpret_cast<Vector*>(out + k * wide.next_t() * backward * p.out.time),
-            Vector::narrow(y));
       }
-      delta += kScanTile * backward * p.delta.time, u += kScanTile * backward * p.u.time;
-      if (z) z += kScanTile * backward * p.z.time;
-      out += kScanTile * backward * p.out.time;
+      delta.next_tile(1), u.next_tile(1), out.next_tile(1);
+      if (z.at) z.next_tile(1);
     } else {
-      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      const ScanItems items(Wide::kLogChannels, along_time);
       ScanCursor<const S> u(p.u, p, row, token, d0, items), z(p.z, p, row, token, d0, items);
       ScanCursor<S> out(p.out, p, row, token, d0, items);
       int t = items.t, c = items.column;
@@ -1177,7 +1177,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
           if (t < count && c < channels) {
-            const Four parts = slots.load(t * kSlots + wide.slot(c / 2));
+            const Four parts = slots.load(t * kSlots + Wide::slot_of(c));
             const R sum = c % 2 ? parts.x[1] + parts.x[3] : parts.x[0] + parts.x[2];
             R y = fused(skip.load(c), x[k], sum);
             if (z.any) y = y * silu(gate[k]);
