@@ -850,7 +850,7 @@ struct ScanWide {
   TORCH_EXT_DEVICE static bool fits(const OverTime<Data>& x, int64_t d0) {
     constexpr int64_t kMost = 1 << 24; // of a stride, for offsets of 32 bits inside a tile
     return !x.data || (x.channel == 1 && x.time % kVector == 0 && x.sequence % kVector == 0 &&
-                       x.time < kMost && x.time > -kMost &&
+                       kMost > x.time && kMost > -x.time &&
                        reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0) % 16 == 0);
   }
 };
@@ -867,9 +867,9 @@ struct ScanVectors {
       const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t sequence, int64_t token,
       int64_t d0, bool use) {
     const int direction = p.reverse ? -1 : 1;
+    if (!use || !x.data) return;
     row = int(x.time) * (Wide::kRows * direction);
-    if (use && x.data)
-      at = static_cast<Number*>(x.data) + sequence * x.sequence +
+    at = static_cast<Number*>(x.data) + sequence * x.sequence +
            (token + Wide::row(0) * direction) * x.time + d0 + Wide::channel();
   }
   TORCH_EXT_DEVICE Vector load(int k) const {
