@@ -64,14 +64,7 @@ struct ScanDriver {
       return q;
     }
     cut_time(q, p);
-    if (!kHasPlain || p.cu_seqlens || p.B.constant || p.C.constant || p.num_states != 16) return q;
-    // Half as many blocks for the same work: are they enough, and is nothing done twice for them?
-    ScanPlan wide = q;
-    spread_channels(wide, p, 2);
-    cut_time(wide, p);
-    wide.wide = blocks(wide, p, wide.segments) >= scan_enough_wide_blocks &&
-                (wide.segments == 1 || q.segments > 1);
-    return wide.wide ? wide : q;
+    return wide_or(q, p, 2);
   }
   static ScanPlan plan(const Backward& p) {
     ScanPlan q = basic(p);
@@ -84,7 +77,18 @@ struct ScanDriver {
     while (turns > 1 && (blocks(q, p) < scan_enough_blocks || shared() > kScanMostShared))
       spread_channels(q, p, turns /= 2);
     cut_time(q, p);
-    return q;
+    return wide_or(q, p, kScanMostTurns);
+  }
+  // The plan of the kernels for what nearly all calls are, where there is one: it has fewer blocks for the same work. Are they
+  // enough, and is nothing done twice to have them?
+  static ScanPlan wide_or(const ScanPlan& q, const SelectiveScanProblem& p, int turns) {
+    if (!kHasPlain || p.cu_seqlens || p.B.constant || p.C.constant || p.num_states != 16) return q;
+    ScanPlan wide = q;
+    spread_channels(wide, p, turns);
+    cut_time(wide, p);
+    wide.wide = blocks(wide, p, wide.segments) >= scan_enough_wide_blocks &&
+                (wide.segments == 1 || q.segments > 1);
+    return wide.wide ? wide : q;
   }
   // Of the kernel that finds what segments do from zero.
   static ScanPlan effect_plan(ScanPlan q, const SelectiveScanProblem& p) {
@@ -191,17 +195,20 @@ struct ScanDriver {
             selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states,
             stream, p, q);
       }
-      const auto backward = [&](auto kernel) {
-        launch(
-            kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
-            scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
+      const auto backward = [&](auto kernel, int shared) {
+        launch(kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads, shared, stream, p, q);
       };
+      const int shared = scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes;
       bool plain = false;
       if constexpr (kHasPlain) {
         plain = q.passes == 1 && !p.B.constant && !p.C.constant;
-        if (plain) backward(selective_scan_backward_kernel<Types, true>);
+        if (q.wide)
+          backward(
+              selective_scan_wide_backward_kernel<Types>, ScanWideBackward<Types>::kBytes);
+        else if (plain)
+          backward(selective_scan_backward_kernel<Types, true>, shared);
       }
-      if (!plain) backward(selective_scan_backward_kernel<Types, false>);
+      if (!plain) backward(selective_scan_backward_kernel<Types, false>, shared);
       if (q.by_token)
         for_all(
             selective_scan_tokens_kernel<Types>, q.rows * p.num_steps * p.num_groups * p.num_states,

@@ -60,7 +60,7 @@ struct ScanPlan {
   int log_lanes = 0; // lanes of a channel: a power of two
   int passes = 1;    // over a channel's states, so many at a time as its lanes hold
   int turns = 1;     // backward: the block's channels at a time
-  bool wide = false; // forward: two channels for each lane
+  bool wide = false; // the kernels for what nearly all calls are
   int channels = 0;  // of a block: a power of two, and no more than it has threads
   int log_channels = 0;
   int64_t interval = 0; // between kept states
@@ -783,11 +783,15 @@ struct Falling {
   friend TORCH_EXT_DEVICE Falling scaled(float x, Falling y) { return {x * y.x}; }
 };
 template <bool kFalls>
-TORCH_EXT_DEVICE float next_state(float time_step, float input, float A, float B, float h) {
-  if constexpr (kFalls)
-    return scan_step(time_step, input, Falling{A}, Falling{B}, Falling{h}).h.x;
-  else
-    return scan_step(time_step, input, A, B, h).h;
+TORCH_EXT_DEVICE ScanStep<float, float> next_state(
+    float time_step, float input, float A, float B, float h) {
+  if constexpr (kFalls) {
+    const ScanStep<float, Falling> s =
+        scan_step(time_step, input, Falling{A}, Falling{B}, Falling{h});
+    return {s.decay.x, s.h.x};
+  } else {
+    return scan_step(time_step, input, A, B, h);
+  }
 }
 
 // Elements that lie side by side in memory. 16-bit ones are kept as words, of which registers are made.
@@ -881,6 +885,51 @@ struct ScanVectors {
   TORCH_EXT_DEVICE void next_tile(int tiles) { at += tiles * Wide::kVectors * row; }
 };
 
+// A tile of B and C into shared memory, (step, state). Half of the threads load B, and half C: four states each.
+template <class Types>
+struct ScanWideCoefficients {
+  using S = typename Types::S;
+  using R = typename Types::R;
+  const S* at = nullptr; // null: they do not lie so
+  int64_t time;
+  TORCH_EXT_DEVICE static bool loads_C() { return int(threadIdx.x) >= kScanThreads / 2; }
+  TORCH_EXT_DEVICE static int item() { return int(threadIdx.x) % (kScanThreads / 2); }
+  TORCH_EXT_DEVICE ScanWideCoefficients(
+      const SelectiveScanProblem& p, int64_t row, int64_t group, int64_t token) {
+    const int direction = p.reverse ? -1 : 1;
+    const auto fits = [](const Coefficient<const void*>& x) {
+      return x.state == 1 && x.time % 4 == 0 && x.sequence % 4 == 0 && x.group % 4 == 0 &&
+             reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
+    };
+    const auto start = [&](const Coefficient<const void*>& x) {
+      time = x.time * direction;
+      return static_cast<const S*>(x.data) + row * x.sequence + group * x.group +
+             token * x.time + item() / 4 * time + item() % 4 * 4;
+    };
+    if (!fits(p.B) || !fits(p.C)) return;
+    if (loads_C())
+      at = start(p.C);
+    else
+      at = start(p.B);
+  }
+  TORCH_EXT_DEVICE void stage(
+      const SelectiveScanProblem& p, int64_t row, int64_t group, int64_t token, int count,
+      Shared<R> B, Shared<R> C) const {
+    if (at && count == kScanTile) {
+      const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(at));
+      (loads_C() ? C : B)
+          .template view<Pack<R>>()
+          .store(item(), {x.widen(0), x.widen(1), x.widen(2), x.widen(3)});
+    } else {
+      ScanCoefficient<Types>{p.B, B}.stage(p, row, token, count, group, 0, 4);
+      ScanCoefficient<Types>{p.C, C}.stage(p, row, token, count, group, 0, 4);
+    }
+  }
+  TORCH_EXT_DEVICE void advance(int steps) {
+    if (at) at += steps * time;
+  }
+};
+
 template <class Types>
 TORCH_EXT_HOST_DEVICE int scan_wide_shared() {
   using Wide = ScanWide<Types, 2>;
@@ -921,12 +970,6 @@ __global__ void __launch_bounds__(kScanThreads, 4)
   const bool along_time = runs_along_time(p.delta);
   const bool vectors = channels == Wide::kChannels && Wide::fits(p.u, d0) &&
                        Wide::fits(p.delta, d0) && Wide::fits(p.z, d0) && Wide::fits(p.out, d0);
-  const auto fits = [&](const Coefficient<const void*>& x) {
-    return x.state == 1 && x.time % 4 == 0 && x.sequence % 4 == 0 && x.group % 4 == 0 &&
-           reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
-  };
-  const bool coefficient_vectors = fits(p.B) && fits(p.C);
-
   // ---- where the segment lies ----
   const int64_t begin = block.segment() * q.segment_steps, left = p.num_steps - begin,
                 steps = left < q.segment_steps ? left : q.segment_steps;
@@ -936,20 +979,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
   Read delta(p.delta, p, row, token, d0, vectors), u(p.u, p, row, token, d0, vectors),
       z(p.z, p, row, token, d0, vectors);
   ScanVectors<Wide, void*> out(p.out, p, row, token, d0, vectors);
-  const S* coefficient = nullptr;
-  // Half of the threads load B, and half C: four states each.
-  const bool loads_C = thread >= kScanThreads / 2;
-  const int coefficient_t = thread % (kScanThreads / 2) / 4, coefficient_n = thread % 4 * 4;
-  const auto of_coefficient = [&](auto member) {
-    return loads_C ? member(p.C) : member(p.B);
-  };
-  const int64_t coefficient_time =
-      of_coefficient([](const Coefficient<const void*>& x) { return x.time; }) * backward;
-  if (coefficient_vectors)
-    coefficient = of_coefficient([&](const Coefficient<const void*>& x) {
-      return static_cast<const S*>(x.data) + row * x.sequence + block.group() * x.group +
-             (token + coefficient_t * backward) * x.time + coefficient_n;
-    });
+  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token);
 
   // ---- states ----
   const int half = thread & 1, my_slot = thread >> 1, c0 = Wide::channel_of(my_slot);
@@ -1017,7 +1047,8 @@ __global__ void __launch_bounds__(kScanThreads, 4)
           for (int j = 0; j < 4; ++j) {
             R& state = h[c][v * 4 + j];
             state = next_state<kFalls>(
-                item.x[2 * c], item.x[2 * c + 1], A[c][v * 4 + j], b.x[j], state);
+                        item.x[2 * c], item.x[2 * c + 1], A[c][v * 4 + j], b.x[j], state)
+                        .h;
             y[i].x[c] = add_real(state, cc.x[j], y[i].x[c]);
           }
         }
@@ -1090,18 +1121,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
         }
       }
     }
-    if (coefficient_vectors && count == kScanTile) {
-      const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(coefficient));
-      (loads_C ? Cs : Bs)
-          .template view<Four>()
-          .store(
-              coefficient_t * 4 + coefficient_n / 4,
-              {x.widen(0), x.widen(1), x.widen(2), x.widen(3)});
-    } else {
-      for (const bool of_C : {false, true})
-        ScanCoefficient<Types>{of_C ? p.C : p.B, of_C ? Cs : Bs}.stage(
-            p, row, token, count, block.group(), 0, 4);
-    }
+    coefficients.stage(p, row, block.group(), token, count, Bs, Cs);
     if (kept) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -1189,7 +1209,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       }
     }
     token += kScanTile * backward;
-    coefficient += kScanTile * coefficient_time;
+    coefficients.advance(kScanTile);
   }
   if (block.segment() == q.segments - 1)
     store(ScanStates<R, void*>(p.final_state, kStates), row);
@@ -1727,6 +1747,424 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     };
     put(0, kGradA);
     if (constant) put(1, kGradB), put(2, kGradC);
+  });
+}
+
+// ---- backward, as nearly all calls are ----
+
+// Shared memory, in bytes from its start.
+template <class Types>
+struct ScanWideBackward {
+  using Wide = ScanWide<Types, 1>;
+  static constexpr int kLanes = 4, kTurns = Wide::kChannels * kLanes / kScanThreads;
+  static constexpr int kCoefficient = kScanTile * Wide::kStates * 4,
+                       kPerThread = kTurns * kScanThreads * 16;
+  static constexpr int kB = 0, kC = kB + kCoefficient, kSlots = kC + kCoefficient,
+                       kA = kSlots + kScanTile * Wide::kSlots * 16,
+                       kGradH = kA + Wide::kChannels * Wide::kStates * 4,
+                       kGradA = kGradH + kPerThread, kWarps = kGradA + kPerThread,
+                       kBias = kWarps + kScanWarps * 2 * kScanHalf * Wide::kStates * 4,
+                       kSkip = kBias + Wide::kChannels * 4, kPlace = kSkip + Wide::kChannels * 4,
+                       kBytes = kPlace + int(ScanBlock::kWords) * 8;
+};
+
+// Four lanes share a channel, and a block's channels come in four turns.
+template <class Types>
+__global__ void __launch_bounds__(kScanThreads, 2)
+    selective_scan_wide_backward_kernel(const SelectiveScanBackward p, const ScanPlan q) {
+  using S = typename Types::S;
+  using R = typename Types::R;
+  using At = ScanWideBackward<Types>;
+  using Wide = typename At::Wide;
+  using Vector = typename Wide::Vector;
+  using Four = Pack<R>;
+  static_assert(Four::kSize == 4);
+  struct alignas(8) Two {
+    R x[2];
+  };
+  constexpr int kStates = Wide::kStates, kSlots = Wide::kSlots, kVector = Wide::kVector,
+                kHalf = kScanHalf, kLanes = At::kLanes, kAtOnce = kScanThreads / kLanes;
+  const int thread = int(threadIdx.x), my_lane = thread % kLanes;
+  const Shared<R> Bs = shared_memory<R>(At::kB), Cs = shared_memory<R>(At::kC),
+                  bias = shared_memory<R>(At::kBias), skip = shared_memory<R>(At::kSkip),
+                  warps = shared_memory<R>(At::kWarps);
+  // Of a slot: time step, input, gradient of y; then time step, gradient of the input, gradient of the time step through the
+  // decays, y; and in the end a channel's sums of the gradients of D and the bias.
+  const Shared<Four> slots = shared_memory<Four>(At::kSlots);
+  const Shared<Four> packs_of_A = shared_memory<Four>(At::kA) + thread,
+                     own_h = shared_memory<Four>(At::kGradH) + thread,
+                     own_A = shared_memory<Four>(At::kGradA) + thread;
+  const ScanBlock block(p, q, q.segments, shared_memory<int64_t>(At::kPlace));
+  const int64_t d0 = block.d0(), row = block.row(),
+                part = row * q.segments + block.segment();
+  const int channels = block.channels();
+  const bool in_block = thread < channels;
+  {
+    const auto get = [&](const OverChannels<const void*>& x) {
+      return in_block && x.data
+                 ? load_global(static_cast<const R*>(x.data) + (d0 + thread) * x.channel)
+                 : R(0);
+    };
+    bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
+  }
+  // ---- what a lane has of each turn's channel ----
+  const auto slot_of_turn = [&](int turn) { return turn * kAtOnce + thread / kLanes; };
+  const auto over_turns = [&](auto f) { // f(turn, channel)
+#pragma unroll 1
+    for (int turn = 0; turn < At::kTurns; ++turn) f(turn, Wide::channel_of(slot_of_turn(turn)));
+  };
+  bool falls = p.delta_softplus;
+  {
+    const ScanStates<R, const void*> A(p.A, kStates), last(p.grad_final_state, kStates);
+    const ScanStates<R, void*> carry = dense_states<R>(q.carry, p.width, kStates);
+    over_turns([&](int turn, int c) {
+      const bool there = c < channels;
+      const Four a = in_octaves(A.load(0, d0 + c, my_lane * 4, there));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) falls = falls && a.x[j] <= R(0);
+      packs_of_A.store(turn * kScanThreads, a);
+      own_A.store(turn * kScanThreads, Four{});
+      own_h.store(
+          turn * kScanThreads, block.segment() == q.segments - 1
+                                   ? last.load(row, d0 + c, my_lane * 4, there)
+                                   : carry.load(part, d0 + c, my_lane * 4, there));
+    });
+  }
+  falls = ballot(~0u, falls) == ~0u;
+
+  // ---- where the segment's last tile lies ----
+  const int64_t begin = block.segment() * q.segment_steps, left = p.num_steps - begin,
+                steps = left < q.segment_steps ? left : q.segment_steps;
+  int tiles = int((steps + kScanTile - 1) / kScanTile);
+  int count = int(steps - int64_t(tiles - 1) * kScanTile);
+  const int direction = p.reverse ? -1 : 1;
+  const int64_t last_step = begin + int64_t(tiles - 1) * kScanTile;
+  int64_t token = p.reverse ? p.num_steps - 1 - last_step : last_step;
+  const bool along_time = runs_along_time(p.delta);
+  const bool vectors = channels == Wide::kChannels && Wide::fits(p.u, d0) &&
+                       Wide::fits(p.delta, d0) && Wide::fits(p.z, d0) &&
+                       Wide::fits(p.grad_out, d0) && Wide::fits(p.grad_u, d0) &&
+                       Wide::fits(p.grad_delta, d0) && Wide::fits(p.grad_z, d0);
+  const bool gate = p.z.data;
+  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token);
+  const R* kept = static_cast<const R*>(p.checkpoints) +
+                  ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) *
+                       p.width +
+                   d0) *
+                      kStates +
+                  my_lane * 4;
+  R of_D = R(0), of_bias = R(0); // sums of the thread-th channel
+
+  block_sync();
+#pragma unroll 1
+  for (; tiles > 0; --tiles, count = kScanTile) {
+    const bool whole = vectors && count == kScanTile;
+    // ---- time steps, inputs, gradients of y ----
+    if (whole) {
+      using Read = ScanVectors<Wide, const void*>;
+      const Read delta(p.delta, p, row, token, d0, true), u(p.u, p, row, token, d0, true),
+          z(p.z, p, row, token, d0, true), grad(p.grad_out, p, row, token, d0, true);
+      const int c = Wide::channel();
+#pragma unroll 1
+      for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
+        Vector deltas[Wide::kAhead], us[Wide::kAhead], gates[Wide::kAhead], grads[Wide::kAhead];
+#pragma unroll
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          deltas[k] = delta.load(first + k), us[k] = u.load(first + k);
+          gates[k] = z.at ? z.load(first + k) : Vector{};
+          grads[k] = grad.at ? grad.load(first + k) : Vector{};
+        }
+#pragma unroll
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          R dt[kVector], g[kVector];
+#pragma unroll
+          for (int j = 0; j < kVector; j += 4) {
+            const Four b = (bias + c).template view<Four>().load(j / 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              dt[j + i] = deltas[k].widen(j + i) + b.x[i];
+              g[j + i] = grads[k].widen(j + i);
+            }
+          }
+          if (p.delta_softplus) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
+          }
+          if (gate) {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) g[j] = g[j] * silu_with_slope(gates[k].widen(j)).value;
+          }
+          const Shared<Four> to = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
+#pragma unroll
+          for (int j = 0; j < kVector; ++j)
+            to.store(j * Wide::kNextSlot, {dt[j], dt[j] * us[k].widen(j), g[j], R(0)});
+        }
+      }
+    } else {
+      const ScanItems items(Wide::kLogChannels, along_time);
+      const auto cursor = [&](const OverTime<const void*>& x) {
+        return ScanCursor<const S>(x, p, row, token, d0, items);
+      };
+      ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
+                          grad = cursor(p.grad_out);
+      int t = items.t, c = items.column;
+#pragma unroll 1
+      for (int i = 0; i < items.count; ++i) {
+        const bool in = t < count && c < channels;
+        const R step = delta.load(in), input = u.load(in), z_here = z.load(in && z.any);
+        R g = grad.load(in && grad.any);
+        if (gate) g = g * silu_with_slope(z_here).value;
+        const R dt = t < count ? time_step(step + bias.load(c), p.delta_softplus) : R(0);
+        slots.store(t * kSlots + Wide::slot_of(c), {dt, dt * input, g, R(0)});
+        delta.advance(), u.advance(), z.advance(), grad.advance();
+        t += items.t_next, c += items.column_next;
+      }
+    }
+    coefficients.stage(p, row, block.group(), token, count, Bs, Cs);
+    block_sync();
+
+    // ---- through the steps, and back ----
+#pragma unroll 1
+    for (int half = (count - 1) / kHalf * kHalf; half >= 0; half -= kHalf) {
+      R grad_B[kHalf * 4], grad_C[kHalf * 4];
+#pragma unroll
+      for (int i = 0; i < kHalf * 4; ++i) grad_B[i] = grad_C[i] = R(0);
+      const auto pass = [&]<bool kFalls>() __attribute__((always_inline)) {
+        const Shared<Four> packs_of_B = Bs.template view<Four>() + my_lane,
+                           packs_of_C = Cs.template view<Four>() + my_lane;
+#pragma unroll 1
+        for (int turn = 0; turn < At::kTurns; ++turn) {
+          const int slot = slot_of_turn(turn);
+          const Four A = packs_of_A.load(turn * kScanThreads);
+          R decays[kHalf][4], states[kHalf + 1][4];
+          {
+            Four h{};
+            const int c = Wide::channel_of(slot);
+            if (c < channels)
+              h = load_global(reinterpret_cast<const Four*>(kept + c * kStates));
+            if (half > 0) {
+#pragma unroll
+              for (int t = 0; t < kHalf; ++t) {
+                const Two x = slots.template view<Two>().load((t * kSlots + slot) * 2);
+                const Four b = packs_of_B.load(t * 4);
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                  h.x[j] = next_state<kFalls>(x.x[0], x.x[1], A.x[j], b.x[j], h.x[j]).h;
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) states[0][j] = h.x[j];
+          }
+          const Shared<Four> items = slots + (half * kSlots + slot), b_at = packs_of_B + half * 4,
+                             c_at = packs_of_C + half * 4;
+#pragma unroll
+          for (int t = 0; t < kHalf; ++t) {
+            const Two x = items.template view<Two>().load(t * kSlots * 2);
+            const Four b = b_at.load(t * 4);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const ScanStep<R, R> s =
+                  next_state<kFalls>(x.x[0], x.x[1], A.x[j], b.x[j], states[t][j]);
+              decays[t][j] = s.decay, states[t + 1][j] = s.h;
+            }
+          }
+          warp_sync(); // what the steps read is loaded again: kept, it would take the registers of the sums
+          Four g = own_h.load(turn * kScanThreads), gA = own_A.load(turn * kScanThreads);
+          R sums[3 * kHalf]; // of the gradient of the input, of the time step; of y
+#pragma unroll
+          for (int t = kHalf - 1; t >= 0; --t) {
+            const Four x = items.load(t * kSlots), b = b_at.load(t * 4), cc = c_at.load(t * 4);
+            ScanSums<R, R> sum{};
+            R y = R(0);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              scan_step_vjp(
+                  x.x[0], x.x[1], A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
+                  states[t + 1][j], x.x[2], g.x[j], gA.x[j], grad_B[t * 4 + j],
+                  grad_C[t * 4 + j], sum);
+              if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
+            }
+            sums[t] = sum.input, sums[kHalf + t] = out_of_octaves(sum.parts);
+            sums[2 * kHalf + t] = y;
+          }
+          own_h.store(turn * kScanThreads, g), own_A.store(turn * kScanThreads, gA);
+          warp_sync(); // all lanes of the channel have read what is written over
+          const auto put = [&](int word) {
+            sum_over_lanes<kHalf>(
+                sums + (word - 1) * kHalf, kLanes / 2, 1, 0, true, [&](int t, R sum) {
+                  items.template view<R>().store(t * kSlots * 4 + word, sum);
+                });
+          };
+          put(1), put(2);
+          if (gate) put(3);
+        }
+      };
+      if (falls)
+        pass.template operator()<true>();
+      else
+        pass.template operator()<false>();
+      // ---- over the channels ----
+      const auto gather = [&](int which, R* v) {
+        sum_over_lanes<kHalf * 4>(v, 32 / kLanes / 2, kLanes, 0, true, [&](int i, R sum) {
+          warps.store(
+              ((warp() * 2 + which) * kHalf + i / 4) * kStates + my_lane * 4 + i % 4, sum);
+        });
+      };
+      gather(0, grad_B), gather(1, grad_C);
+      block_sync();
+      // Half of the threads leave B's, and half C's: two states each.
+      {
+        constexpr int kEach = kHalf * kStates;
+        const int which = thread / (kScanThreads / 2), i = thread % (kScanThreads / 2) * 2;
+        Two sum = (warps + which * kEach).template view<Two>().load(i / 2);
+#pragma unroll
+        for (int w = 1; w < kScanWarps; ++w) {
+          const Two other = (warps + (w * 2 + which) * kEach).template view<Two>().load(i / 2);
+          sum.x[0] = sum.x[0] + other.x[0], sum.x[1] = sum.x[1] + other.x[1];
+        }
+        const int step = half + i / kStates;
+        if (step < count && (which ? p.grad_C.data : p.grad_B.data)) {
+          const int64_t at = row * p.num_steps + token + step * direction;
+          R* const slab = static_cast<R*>(q.by_token) +
+                          (which * q.blocks_per_group + block.block_of_group()) * q.rows *
+                              p.num_steps * p.num_groups * kStates;
+          store_global(
+              reinterpret_cast<Two*>(
+                  slab + (at * p.num_groups + block.group()) * kStates + i % kStates),
+              sum);
+        }
+      }
+      block_sync();
+    }
+
+    // ---- outputs ----
+    if (whole) {
+      using Read = ScanVectors<Wide, const void*>;
+      using Write = ScanVectors<Wide, void*>;
+      const Read delta(p.delta, p, row, token, d0, true), u(p.u, p, row, token, d0, true),
+          z(p.z, p, row, token, d0, true), grad(p.grad_out, p, row, token, d0, true);
+      const Write grad_u(p.grad_u, p, row, token, d0, true),
+          grad_delta(p.grad_delta, p, row, token, d0, true),
+          grad_z(p.grad_z, p, row, token, d0, true);
+      const int c = Wide::channel();
+      Two sums[kVector];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[j] = {};
+#pragma unroll 1
+      for (int k = 0; k < Wide::kVectors; ++k) {
+        const Vector deltas = delta.load(k), us = u.load(k),
+                     gates = z.at ? z.load(k) : Vector{},
+                     grads = grad.at ? grad.load(k) : Vector{};
+        const Shared<Four> from = slots + (Wide::row(k) * kSlots + Wide::slot_of(c));
+        R x[kVector], g[kVector], z_out[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          x[j] = us.widen(j), g[j] = grads.widen(j);
+        if (gate) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) {
+            const Gate<R> silu = silu_with_slope(gates.widen(j));
+            const Four item = from.load(j * Wide::kNextSlot);
+            z_out[j] = g[j] * silu.slope * fused(skip.load(c + j), x[j], item.x[3]);
+            g[j] = g[j] * silu.value;
+          }
+          if (grad_z.at) grad_z.store(k, Vector::narrow(z_out));
+        }
+        R u_out[kVector], delta_out[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; j += 4) {
+          const Four b = (bias + c).template view<Four>().load(j / 4),
+                     D = (skip + c).template view<Four>().load(j / 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const Four item = from.load((j + i) * Wide::kNextSlot);
+            u_out[j + i] = fused(item.x[1], item.x[0], D.x[i] * g[j + i]);
+            delta_out[j + i] = fused(item.x[1], x[j + i], item.x[2]);
+            x[j + i] = g[j + i] * x[j + i];
+            g[j + i] = deltas.widen(j + i) + b.x[i];
+          }
+        }
+        grad_u.store(k, Vector::narrow(u_out));
+        if (p.delta_softplus) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j)
+            delta_out[j] = delta_out[j] * time_step_slope(g[j], true);
+        }
+        grad_delta.store(k, Vector::narrow(delta_out));
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          sums[j].x[0] = sums[j].x[0] + x[j], sums[j].x[1] = sums[j].x[1] + delta_out[j];
+      }
+      const Shared<Two> to =
+          (slots + (Wide::row(0) * kSlots + Wide::slot_of(c))).template view<Two>();
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) to.store(j * Wide::kNextSlot * 2, sums[j]);
+    } else {
+      const ScanItems items(Wide::kLogChannels, along_time);
+      const auto cursor = [&](const OverTime<const void*>& x) {
+        return ScanCursor<const S>(x, p, row, token, d0, items);
+      };
+      const auto output = [&](const OverTime<void*>& x) {
+        return ScanCursor<S>(x, p, row, token, d0, items);
+      };
+      ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
+                          grad = cursor(p.grad_out);
+      ScanCursor<S> grad_u = output(p.grad_u), grad_delta = output(p.grad_delta),
+                    grad_z = output(p.grad_z);
+      int t = items.t, c = items.column;
+#pragma unroll 1
+      for (int i = 0; i < items.count; ++i) {
+        const bool in = t < count && c < channels;
+        Two sum{};
+        if (in) {
+          const Four item = slots.load(t * kSlots + Wide::slot_of(c));
+          const R x = u.load(true), D = skip.load(c);
+          R g = grad.load(grad.any);
+          if (gate) {
+            const Gate<R> silu = silu_with_slope(z.load(true));
+            if (grad_z.any) grad_z.store(g * silu.slope * fused(D, x, item.x[3]));
+            g = g * silu.value;
+          }
+          sum.x[0] = g * x;
+          sum.x[1] = fused(item.x[1], x, item.x[2]) *
+                     time_step_slope(delta.load(true) + bias.load(c), p.delta_softplus);
+          grad_delta.store(sum.x[1]);
+          grad_u.store(fused(item.x[1], item.x[0], D * g));
+        }
+        slots.template view<Two>().store((t * kSlots + Wide::slot_of(c)) * 2, sum);
+        delta.advance(), u.advance(), z.advance(), grad.advance();
+        grad_u.advance(), grad_delta.advance(), grad_z.advance();
+        t += items.t_next, c += items.column_next;
+      }
+    }
+    block_sync();
+    const int rows = whole ? Wide::kRows : kScanTile;
+    const Shared<Two> column = (slots + Wide::slot_of(recomputed(thread))).template view<Two>();
+#pragma unroll 8
+    for (int t = rows - 1; t >= 0; --t) {
+      const Two sum = column.load(t * kSlots * 2);
+      of_D = of_D + sum.x[0], of_bias = of_bias + sum.x[1];
+    }
+    block_sync();
+    token -= kScanTile * direction;
+    coefficients.advance(-kScanTile);
+    kept -= p.width * kStates;
+  }
+
+  // ---- sums over tokens ----
+  if (in_block) {
+    R* const to = static_cast<R*>(q.by_channel) + part * p.width + d0 + thread;
+    store_global(to, of_D);
+    store_global(to + q.rows * q.segments * p.width, of_bias);
+  }
+  const ScanStates<R, void*> initial(p.grad_initial_state, kStates),
+      by_state = dense_states<R>(q.by_state, p.width, kStates);
+  over_turns([&](int turn, int c) {
+    const bool there = c < channels;
+    by_state.store(part, d0 + c, my_lane * 4, there, own_A.load(turn * kScanThreads));
+    initial.store(
+        row, d0 + c, my_lane * 4, there && block.segment() == 0,
+        own_h.load(turn * kScanThreads));
   });
 }
 
