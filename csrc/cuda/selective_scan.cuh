@@ -821,68 +821,106 @@ struct alignas(sizeof(S) * kCount) ScanVector {
 };
 
 // Where a tile's (step, channel) elements lie, for 16 states, B and C per token and one sequence per row. A thread loads
-// 16 bytes that lie side by side, of one step. kShare channels share 16 bytes of shared memory, a slot, for what goes into the
-// steps and then for what comes out. Slots are in such an order that what threads write at once falls on all banks.
+// 16 bytes that lie side by side: channels of one step, or steps of one channel. kShare channels share 16 bytes of shared
+// memory, a slot, for what goes into the steps and then for what comes out. Slots are in such an order that what threads write
+// at once falls on all banks.
 template <class Types, int kShare>
 struct ScanWide {
   using S = typename Types::S;
   using R = typename Types::R;
-  static constexpr int kStates = 16, kVector = 16 / int(sizeof(S));
-  static constexpr int kChannels = kScanThreads, kLogChannels = 7, kSlots = kChannels / kShare;
-  static constexpr int kVectors = kScanTile * kChannels / kVector / kScanThreads; // of a thread
-  static constexpr int kRows = kScanTile / kVectors; // steps that all threads load at once
-  static constexpr int kAhead = kVectors < 2 ? kVectors : 2; // vectors on their way at once
-  static constexpr int kSlotVectors = kVector / kShare, kNextSlot = kSlots / kSlotVectors;
-  static_assert(1 << kLogChannels == kChannels && kScanTile % kVector == 0);
+  static constexpr int kStates = 16, kVector = 16 / int(sizeof(S)), kLogChannels = 7,
+                       kChannels = 1 << kLogChannels, kSlots = kChannels / kShare;
+  static constexpr int kVectors = kScanTile / kVector;       // of a thread
+  static constexpr int kAhead = kVectors < 2 ? kVectors : 2; // of them on their way at once
+  static constexpr int kRows = kScanTile / kVectors; // steps that all threads load at once, where channels lie side by side
+  static constexpr int kNextSlot = kSlots / (kVector / kShare); // and how far a vector's slots are from each other
+  static_assert(kChannels == kScanThreads);
   using Vector = ScanVector<S, kVector>;
 
-  TORCH_EXT_DEVICE static int slot_of(int channel) {
-    return channel / kShare % kSlotVectors * kNextSlot + channel / kVector;
+  bool along_time;
+  TORCH_EXT_DEVICE int slot_of(int channel) const {
+    const int i = channel / kShare;
+    return along_time ? i : i % (kVector / kShare) * kNextSlot + channel / kVector;
   }
-  TORCH_EXT_DEVICE static int channel_of(int slot) {
-    return (slot % kNextSlot * kSlotVectors + slot / kNextSlot) * kShare;
+  TORCH_EXT_DEVICE int channel_of(int slot) const {
+    const int i = along_time ? slot : slot % kNextSlot * (kVector / kShare) + slot / kNextSlot;
+    return i * kShare;
   }
-  // Where a thread's vector lies. Its slots are kNextSlot apart.
-  TORCH_EXT_DEVICE static int row(int vector) {
-    return int(threadIdx.x) / (kChannels / kVector) + vector * kRows;
+  // Of a thread's vectors.
+  template <bool kTime>
+  TORCH_EXT_DEVICE static int step(int vector) {
+    return kTime ? vector * kVector
+                 : int(threadIdx.x) / (kChannels / kVector) + vector * kRows;
   }
+  template <bool kTime>
   TORCH_EXT_DEVICE static int channel() {
-    return int(threadIdx.x) % (kChannels / kVector) * kVector;
+    return kTime ? int(threadIdx.x) : int(threadIdx.x) % (kChannels / kVector) * kVector;
   }
   // Can an array be loaded so, from this channel on?
   template <class Data>
-  TORCH_EXT_DEVICE static bool fits(const OverTime<Data>& x, int64_t d0) {
+  TORCH_EXT_DEVICE bool fits(
+      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t d0) const {
     constexpr int64_t kMost = 1 << 24; // of a stride, for offsets of 32 bits inside a tile
-    return !x.data || (x.channel == 1 && x.time % kVector == 0 && x.sequence % kVector == 0 &&
-                       kMost > x.time && kMost > -x.time &&
-                       reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0) % 16 == 0);
+    const int64_t side = along_time ? x.time : x.channel, far = along_time ? x.channel : x.time;
+    return !x.data ||
+           (side == 1 && !(along_time && p.reverse) && far % kVector == 0 &&
+            x.sequence % kVector == 0 && kMost > far && kMost > -far &&
+            reinterpret_cast<uintptr_t>(static_cast<const S*>(x.data) + d0 * x.channel) % 16 == 0);
+  }
+  // From a tile's first element to the thread's first, and from there to its next one.
+  template <class Data>
+  TORCH_EXT_DEVICE int first(const OverTime<Data>& x, int direction) const {
+    return along_time ? channel<true>() * int(x.channel)
+                      : step<false>(0) * direction * int(x.time) + channel<false>();
+  }
+  template <class Data>
+  TORCH_EXT_DEVICE int next(const OverTime<Data>& x, int direction) const {
+    return along_time ? kVector : kRows * direction * int(x.time);
+  }
+  // Of each of a vector's elements the channel's value.
+  template <bool kTime>
+  TORCH_EXT_DEVICE static void load_values(Shared<R> values, R* to) {
+    if constexpr (kTime) {
+      const R x = values.load(channel<true>());
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) to[j] = x;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector; j += Pack<R>::kSize) {
+        const Pack<R> x = (values + channel<false>()).template view<Pack<R>>().load(j / Pack<R>::kSize);
+#pragma unroll
+        for (int i = 0; i < Pack<R>::kSize; ++i) to[j + i] = x.x[i];
+      }
+    }
   }
 };
-// A thread's vectors of an array.
+// A thread's vectors of a tile of an array.
 template <class Wide, class Data>
 struct ScanVectors {
   using S = typename Wide::S;
   using Vector = typename Wide::Vector;
   using Number = std::conditional_t<std::is_const_v<std::remove_pointer_t<Data>>, const S, S>;
-  Number* at = nullptr;
-  int row = 0;
+  Number* at = nullptr; // null: there is no array
+  int next = 0;
   ScanVectors() = default;
+  // tile: where the tile begins.
   TORCH_EXT_DEVICE ScanVectors(
-      const OverTime<Data>& x, const SelectiveScanProblem& p, int64_t sequence, int64_t token,
-      int64_t d0, bool use) {
+      const Wide& wide, const OverTime<Data>& x, const SelectiveScanProblem& p, Number* tile) {
     const int direction = p.reverse ? -1 : 1;
-    if (!use || !x.data) return;
-    row = int(x.time) * (Wide::kRows * direction);
-    at = static_cast<Number*>(x.data) + sequence * x.sequence +
-           (token + Wide::row(0) * direction) * x.time + d0 + Wide::channel();
+    if (!x.data) return;
+    at = tile + wide.first(x, direction), next = wide.next(x, direction);
+  }
+  TORCH_EXT_DEVICE static Number* tile(
+      const OverTime<Data>& x, int64_t sequence, int64_t token, int64_t d0) {
+    return static_cast<Number*>(x.data) + sequence * x.sequence + token * x.time + d0 * x.channel;
   }
   TORCH_EXT_DEVICE Vector load(int k) const {
-    return load_global(reinterpret_cast<const Vector*>(at + k * row));
+    return at ? load_global(reinterpret_cast<const Vector*>(at + k * next)) : Vector{};
   }
-  TORCH_EXT_DEVICE void store(int k, Vector x) const {
-    store_global(reinterpret_cast<Vector*>(at + k * row), x);
+  TORCH_EXT_DEVICE void store(int k, const typename Wide::R* x) const {
+    if (at) store_global(reinterpret_cast<Vector*>(at + k * next), Vector::narrow(x));
   }
-  TORCH_EXT_DEVICE void next_tile(int tiles) { at += tiles * Wide::kVectors * row; }
+  TORCH_EXT_DEVICE void next_tile() { at = at ? at + Wide::kVectors * next : at; }
 };
 
 // A tile of B and C into shared memory, (step, state). Half of the threads load B, and half C: four states each.
@@ -891,7 +929,6 @@ struct ScanWideCoefficients {
   using S = typename Types::S;
   using R = typename Types::R;
   const S* at = nullptr; // null: they do not lie so
-  int64_t time;
   TORCH_EXT_DEVICE static bool loads_C() { return int(threadIdx.x) >= kScanThreads / 2; }
   TORCH_EXT_DEVICE static int item() { return int(threadIdx.x) % (kScanThreads / 2); }
   TORCH_EXT_DEVICE ScanWideCoefficients(
@@ -902,9 +939,8 @@ struct ScanWideCoefficients {
              reinterpret_cast<uintptr_t>(x.data) % (4 * sizeof(S)) == 0;
     };
     const auto start = [&](const Coefficient<const void*>& x) {
-      time = x.time * direction;
       return static_cast<const S*>(x.data) + row * x.sequence + group * x.group +
-             token * x.time + item() / 4 * time + item() % 4 * 4;
+             (token + item() / 4 * direction) * x.time + item() % 4 * 4;
     };
     if (!fits(p.B) || !fits(p.C)) return;
     if (loads_C())
@@ -913,7 +949,7 @@ struct ScanWideCoefficients {
       at = start(p.B);
   }
   TORCH_EXT_DEVICE void stage(
-      const SelectiveScanProblem& p, int64_t row, int64_t group, int64_t token, int count,
+      const SelectiveScanProblem& p, const ScanBlock& block, const auto& token, int count,
       Shared<R> B, Shared<R> C) const {
     if (at && count == kScanTile) {
       const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(at));
@@ -921,12 +957,12 @@ struct ScanWideCoefficients {
           .template view<Pack<R>>()
           .store(item(), {x.widen(0), x.widen(1), x.widen(2), x.widen(3)});
     } else {
-      ScanCoefficient<Types>{p.B, B}.stage(p, row, token, count, group, 0, 4);
-      ScanCoefficient<Types>{p.C, C}.stage(p, row, token, count, group, 0, 4);
+      ScanCoefficient<Types>{p.B, B}.stage(p, block.row(), token(), count, block.group(), 0, 4);
+      ScanCoefficient<Types>{p.C, C}.stage(p, block.row(), token(), count, block.group(), 0, 4);
     }
   }
-  TORCH_EXT_DEVICE void advance(int steps) {
-    if (at) at += steps * time;
+  TORCH_EXT_DEVICE void advance(const SelectiveScanProblem& p, int steps) {
+    if (at) at += (p.reverse ? -steps : steps) * (loads_C() ? p.C.time : p.B.time);
   }
 };
 
@@ -967,29 +1003,42 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     };
     bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
   }
-  const bool along_time = runs_along_time(p.delta);
-  const bool vectors = channels == Wide::kChannels && Wide::fits(p.u, d0) &&
-                       Wide::fits(p.delta, d0) && Wide::fits(p.z, d0) && Wide::fits(p.out, d0);
+  const Wide wide{runs_along_time(p.delta)};
+  const bool vectors = channels == Wide::kChannels && wide.fits(p.u, p, d0) &&
+                       wide.fits(p.delta, p, d0) && wide.fits(p.z, p, d0) &&
+                       wide.fits(p.out, p, d0);
   // ---- where the segment lies ----
   const int64_t begin = block.segment() * q.segment_steps, left = p.num_steps - begin,
                 steps = left < q.segment_steps ? left : q.segment_steps;
-  const int backward = p.reverse ? -1 : 1;
-  int64_t token = p.reverse ? p.num_steps - 1 - begin : begin;
+  int tiles = int((steps + kScanTile - 1) / kScanTile);
+  const int all_tiles = tiles, last_count = int(steps - int64_t(tiles - 1) * kScanTile);
+  const auto token = [&] { // of the tile's first step; found again where it is wanted: seldom
+    const int64_t step =
+        block.segment() * q.segment_steps + int64_t(all_tiles - tiles) * kScanTile;
+    return p.reverse ? p.num_steps - 1 - step : step;
+  };
   using Read = ScanVectors<Wide, const void*>;
-  Read delta(p.delta, p, row, token, d0, vectors), u(p.u, p, row, token, d0, vectors),
-      z(p.z, p, row, token, d0, vectors);
-  ScanVectors<Wide, void*> out(p.out, p, row, token, d0, vectors);
-  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token);
+  using Write = ScanVectors<Wide, void*>;
+  Read delta, u, z;
+  Write out;
+  if (vectors) {
+    const auto read = [&](const OverTime<const void*>& x) {
+      return Read(wide, x, p, Read::tile(x, row, token(), d0));
+    };
+    delta = read(p.delta), u = read(p.u), z = read(p.z);
+    out = Write(wide, p.out, p, Write::tile(p.out, row, token(), d0));
+  }
+  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
 
   // ---- states ----
-  const int half = thread & 1, my_slot = thread >> 1, c0 = Wide::channel_of(my_slot);
+  const int half = thread & 1, my_slot = thread >> 1, c0 = wide.channel_of(my_slot);
   R A[2][8], h[2][8];
   const auto load = [&](R(*to)[8], const auto& from, int64_t r) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const Four x = from.load(r, d0 + c0 + c, half * 8 + v * 4, c0 + c < channels);
+        const Four x = from.load(r, block.d0() + c0 + c, half * 8 + v * 4, c0 + c < channels);
 #pragma unroll
         for (int j = 0; j < 4; ++j) to[c][v * 4 + j] = x.x[j];
       }
@@ -1003,7 +1052,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
         Four x;
 #pragma unroll
         for (int j = 0; j < 4; ++j) x.x[j] = h[c][v * 4 + j];
-        to.store(r, d0 + c0 + c, half * 8 + v * 4, c0 + c < channels, x);
+        to.store(r, block.d0() + c0 + c, half * 8 + v * 4, c0 + c < channels, x);
       }
     }
   };
@@ -1060,15 +1109,13 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     for (int i = 0; i < kSteps; ++i) ys.store(i * kSlots * 2, y[i]);
   };
 
-  int tiles = int((steps + kScanTile - 1) / kScanTile);
-  const int last_count = int(steps - int64_t(tiles - 1) * kScanTile);
   block_sync();
 #pragma unroll 1
   for (; tiles > 0; --tiles) {
     const int count = tiles == 1 ? last_count : kScanTile;
     const bool whole = vectors && count == kScanTile;
-    if (whole) {
-      const int c = Wide::channel();
+    const auto fill = [&]<bool kTime>() __attribute__((always_inline)) {
+      const int slot = wide.slot_of(Wide::template channel<kTime>());
 #pragma unroll 1
       for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
         Vector deltas[Wide::kAhead], us[Wide::kAhead];
@@ -1078,29 +1125,39 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
           R dt[kVector];
+          Wide::template load_values<kTime>(bias, dt);
 #pragma unroll
-          for (int j = 0; j < kVector; j += 4) {
-            const Four b = (bias + c).template view<Four>().load(j / 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) dt[j + i] = deltas[k].widen(j + i) + b.x[i];
-          }
+          for (int j = 0; j < kVector; ++j) dt[j] = deltas[k].widen(j) + dt[j];
           if (p.delta_softplus) {
 #pragma unroll
             for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
           }
-          const Shared<Four> to = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
+          const Shared<Four> to = slots + (Wide::template step<kTime>(first + k) * kSlots + slot);
+          if constexpr (kTime) {
+            const Shared<Two> half = to.template view<Two>() + thread % 2;
 #pragma unroll
-          for (int j = 0; j < kVector; j += 2)
-            to.store(
-                j / 2 * Wide::kNextSlot, {dt[j], dt[j] * us[k].widen(j), dt[j + 1],
-                                          dt[j + 1] * us[k].widen(j + 1)});
+            for (int j = 0; j < kVector; ++j)
+              half.store(j * kSlots * 2, {dt[j], dt[j] * us[k].widen(j)});
+          } else {
+#pragma unroll
+            for (int j = 0; j < kVector; j += 2)
+              to.store(
+                  j / 2 * Wide::kNextSlot,
+                  {dt[j], dt[j] * us[k].widen(j), dt[j + 1], dt[j + 1] * us[k].widen(j + 1)});
+          }
         }
       }
+    };
+    if (whole && wide.along_time) {
+      block_sync(); // all have read what stands in shared memory
+      fill.template operator()<true>();
+    } else if (whole) { // only what the thread has read itself
+      fill.template operator()<false>();
     } else {
       block_sync(); // all have read what stands in shared memory
-      const ScanItems items(Wide::kLogChannels, along_time);
-      ScanCursor<const S> delta(p.delta, p, row, token, d0, items),
-          u(p.u, p, row, token, d0, items);
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      ScanCursor<const S> delta(p.delta, p, block.row(), token(), block.d0(), items),
+          u(p.u, p, block.row(), token(), block.d0(), items);
       int t = items.t, c = items.column;
 #pragma unroll 1
       for (int i = 0; i < items.count; i += kScanAhead) {
@@ -1115,13 +1172,13 @@ __global__ void __launch_bounds__(kScanThreads, 4)
         for (int k = 0; k < kScanAhead; ++k) {
           const R dt =
               t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
-          (slots + (t * kSlots + Wide::slot_of(c))).template view<Two>().store(
+          (slots + (t * kSlots + wide.slot_of(c))).template view<Two>().store(
               c % 2, {dt, dt * input[k]});
           t += items.t_next, c += items.column_next;
         }
       }
     }
-    coefficients.stage(p, row, block.group(), token, count, Bs, Cs);
+    coefficients.stage(p, block, token, count, Bs, Cs);
     if (kept) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -1147,43 +1204,50 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       for (int t = many; t < count; ++t) walk.template operator()<false, 1>(t);
     }
     block_sync();
-    if (whole) {
-      const int c = Wide::channel();
+    const auto finish = [&]<bool kTime>() __attribute__((always_inline)) {
+      const int slot = wide.slot_of(Wide::template channel<kTime>());
 #pragma unroll 1
       for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
         Vector us[Wide::kAhead], gates[Wide::kAhead];
 #pragma unroll
-        for (int k = 0; k < Wide::kAhead; ++k) {
-          us[k] = u.load(first + k);
-          if (z.at) gates[k] = z.load(first + k);
-        }
+        for (int k = 0; k < Wide::kAhead; ++k)
+          us[k] = u.load(first + k), gates[k] = z.load(first + k);
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
-          const Shared<Four> from = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
-          R y[kVector];
+          const Shared<Four> from = slots + (Wide::template step<kTime>(first + k) * kSlots + slot);
+          R y[kVector], D[kVector];
+          if constexpr (kTime) {
+            const Shared<R> own = from.template view<R>() + thread % 2;
 #pragma unroll
-          for (int j = 0; j < kVector; j += 4) {
-            const Four D = (skip + c).template view<Four>().load(j / 4);
+            for (int j = 0; j < kVector; ++j)
+              y[j] = own.load(j * kSlots * 4) + own.load(j * kSlots * 4 + 2);
+          } else {
 #pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-              const Four parts = from.load((j + i) / 2 * Wide::kNextSlot);
-              y[j + i] = fused(D.x[i], us[k].widen(j + i), parts.x[0] + parts.x[2]);
-              y[j + i + 1] = fused(D.x[i + 1], us[k].widen(j + i + 1), parts.x[1] + parts.x[3]);
+            for (int j = 0; j < kVector; j += 2) {
+              const Four parts = from.load(j / 2 * Wide::kNextSlot);
+              y[j] = parts.x[0] + parts.x[2], y[j + 1] = parts.x[1] + parts.x[3];
             }
           }
+          Wide::template load_values<kTime>(skip, D);
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) y[j] = fused(D[j], us[k].widen(j), y[j]);
           if (z.at) {
 #pragma unroll
             for (int j = 0; j < kVector; ++j) y[j] = y[j] * silu(gates[k].widen(j));
           }
-          out.store(first + k, Vector::narrow(y));
+          out.store(first + k, y);
         }
       }
-      delta.next_tile(1), u.next_tile(1), out.next_tile(1);
-      if (z.at) z.next_tile(1);
+      delta.next_tile(), u.next_tile(), z.next_tile(), out.next_tile();
+    };
+    if (whole && wide.along_time) {
+      finish.template operator()<true>();
+    } else if (whole) {
+      finish.template operator()<false>();
     } else {
-      const ScanItems items(Wide::kLogChannels, along_time);
-      ScanCursor<const S> u(p.u, p, row, token, d0, items), z(p.z, p, row, token, d0, items);
-      ScanCursor<S> out(p.out, p, row, token, d0, items);
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
+      ScanCursor<const S> u(p.u, p, block.row(), token(), block.d0(), items), z(p.z, p, block.row(), token(), block.d0(), items);
+      ScanCursor<S> out(p.out, p, block.row(), token(), block.d0(), items);
       int t = items.t, c = items.column;
 #pragma unroll 1
       for (int i = 0; i < items.count; i += kScanAhead) {
@@ -1197,7 +1261,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
           if (t < count && c < channels) {
-            const Four parts = slots.load(t * kSlots + Wide::slot_of(c));
+            const Four parts = slots.load(t * kSlots + wide.slot_of(c));
             const R sum = c % 2 ? parts.x[1] + parts.x[3] : parts.x[0] + parts.x[2];
             R y = fused(skip.load(c), x[k], sum);
             if (z.any) y = y * silu(gate[k]);
@@ -1208,11 +1272,10 @@ __global__ void __launch_bounds__(kScanThreads, 4)
         }
       }
     }
-    token += kScanTile * backward;
-    coefficients.advance(kScanTile);
+    coefficients.advance(p, kScanTile);
   }
   if (block.segment() == q.segments - 1)
-    store(ScanStates<R, void*>(p.final_state, kStates), row);
+    store(ScanStates<R, void*>(p.final_state, kStates), block.row());
 }
 
 // Thread by thread a state of a row: from what segments do, the state that reaches each of them.
@@ -1765,7 +1828,7 @@ struct ScanWideBackward {
                        kGradA = kGradH + kPerThread, kWarps = kGradA + kPerThread,
                        kBias = kWarps + kScanWarps * 2 * kScanHalf * Wide::kStates * 4,
                        kSkip = kBias + Wide::kChannels * 4, kPlace = kSkip + Wide::kChannels * 4,
-                       kBytes = kPlace + int(ScanBlock::kWords) * 8;
+                       kTiles = kPlace + int(ScanBlock::kWords) * 8, kBytes = kTiles + 7 * 8;
 };
 
 // Four lanes share a channel, and a block's channels come in four turns.
@@ -1795,8 +1858,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                      own_h = shared_memory<Four>(At::kGradH) + thread,
                      own_A = shared_memory<Four>(At::kGradA) + thread;
   const ScanBlock block(p, q, q.segments, shared_memory<int64_t>(At::kPlace));
-  const int64_t d0 = block.d0(), row = block.row(),
-                part = row * q.segments + block.segment();
+  const int64_t d0 = block.d0(), row = block.row();
+  const auto part = [&] { return block.row() * q.segments + block.segment(); };
   const int channels = block.channels();
   const bool in_block = thread < channels;
   {
@@ -1807,11 +1870,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     };
     bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
   }
+  const Wide wide{runs_along_time(p.delta)};
   // ---- what a lane has of each turn's channel ----
   const auto slot_of_turn = [&](int turn) { return turn * kAtOnce + thread / kLanes; };
   const auto over_turns = [&](auto f) { // f(turn, channel)
 #pragma unroll 1
-    for (int turn = 0; turn < At::kTurns; ++turn) f(turn, Wide::channel_of(slot_of_turn(turn)));
+    for (int turn = 0; turn < At::kTurns; ++turn) f(turn, wide.channel_of(slot_of_turn(turn)));
   };
   bool falls = p.delta_softplus;
   {
@@ -1827,7 +1891,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       own_h.store(
           turn * kScanThreads, block.segment() == q.segments - 1
                                    ? last.load(row, d0 + c, my_lane * 4, there)
-                                   : carry.load(part, d0 + c, my_lane * 4, there));
+                                   : carry.load(part(), d0 + c, my_lane * 4, there));
     });
   }
   falls = ballot(~0u, falls) == ~0u;
@@ -1839,14 +1903,47 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   int count = int(steps - int64_t(tiles - 1) * kScanTile);
   const int direction = p.reverse ? -1 : 1;
   const int64_t last_step = begin + int64_t(tiles - 1) * kScanTile;
-  int64_t token = p.reverse ? p.num_steps - 1 - last_step : last_step;
-  const bool along_time = runs_along_time(p.delta);
-  const bool vectors = channels == Wide::kChannels && Wide::fits(p.u, d0) &&
-                       Wide::fits(p.delta, d0) && Wide::fits(p.z, d0) &&
-                       Wide::fits(p.grad_out, d0) && Wide::fits(p.grad_u, d0) &&
-                       Wide::fits(p.grad_delta, d0) && Wide::fits(p.grad_z, d0);
+  const auto token = [&] { // of the tile's first step; found again where it is wanted: seldom
+    const int64_t step = block.segment() * q.segment_steps + int64_t(tiles - 1) * kScanTile;
+    return p.reverse ? p.num_steps - 1 - step : step;
+  };
+  const bool vectors = channels == Wide::kChannels && wide.fits(p.u, p, d0) &&
+                       wide.fits(p.delta, p, d0) && wide.fits(p.z, p, d0) &&
+                       wide.fits(p.grad_out, p, d0) && wide.fits(p.grad_u, p, d0) &&
+                       wide.fits(p.grad_delta, p, d0) && wide.fits(p.grad_z, p, d0);
+  // Where arrays' tiles begin, in shared memory.
+  enum { kDelta, kU, kZ, kGrad, kGradU, kGradDelta, kGradZ };
+  const Shared<int64_t> tile_of = shared_memory<int64_t>(At::kTiles);
+  using Read = ScanVectors<Wide, const void*>;
+  using Write = ScanVectors<Wide, void*>;
+  if (thread == 0 && vectors) {
+    const auto put = [&](int i, const auto* at) {
+      tile_of.store(i, int64_t(reinterpret_cast<uintptr_t>(at)));
+    };
+    put(kDelta, Read::tile(p.delta, row, token(), d0)), put(kU, Read::tile(p.u, row, token(), d0));
+    put(kZ, Read::tile(p.z, row, token(), d0)), put(kGrad, Read::tile(p.grad_out, row, token(), d0));
+    put(kGradU, Write::tile(p.grad_u, row, token(), d0));
+    put(kGradDelta, Write::tile(p.grad_delta, row, token(), d0));
+    put(kGradZ, Write::tile(p.grad_z, row, token(), d0));
+  }
+  const auto read = [&](const OverTime<const void*>& x, int i) {
+    return Read(wide, x, p, reinterpret_cast<const S*>(uintptr_t(tile_of.load(i))));
+  };
+  const auto write = [&](const OverTime<void*>& x, int i) {
+    return Write(wide, x, p, reinterpret_cast<S*>(uintptr_t(tile_of.load(i))));
+  };
+  // Half of the threads leave the sums of B's gradient over the channels, and half C's: two states of a step each.
+  const int leaves_C = thread / (kScanThreads / 2), leave_i = thread % (kScanThreads / 2) * 2;
+  const int64_t of_token = p.num_groups * kStates * direction;
+  R* leave = static_cast<R*>(q.by_token) +
+             (((leaves_C * q.blocks_per_group + block.block_of_group()) * q.rows + row) *
+                  p.num_steps +
+              token()) *
+                 p.num_groups * kStates +
+             block.group() * kStates + leave_i / kStates * of_token + leave_i % kStates;
+  if (!(leaves_C ? p.grad_C.data : p.grad_B.data)) leave = nullptr;
   const bool gate = p.z.data;
-  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token);
+  ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
   const R* kept = static_cast<const R*>(p.checkpoints) +
                   ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) *
                        p.width +
@@ -1860,67 +1957,75 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   for (; tiles > 0; --tiles, count = kScanTile) {
     const bool whole = vectors && count == kScanTile;
     // ---- time steps, inputs, gradients of y ----
-    if (whole) {
-      using Read = ScanVectors<Wide, const void*>;
-      const Read delta(p.delta, p, row, token, d0, true), u(p.u, p, row, token, d0, true),
-          z(p.z, p, row, token, d0, true), grad(p.grad_out, p, row, token, d0, true);
-      const int c = Wide::channel();
+    const auto fill = [&]<bool kTime>() __attribute__((always_inline)) {
+      const Read delta = read(p.delta, kDelta), u = read(p.u, kU), z = read(p.z, kZ),
+                 grad = read(p.grad_out, kGrad);
+      const int slot = wide.slot_of(Wide::template channel<kTime>());
 #pragma unroll 1
       for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
         Vector deltas[Wide::kAhead], us[Wide::kAhead], gates[Wide::kAhead], grads[Wide::kAhead];
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
           deltas[k] = delta.load(first + k), us[k] = u.load(first + k);
-          gates[k] = z.at ? z.load(first + k) : Vector{};
-          grads[k] = grad.at ? grad.load(first + k) : Vector{};
+          gates[k] = z.load(first + k), grads[k] = grad.load(first + k);
         }
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
           R dt[kVector], g[kVector];
+          Wide::template load_values<kTime>(bias, dt);
 #pragma unroll
-          for (int j = 0; j < kVector; j += 4) {
-            const Four b = (bias + c).template view<Four>().load(j / 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              dt[j + i] = deltas[k].widen(j + i) + b.x[i];
-              g[j + i] = grads[k].widen(j + i);
-            }
-          }
+          for (int j = 0; j < kVector; ++j)
+            dt[j] = deltas[k].widen(j) + dt[j], g[j] = grads[k].widen(j);
           if (p.delta_softplus) {
 #pragma unroll
             for (int j = 0; j < kVector; ++j) dt[j] = time_step(dt[j], true);
           }
           if (gate) {
 #pragma unroll
-            for (int j = 0; j < kVector; ++j) g[j] = g[j] * silu_with_slope(gates[k].widen(j)).value;
+            for (int j = 0; j < kVector; ++j)
+              g[j] = g[j] * silu_with_slope(gates[k].widen(j)).value;
           }
-          const Shared<Four> to = slots + (Wide::row(first + k) * kSlots + Wide::slot_of(c));
+          const Shared<Four> to = slots + (Wide::template step<kTime>(first + k) * kSlots + slot);
 #pragma unroll
           for (int j = 0; j < kVector; ++j)
-            to.store(j * Wide::kNextSlot, {dt[j], dt[j] * us[k].widen(j), g[j], R(0)});
+            to.store(
+                j * (kTime ? kSlots : Wide::kNextSlot),
+                {dt[j], dt[j] * us[k].widen(j), g[j], R(0)});
         }
       }
+    };
+    if (whole && wide.along_time) {
+      fill.template operator()<true>();
+    } else if (whole) {
+      fill.template operator()<false>();
     } else {
-      const ScanItems items(Wide::kLogChannels, along_time);
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
       const auto cursor = [&](const OverTime<const void*>& x) {
-        return ScanCursor<const S>(x, p, row, token, d0, items);
+        return ScanCursor<const S>(x, p, block.row(), token(), block.d0(), items);
       };
       ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
                           grad = cursor(p.grad_out);
       int t = items.t, c = items.column;
 #pragma unroll 1
-      for (int i = 0; i < items.count; ++i) {
-        const bool in = t < count && c < channels;
-        const R step = delta.load(in), input = u.load(in), z_here = z.load(in && z.any);
-        R g = grad.load(in && grad.any);
-        if (gate) g = g * silu_with_slope(z_here).value;
-        const R dt = t < count ? time_step(step + bias.load(c), p.delta_softplus) : R(0);
-        slots.store(t * kSlots + Wide::slot_of(c), {dt, dt * input, g, R(0)});
-        delta.advance(), u.advance(), z.advance(), grad.advance();
-        t += items.t_next, c += items.column_next;
+      for (int i = 0; i < items.count; i += kScanAhead) {
+        R step[kScanAhead], input[kScanAhead], gates[kScanAhead], g[kScanAhead];
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
+          step[k] = delta.load(in), input[k] = u.load(in);
+          gates[k] = z.load(in && z.any), g[k] = grad.load(in && grad.any);
+          delta.advance(), u.advance(), z.advance(), grad.advance();
+        }
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+          if (gate) g[k] = g[k] * silu_with_slope(gates[k]).value;
+          const R dt = t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
+          slots.store(t * kSlots + wide.slot_of(c), {dt, dt * input[k], g[k], R(0)});
+          t += items.t_next, c += items.column_next;
+        }
       }
     }
-    coefficients.stage(p, row, block.group(), token, count, Bs, Cs);
+    coefficients.stage(p, block, token, count, Bs, Cs);
     block_sync();
 
     // ---- through the steps, and back ----
@@ -1939,7 +2044,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           R decays[kHalf][4], states[kHalf + 1][4];
           {
             Four h{};
-            const int c = Wide::channel_of(slot);
+            const int c = wide.channel_of(slot);
             if (c < channels)
               h = load_global(reinterpret_cast<const Four*>(kept + c * kStates));
             if (half > 0) {
@@ -2012,148 +2117,154 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       };
       gather(0, grad_B), gather(1, grad_C);
       block_sync();
-      // Half of the threads leave B's, and half C's: two states each.
       {
         constexpr int kEach = kHalf * kStates;
-        const int which = thread / (kScanThreads / 2), i = thread % (kScanThreads / 2) * 2;
-        Two sum = (warps + which * kEach).template view<Two>().load(i / 2);
+        const Shared<Two> of_warps = (warps + (leaves_C * kEach + leave_i)).template view<Two>();
+        Two sum = of_warps.load(0);
 #pragma unroll
         for (int w = 1; w < kScanWarps; ++w) {
-          const Two other = (warps + (w * 2 + which) * kEach).template view<Two>().load(i / 2);
+          const Two other = of_warps.load(w * kEach);
           sum.x[0] = sum.x[0] + other.x[0], sum.x[1] = sum.x[1] + other.x[1];
         }
-        const int step = half + i / kStates;
-        if (step < count && (which ? p.grad_C.data : p.grad_B.data)) {
-          const int64_t at = row * p.num_steps + token + step * direction;
-          R* const slab = static_cast<R*>(q.by_token) +
-                          (which * q.blocks_per_group + block.block_of_group()) * q.rows *
-                              p.num_steps * p.num_groups * kStates;
-          store_global(
-              reinterpret_cast<Two*>(
-                  slab + (at * p.num_groups + block.group()) * kStates + i % kStates),
-              sum);
-        }
+        if (leave && half + leave_i / kStates < count)
+          store_global(reinterpret_cast<Two*>(leave + half * of_token), sum);
       }
       block_sync();
     }
 
     // ---- outputs ----
-    if (whole) {
-      using Read = ScanVectors<Wide, const void*>;
-      using Write = ScanVectors<Wide, void*>;
-      const Read delta(p.delta, p, row, token, d0, true), u(p.u, p, row, token, d0, true),
-          z(p.z, p, row, token, d0, true), grad(p.grad_out, p, row, token, d0, true);
-      const Write grad_u(p.grad_u, p, row, token, d0, true),
-          grad_delta(p.grad_delta, p, row, token, d0, true),
-          grad_z(p.grad_z, p, row, token, d0, true);
-      const int c = Wide::channel();
+    const auto finish = [&]<bool kTime>() __attribute__((always_inline)) {
+      const Read delta = read(p.delta, kDelta), u = read(p.u, kU), z = read(p.z, kZ),
+                 grad = read(p.grad_out, kGrad);
+      const Write grad_u = write(p.grad_u, kGradU), grad_delta = write(p.grad_delta, kGradDelta),
+                  grad_z = write(p.grad_z, kGradZ);
+      const int slot = wide.slot_of(Wide::template channel<kTime>());
+      constexpr int kNext = kTime ? kSlots : Wide::kNextSlot;
       Two sums[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sums[j] = {};
 #pragma unroll 1
       for (int k = 0; k < Wide::kVectors; ++k) {
-        const Vector deltas = delta.load(k), us = u.load(k),
-                     gates = z.at ? z.load(k) : Vector{},
-                     grads = grad.at ? grad.load(k) : Vector{};
-        const Shared<Four> from = slots + (Wide::row(k) * kSlots + Wide::slot_of(c));
-        R x[kVector], g[kVector], z_out[kVector];
+        const Vector deltas = delta.load(k), us = u.load(k), gates = z.load(k),
+                     grads = grad.load(k);
+        const Shared<Four> from = slots + (Wide::template step<kTime>(k) * kSlots + slot);
+        R x[kVector], g[kVector], D[kVector], u_out[kVector], delta_out[kVector], z_out[kVector];
+        Wide::template load_values<kTime>(skip, D);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j)
+        for (int j = 0; j < kVector; ++j) {
+          const Four item = from.load(j * kNext);
           x[j] = us.widen(j), g[j] = grads.widen(j);
+          u_out[j] = item.x[1] * item.x[0], delta_out[j] = fused(item.x[1], x[j], item.x[2]);
+          z_out[j] = fused(D[j], x[j], item.x[3]);
+        }
         if (gate) {
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             const Gate<R> silu = silu_with_slope(gates.widen(j));
-            const Four item = from.load(j * Wide::kNextSlot);
-            z_out[j] = g[j] * silu.slope * fused(skip.load(c + j), x[j], item.x[3]);
-            g[j] = g[j] * silu.value;
+            z_out[j] = g[j] * silu.slope * z_out[j], g[j] = g[j] * silu.value;
           }
-          if (grad_z.at) grad_z.store(k, Vector::narrow(z_out));
+          grad_z.store(k, z_out);
         }
-        R u_out[kVector], delta_out[kVector];
 #pragma unroll
-        for (int j = 0; j < kVector; j += 4) {
-          const Four b = (bias + c).template view<Four>().load(j / 4),
-                     D = (skip + c).template view<Four>().load(j / 4);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const Four item = from.load((j + i) * Wide::kNextSlot);
-            u_out[j + i] = fused(item.x[1], item.x[0], D.x[i] * g[j + i]);
-            delta_out[j + i] = fused(item.x[1], x[j + i], item.x[2]);
-            x[j + i] = g[j + i] * x[j + i];
-            g[j + i] = deltas.widen(j + i) + b.x[i];
-          }
-        }
-        grad_u.store(k, Vector::narrow(u_out));
+        for (int j = 0; j < kVector; ++j) u_out[j] = fused(D[j], g[j], u_out[j]);
+        grad_u.store(k, u_out);
         if (p.delta_softplus) {
+          R before[kVector];
+          Wide::template load_values<kTime>(bias, before);
 #pragma unroll
           for (int j = 0; j < kVector; ++j)
-            delta_out[j] = delta_out[j] * time_step_slope(g[j], true);
+            delta_out[j] = delta_out[j] * time_step_slope(deltas.widen(j) + before[j], true);
         }
-        grad_delta.store(k, Vector::narrow(delta_out));
+        grad_delta.store(k, delta_out);
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
-          sums[j].x[0] = sums[j].x[0] + x[j], sums[j].x[1] = sums[j].x[1] + delta_out[j];
+          sums[j].x[0] = fused(g[j], x[j], sums[j].x[0]), sums[j].x[1] = sums[j].x[1] + delta_out[j];
       }
       const Shared<Two> to =
-          (slots + (Wide::row(0) * kSlots + Wide::slot_of(c))).template view<Two>();
+          (slots + (Wide::template step<kTime>(0) * kSlots + slot)).template view<Two>();
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) to.store(j * Wide::kNextSlot * 2, sums[j]);
+      for (int j = 0; j < kVector; ++j) to.store(j * kNext * 2, sums[j]);
+    };
+    int rows = kScanTile;
+    if (whole && wide.along_time) {
+      finish.template operator()<true>(), rows = kVector;
+    } else if (whole) {
+      finish.template operator()<false>(), rows = Wide::kRows;
     } else {
-      const ScanItems items(Wide::kLogChannels, along_time);
+      const ScanItems items(Wide::kLogChannels, wide.along_time);
       const auto cursor = [&](const OverTime<const void*>& x) {
-        return ScanCursor<const S>(x, p, row, token, d0, items);
+        return ScanCursor<const S>(x, p, block.row(), token(), block.d0(), items);
       };
       const auto output = [&](const OverTime<void*>& x) {
-        return ScanCursor<S>(x, p, row, token, d0, items);
+        return ScanCursor<S>(x, p, block.row(), token(), block.d0(), items);
       };
       ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
                           grad = cursor(p.grad_out);
       ScanCursor<S> grad_u = output(p.grad_u), grad_delta = output(p.grad_delta),
                     grad_z = output(p.grad_z);
       int t = items.t, c = items.column;
+      constexpr int kAhead = 2;
 #pragma unroll 1
-      for (int i = 0; i < items.count; ++i) {
-        const bool in = t < count && c < channels;
-        Two sum{};
-        if (in) {
-          const Four item = slots.load(t * kSlots + Wide::slot_of(c));
-          const R x = u.load(true), D = skip.load(c);
-          R g = grad.load(grad.any);
-          if (gate) {
-            const Gate<R> silu = silu_with_slope(z.load(true));
-            if (grad_z.any) grad_z.store(g * silu.slope * fused(D, x, item.x[3]));
-            g = g * silu.value;
-          }
-          sum.x[0] = g * x;
-          sum.x[1] = fused(item.x[1], x, item.x[2]) *
-                     time_step_slope(delta.load(true) + bias.load(c), p.delta_softplus);
-          grad_delta.store(sum.x[1]);
-          grad_u.store(fused(item.x[1], item.x[0], D * g));
+      for (int i = 0; i < items.count; i += kAhead) {
+        R step[kAhead], x[kAhead], gates[kAhead], g[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
+          step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in && z.any);
+          g[k] = grad.load(in && grad.any);
+          delta.advance(), u.advance(), z.advance(), grad.advance();
         }
-        slots.template view<Two>().store((t * kSlots + Wide::slot_of(c)) * 2, sum);
-        delta.advance(), u.advance(), z.advance(), grad.advance();
-        grad_u.advance(), grad_delta.advance(), grad_z.advance();
-        t += items.t_next, c += items.column_next;
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const int at = t * kSlots + wide.slot_of(c);
+          Two sum{};
+          if (t < count && c < channels) {
+            const Four item = slots.load(at);
+            const R D = skip.load(c);
+            if (gate) {
+              const Gate<R> silu = silu_with_slope(gates[k]);
+              if (grad_z.any) grad_z.store(g[k] * silu.slope * fused(D, x[k], item.x[3]));
+              g[k] = g[k] * silu.value;
+            }
+            sum.x[0] = g[k] * x[k];
+            sum.x[1] = fused(item.x[1], x[k], item.x[2]) *
+                       time_step_slope(step[k] + bias.load(c), p.delta_softplus);
+            grad_delta.store(sum.x[1]);
+            grad_u.store(fused(item.x[1], item.x[0], D * g[k]));
+          }
+          slots.template view<Two>().store(at * 2, sum);
+          t += items.t_next, c += items.column_next;
+          grad_u.advance(), grad_delta.advance(), grad_z.advance();
+        }
       }
     }
     block_sync();
-    const int rows = whole ? Wide::kRows : kScanTile;
-    const Shared<Two> column = (slots + Wide::slot_of(recomputed(thread))).template view<Two>();
-#pragma unroll 8
+    const Shared<Two> column = (slots + wide.slot_of(thread)).template view<Two>();
+#pragma unroll 4
     for (int t = rows - 1; t >= 0; --t) {
       const Two sum = column.load(t * kSlots * 2);
       of_D = of_D + sum.x[0], of_bias = of_bias + sum.x[1];
     }
+    if (thread < 7 && vectors) {
+      const int64_t time = thread == kDelta   ? p.delta.time
+                           : thread == kU     ? p.u.time
+                           : thread == kZ     ? p.z.time
+                           : thread == kGrad  ? p.grad_out.time
+                           : thread == kGradU ? p.grad_u.time
+                           : thread == kGradZ ? p.grad_z.time
+                                              : p.grad_delta.time;
+      tile_of.store(
+          thread, tile_of.load(thread) - kScanTile * direction * time * int64_t(sizeof(S)));
+    }
     block_sync();
-    token -= kScanTile * direction;
-    coefficients.advance(-kScanTile);
+    leave = leave ? leave - kScanTile * of_token : leave;
+    coefficients.advance(p, -kScanTile);
     kept -= p.width * kStates;
   }
 
   // ---- sums over tokens ----
-  if (in_block) {
-    R* const to = static_cast<R*>(q.by_channel) + part * p.width + d0 + thread;
+  if (thread < channels) {
+    R* const to = static_cast<R*>(q.by_channel) + part() * p.width + block.d0() + thread;
     store_global(to, of_D);
     store_global(to + q.rows * q.segments * p.width, of_bias);
   }
@@ -2161,9 +2272,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       by_state = dense_states<R>(q.by_state, p.width, kStates);
   over_turns([&](int turn, int c) {
     const bool there = c < channels;
-    by_state.store(part, d0 + c, my_lane * 4, there, own_A.load(turn * kScanThreads));
+    by_state.store(part(), block.d0() + c, my_lane * 4, there, own_A.load(turn * kScanThreads));
     initial.store(
-        row, d0 + c, my_lane * 4, there && block.segment() == 0,
+        block.row(), block.d0() + c, my_lane * 4, there && block.segment() == 0,
         own_h.load(turn * kScanThreads));
   });
 }
