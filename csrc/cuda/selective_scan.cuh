@@ -834,7 +834,7 @@ struct ScanWide {
   static constexpr int kAhead = kVectors < 2 ? kVectors : 2; // of them on their way at once
   static constexpr int kRows = kScanTile / kVectors; // steps that all threads load at once, where channels lie side by side
   static constexpr int kNextSlot = kSlots / (kVector / kShare); // and how far a vector's slots are from each other
-  static_assert(kChannels == kScanThreads);
+  static_assert(kChannels == kScanThreads && kRows == kVector);
   using Vector = ScanVector<S, kVector>;
 
   bool along_time;
@@ -900,27 +900,27 @@ struct ScanVectors {
   using S = typename Wide::S;
   using Vector = typename Wide::Vector;
   using Number = std::conditional_t<std::is_const_v<std::remove_pointer_t<Data>>, const S, S>;
-  Number* at = nullptr; // null: there is no array
+  Number* at = nullptr;
   int next = 0;
   ScanVectors() = default;
-  // tile: where the tile begins.
+  // tile: where the tile begins. Not for arrays that are not there.
   TORCH_EXT_DEVICE ScanVectors(
       const Wide& wide, const OverTime<Data>& x, const SelectiveScanProblem& p, Number* tile) {
     const int direction = p.reverse ? -1 : 1;
-    if (!x.data) return;
     at = tile + wide.first(x, direction), next = wide.next(x, direction);
   }
   TORCH_EXT_DEVICE static Number* tile(
       const OverTime<Data>& x, int64_t sequence, int64_t token, int64_t d0) {
+    if (!x.data) return nullptr;
     return static_cast<Number*>(x.data) + sequence * x.sequence + token * x.time + d0 * x.channel;
   }
   TORCH_EXT_DEVICE Vector load(int k) const {
-    return at ? load_global(reinterpret_cast<const Vector*>(at + k * next)) : Vector{};
+    return load_global(reinterpret_cast<const Vector*>(at + k * next));
   }
   TORCH_EXT_DEVICE void store(int k, const typename Wide::R* x) const {
-    if (at) store_global(reinterpret_cast<Vector*>(at + k * next), Vector::narrow(x));
+    store_global(reinterpret_cast<Vector*>(at + k * next), Vector::narrow(x));
   }
-  TORCH_EXT_DEVICE void next_tile() { at = at ? at + Wide::kVectors * next : at; }
+  TORCH_EXT_DEVICE void next_tile() { at += Wide::kVectors * next; }
 };
 
 // A tile of B and C into shared memory, (step, state). Half of the threads load B, and half C: four states each.
@@ -928,7 +928,8 @@ template <class Types>
 struct ScanWideCoefficients {
   using S = typename Types::S;
   using R = typename Types::R;
-  const S* at = nullptr; // null: they do not lie so
+  const S* at = nullptr;
+  bool vectors; // do they lie so?
   TORCH_EXT_DEVICE static bool loads_C() { return int(threadIdx.x) >= kScanThreads / 2; }
   TORCH_EXT_DEVICE static int item() { return int(threadIdx.x) % (kScanThreads / 2); }
   TORCH_EXT_DEVICE ScanWideCoefficients(
@@ -942,7 +943,8 @@ struct ScanWideCoefficients {
       return static_cast<const S*>(x.data) + row * x.sequence + group * x.group +
              (token + item() / 4 * direction) * x.time + item() % 4 * 4;
     };
-    if (!fits(p.B) || !fits(p.C)) return;
+    vectors = fits(p.B) && fits(p.C);
+    if (!vectors) return;
     if (loads_C())
       at = start(p.C);
     else
@@ -951,7 +953,7 @@ struct ScanWideCoefficients {
   TORCH_EXT_DEVICE void stage(
       const SelectiveScanProblem& p, const ScanBlock& block, const auto& token, int count,
       Shared<R> B, Shared<R> C) const {
-    if (at && count == kScanTile) {
+    if (vectors && count == kScanTile) {
       const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(at));
       (loads_C() ? C : B)
           .template view<Pack<R>>()
@@ -962,7 +964,7 @@ struct ScanWideCoefficients {
     }
   }
   TORCH_EXT_DEVICE void advance(const SelectiveScanProblem& p, int steps) {
-    if (at) at += (p.reverse ? -steps : steps) * (loads_C() ? p.C.time : p.B.time);
+    if (vectors) at += (p.reverse ? -steps : steps) * (loads_C() ? p.C.time : p.B.time);
   }
 };
 
@@ -1019,13 +1021,15 @@ __global__ void __launch_bounds__(kScanThreads, 4)
   };
   using Read = ScanVectors<Wide, const void*>;
   using Write = ScanVectors<Wide, void*>;
+  const bool gate = p.z.data;
   Read delta, u, z;
   Write out;
   if (vectors) {
     const auto read = [&](const OverTime<const void*>& x) {
       return Read(wide, x, p, Read::tile(x, row, token(), d0));
     };
-    delta = read(p.delta), u = read(p.u), z = read(p.z);
+    delta = read(p.delta), u = read(p.u);
+    if (gate) z = read(p.z);
     out = Write(wide, p.out, p, Write::tile(p.out, row, token(), d0));
   }
   ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
@@ -1179,7 +1183,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       }
     }
     coefficients.stage(p, block, token, count, Bs, Cs);
-    if (kept) {
+    if (p.checkpoints) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (c0 + i / 2 < channels) {
@@ -1210,8 +1214,10 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       for (int first = 0; first < Wide::kVectors; first += Wide::kAhead) {
         Vector us[Wide::kAhead], gates[Wide::kAhead];
 #pragma unroll
-        for (int k = 0; k < Wide::kAhead; ++k)
-          us[k] = u.load(first + k), gates[k] = z.load(first + k);
+        for (int k = 0; k < Wide::kAhead; ++k) {
+          us[k] = u.load(first + k);
+          if (gate) gates[k] = z.load(first + k);
+        }
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
           const Shared<Four> from = slots + (Wide::template step<kTime>(first + k) * kSlots + slot);
@@ -1231,14 +1237,15 @@ __global__ void __launch_bounds__(kScanThreads, 4)
           Wide::template load_values<kTime>(skip, D);
 #pragma unroll
           for (int j = 0; j < kVector; ++j) y[j] = fused(D[j], us[k].widen(j), y[j]);
-          if (z.at) {
+          if (gate) {
 #pragma unroll
             for (int j = 0; j < kVector; ++j) y[j] = y[j] * silu(gates[k].widen(j));
           }
           out.store(first + k, y);
         }
       }
-      delta.next_tile(), u.next_tile(), z.next_tile(), out.next_tile();
+      delta.next_tile(), u.next_tile(), out.next_tile();
+      if (gate) z.next_tile();
     };
     if (whole && wide.along_time) {
       finish.template operator()<true>();
@@ -1871,6 +1878,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     bias.store(thread, get(p.delta_bias)), skip.store(thread, get(p.D));
   }
   const Wide wide{runs_along_time(p.delta)};
+  const bool gate = p.z.data;
   // ---- what a lane has of each turn's channel ----
   const auto slot_of_turn = [&](int turn) { return turn * kAtOnce + thread / kLanes; };
   const auto over_turns = [&](auto f) { // f(turn, channel)
@@ -1920,17 +1928,20 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     const auto put = [&](int i, const auto* at) {
       tile_of.store(i, int64_t(reinterpret_cast<uintptr_t>(at)));
     };
-    put(kDelta, Read::tile(p.delta, row, token(), d0)), put(kU, Read::tile(p.u, row, token(), d0));
-    put(kZ, Read::tile(p.z, row, token(), d0)), put(kGrad, Read::tile(p.grad_out, row, token(), d0));
-    put(kGradU, Write::tile(p.grad_u, row, token(), d0));
-    put(kGradDelta, Write::tile(p.grad_delta, row, token(), d0));
-    put(kGradZ, Write::tile(p.grad_z, row, token(), d0));
+    const auto reads = [&](int i, const OverTime<const void*>& x) {
+      put(i, Read::tile(x, row, token(), d0));
+    };
+    const auto writes = [&](int i, const OverTime<void*>& x) {
+      put(i, Write::tile(x, row, token(), d0));
+    };
+    reads(kDelta, p.delta), reads(kU, p.u), reads(kZ, p.z), reads(kGrad, p.grad_out);
+    writes(kGradU, p.grad_u), writes(kGradDelta, p.grad_delta), writes(kGradZ, p.grad_z);
   }
   const auto read = [&](const OverTime<const void*>& x, int i) {
-    return Read(wide, x, p, reinterpret_cast<const S*>(uintptr_t(tile_of.load(i))));
+    return !x.data ? Read() : Read(wide, x, p, reinterpret_cast<const S*>(uintptr_t(tile_of.load(i))));
   };
   const auto write = [&](const OverTime<void*>& x, int i) {
-    return Write(wide, x, p, reinterpret_cast<S*>(uintptr_t(tile_of.load(i))));
+    return !x.data ? Write() : Write(wide, x, p, reinterpret_cast<S*>(uintptr_t(tile_of.load(i))));
   };
   // Half of the threads leave the sums of B's gradient over the channels, and half C's: two states of a step each.
   const int leaves_C = thread / (kScanThreads / 2), leave_i = thread % (kScanThreads / 2) * 2;
@@ -1942,7 +1953,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                  p.num_groups * kStates +
              block.group() * kStates + leave_i / kStates * of_token + leave_i % kStates;
   if (!(leaves_C ? p.grad_C.data : p.grad_B.data)) leave = nullptr;
-  const bool gate = p.z.data;
   ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
   const R* kept = static_cast<const R*>(p.checkpoints) +
                   ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) *
@@ -1967,7 +1977,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
           deltas[k] = delta.load(first + k), us[k] = u.load(first + k);
-          gates[k] = z.load(first + k), grads[k] = grad.load(first + k);
+          if (gate) gates[k] = z.load(first + k);
+          grads[k] = p.grad_out.data ? grad.load(first + k) : Vector{};
         }
 #pragma unroll
         for (int k = 0; k < Wide::kAhead; ++k) {
@@ -2089,7 +2100,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                   grad_C[t * 4 + j], sum);
               if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
             }
-            sums[t] = sum.input, sums[kHalf + t] = out_of_octaves(sum.parts);
+            sums[t] = sum.input, sums[kHalf + t] = sum.parts;
             sums[2 * kHalf + t] = y;
           }
           own_h.store(turn * kScanThreads, g), own_A.store(turn * kScanThreads, gA);
@@ -2145,8 +2156,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       for (int j = 0; j < kVector; ++j) sums[j] = {};
 #pragma unroll 1
       for (int k = 0; k < Wide::kVectors; ++k) {
-        const Vector deltas = delta.load(k), us = u.load(k), gates = z.load(k),
-                     grads = grad.load(k);
+        const Vector deltas = delta.load(k), us = u.load(k),
+                     gates = gate ? z.load(k) : Vector{},
+                     grads = p.grad_out.data ? grad.load(k) : Vector{};
         const Shared<Four> from = slots + (Wide::template step<kTime>(k) * kSlots + slot);
         R x[kVector], g[kVector], D[kVector], u_out[kVector], delta_out[kVector], z_out[kVector];
         Wide::template load_values<kTime>(skip, D);
@@ -2154,7 +2166,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         for (int j = 0; j < kVector; ++j) {
           const Four item = from.load(j * kNext);
           x[j] = us.widen(j), g[j] = grads.widen(j);
-          u_out[j] = item.x[1] * item.x[0], delta_out[j] = fused(item.x[1], x[j], item.x[2]);
+          u_out[j] = item.x[1] * item.x[0], delta_out[j] = fused(item.x[1], x[j], out_of_octaves(item.x[2]));
           z_out[j] = fused(D[j], x[j], item.x[3]);
         }
         if (gate) {
@@ -2163,7 +2175,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             const Gate<R> silu = silu_with_slope(gates.widen(j));
             z_out[j] = g[j] * silu.slope * z_out[j], g[j] = g[j] * silu.value;
           }
-          grad_z.store(k, z_out);
+          if (p.grad_z.data) grad_z.store(k, z_out);
         }
 #pragma unroll
         for (int j = 0; j < kVector; ++j) u_out[j] = fused(D[j], g[j], u_out[j]);
@@ -2185,11 +2197,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
       for (int j = 0; j < kVector; ++j) to.store(j * kNext * 2, sums[j]);
     };
-    int rows = kScanTile;
     if (whole && wide.along_time) {
-      finish.template operator()<true>(), rows = kVector;
+      finish.template operator()<true>();
     } else if (whole) {
-      finish.template operator()<false>(), rows = Wide::kRows;
+      finish.template operator()<false>();
     } else {
       const ScanItems items(Wide::kLogChannels, wide.along_time);
       const auto cursor = [&](const OverTime<const void*>& x) {
@@ -2227,7 +2238,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
               g[k] = g[k] * silu.value;
             }
             sum.x[0] = g[k] * x[k];
-            sum.x[1] = fused(item.x[1], x[k], item.x[2]) *
+            sum.x[1] = fused(item.x[1], x[k], out_of_octaves(item.x[2])) *
                        time_step_slope(step[k] + bias.load(c), p.delta_softplus);
             grad_delta.store(sum.x[1]);
             grad_u.store(fused(item.x[1], item.x[0], D * g[k]));
@@ -2240,12 +2251,17 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
     block_sync();
     const Shared<Two> column = (slots + wide.slot_of(thread)).template view<Two>();
-#pragma unroll 4
-    for (int t = rows - 1; t >= 0; --t) {
+    const auto add = [&](int t) {
       const Two sum = column.load(t * kSlots * 2);
       of_D = of_D + sum.x[0], of_bias = of_bias + sum.x[1];
+    };
+    if (!whole) { // else each thread has added up its vectors
+#pragma unroll 1
+      for (int t = kScanTile - 1; t >= Wide::kRows; --t) add(t);
     }
-    if (thread < 7 && vectors) {
+#pragma unroll
+    for (int t = Wide::kRows - 1; t >= 0; --t) add(t);
+    if (vectors && thread < 7) {
       const int64_t time = thread == kDelta   ? p.delta.time
                            : thread == kU     ? p.u.time
                            : thread == kZ     ? p.z.time

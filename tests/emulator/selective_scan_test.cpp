@@ -136,12 +136,12 @@ TEST_P(ScanKernels, Usual) {
   if (types_of(dtype()).state != DType::f32) GTEST_SKIP() << "no kernels of their own";
   Random random;
   const Types types = types_of(dtype());
-  Problem3 p = draw_problem(random, dtype(), 1, 40, 128, 16, 1);
+  Problem3 p = draw_problem(random, dtype(), 1, 24, 128, 16, 1);
   p.cu_seqlens.clear();
   const auto normal = [&] { return random.normal(); };
-  p.z = draw(random, types.time, {1, 40, 128}, normal);
+  p.z = draw(random, types.time, {1, 24, 128}, normal);
   p = reshaped(random, p);
-  for (Dense* x : {&p.B, &p.C}) *x = draw(random, types.per_token, {1, 40, 1, 16}, normal);
+  for (Dense* x : {&p.B, &p.C}) *x = draw(random, types.per_token, {1, 24, 1, 16}, normal);
   p.softplus = true;
   p.order = kNatural;
   ASSERT_NO_FATAL_FAILURE(check(p));
