@@ -975,9 +975,16 @@ TORCH_EXT_HOST_DEVICE int scan_wide_shared() {
          2 * Wide::kChannels * int(sizeof(float)) + int(ScanBlock::kWords) * int(sizeof(int64_t));
 }
 
+// So many blocks share a multiprocessor's registers. Turing's code needs some more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kScanWideBlocks = 3;
+#else
+inline constexpr int kScanWideBlocks = 4;
+#endif
+
 // Two lanes share two channels, each with eight states of both: what they load of B and C is used twice.
 template <class Types>
-__global__ void __launch_bounds__(kScanThreads, 4)
+__global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
     selective_scan_wide_kernel(const SelectiveScanForward p, const ScanPlan q) {
   using S = typename Types::S;
   using R = typename Types::R;
@@ -1835,7 +1842,7 @@ struct ScanWideBackward {
                        kGradA = kGradH + kPerThread, kWarps = kGradA + kPerThread,
                        kBias = kWarps + kScanWarps * 2 * kScanHalf * Wide::kStates * 4,
                        kSkip = kBias + Wide::kChannels * 4, kPlace = kSkip + Wide::kChannels * 4,
-                       kTiles = kPlace + int(ScanBlock::kWords) * 8, kBytes = kTiles + 7 * 8;
+                       kTiles = kPlace + int(ScanBlock::kWords) * 8, kBytes = kTiles + 9 * 8;
 };
 
 // Four lanes share a channel, and a block's channels come in four turns.
@@ -1920,11 +1927,11 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                        wide.fits(p.grad_out, p, d0) && wide.fits(p.grad_u, p, d0) &&
                        wide.fits(p.grad_delta, p, d0) && wide.fits(p.grad_z, p, d0);
   // Where arrays' tiles begin, in shared memory.
-  enum { kDelta, kU, kZ, kGrad, kGradU, kGradDelta, kGradZ };
+  enum { kDelta, kU, kZ, kGrad, kGradU, kGradDelta, kGradZ, kGradB, kGradC, kArrays };
   const Shared<int64_t> tile_of = shared_memory<int64_t>(At::kTiles);
   using Read = ScanVectors<Wide, const void*>;
   using Write = ScanVectors<Wide, void*>;
-  if (thread == 0 && vectors) {
+  if (thread == 0) {
     const auto put = [&](int i, const auto* at) {
       tile_of.store(i, int64_t(reinterpret_cast<uintptr_t>(at)));
     };
@@ -1935,6 +1942,17 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       put(i, Write::tile(x, row, token(), d0));
     };
     reads(kDelta, p.delta), reads(kU, p.u), reads(kZ, p.z), reads(kGrad, p.grad_out);
+    for (int which = 0; which < 2; ++which) // sums over the block's channels
+      put(kGradB + which,
+          (which ? p.grad_C.data : p.grad_B.data)
+              ? static_cast<R*>(q.by_token) +
+                    ((((which * q.blocks_per_group + block.block_of_group()) * q.rows + row) *
+                          p.num_steps +
+                      token()) *
+                         p.num_groups +
+                     block.group()) *
+                        kStates
+              : nullptr);
     writes(kGradU, p.grad_u), writes(kGradDelta, p.grad_delta), writes(kGradZ, p.grad_z);
   }
   const auto read = [&](const OverTime<const void*>& x, int i) {
@@ -1943,16 +1961,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const auto write = [&](const OverTime<void*>& x, int i) {
     return !x.data ? Write() : Write(wide, x, p, reinterpret_cast<S*>(uintptr_t(tile_of.load(i))));
   };
-  // Half of the threads leave the sums of B's gradient over the channels, and half C's: two states of a step each.
-  const int leaves_C = thread / (kScanThreads / 2), leave_i = thread % (kScanThreads / 2) * 2;
-  const int64_t of_token = p.num_groups * kStates * direction;
-  R* leave = static_cast<R*>(q.by_token) +
-             (((leaves_C * q.blocks_per_group + block.block_of_group()) * q.rows + row) *
-                  p.num_steps +
-              token()) *
-                 p.num_groups * kStates +
-             block.group() * kStates + leave_i / kStates * of_token + leave_i % kStates;
-  if (!(leaves_C ? p.grad_C.data : p.grad_B.data)) leave = nullptr;
   ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
   const R* kept = static_cast<const R*>(p.checkpoints) +
                   ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) *
@@ -2128,8 +2136,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       };
       gather(0, grad_B), gather(1, grad_C);
       block_sync();
+      // Half of the threads leave B's, and half C's: two states of a step each.
       {
         constexpr int kEach = kHalf * kStates;
+        const int leaves_C = thread / (kScanThreads / 2), leave_i = thread % (kScanThreads / 2) * 2;
+        R* const leave = reinterpret_cast<R*>(uintptr_t(tile_of.load(kGradB + leaves_C)));
+        const int step = half + leave_i / kStates;
         const Shared<Two> of_warps = (warps + (leaves_C * kEach + leave_i)).template view<Two>();
         Two sum = of_warps.load(0);
 #pragma unroll
@@ -2137,8 +2149,11 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           const Two other = of_warps.load(w * kEach);
           sum.x[0] = sum.x[0] + other.x[0], sum.x[1] = sum.x[1] + other.x[1];
         }
-        if (leave && half + leave_i / kStates < count)
-          store_global(reinterpret_cast<Two*>(leave + half * of_token), sum);
+        if (leave && step < count)
+          store_global(
+              reinterpret_cast<Two*>(
+                  leave + step * direction * p.num_groups * kStates + leave_i % kStates),
+              sum);
       }
       block_sync();
     }
@@ -2261,7 +2276,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
 #pragma unroll
     for (int t = Wide::kRows - 1; t >= 0; --t) add(t);
-    if (vectors && thread < 7) {
+    if (thread < kArrays) {
       const int64_t time = thread == kDelta   ? p.delta.time
                            : thread == kU     ? p.u.time
                            : thread == kZ     ? p.z.time
@@ -2269,11 +2284,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                            : thread == kGradU ? p.grad_u.time
                            : thread == kGradZ ? p.grad_z.time
                                               : p.grad_delta.time;
-      tile_of.store(
-          thread, tile_of.load(thread) - kScanTile * direction * time * int64_t(sizeof(S)));
+      const int64_t bytes = thread < kGradB ? time * int64_t(sizeof(S))
+                                            : p.num_groups * kStates * int64_t(sizeof(R));
+      const int64_t at = tile_of.load(thread);
+      tile_of.store(thread, at ? at - kScanTile * direction * bytes : 0);
     }
     block_sync();
-    leave = leave ? leave - kScanTile * of_token : leave;
     coefficients.advance(p, -kScanTile);
     kept -= p.width * kStates;
   }
