@@ -930,8 +930,10 @@ struct ScanWideCoefficients {
   using R = typename Types::R;
   const S* at = nullptr;
   bool vectors; // do they lie so?
-  TORCH_EXT_DEVICE static bool loads_C() { return int(threadIdx.x) >= kScanThreads / 2; }
-  TORCH_EXT_DEVICE static int item() { return int(threadIdx.x) % (kScanThreads / 2); }
+  TORCH_EXT_DEVICE static bool loads_C() {
+    return recomputed(int(threadIdx.x)) >= kScanThreads / 2;
+  }
+  TORCH_EXT_DEVICE static int item() { return recomputed(int(threadIdx.x)) % (kScanThreads / 2); }
   TORCH_EXT_DEVICE ScanWideCoefficients(
       const SelectiveScanProblem& p, int64_t row, int64_t group, int64_t token) {
     const int direction = p.reverse ? -1 : 1;
@@ -977,7 +979,7 @@ TORCH_EXT_HOST_DEVICE int scan_wide_shared() {
 
 // So many blocks share a multiprocessor's registers. Turing's code needs some more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr int kScanWideBlocks = 3;
+inline constexpr int kScanWideBlocks = 2;
 #else
 inline constexpr int kScanWideBlocks = 4;
 #endif
@@ -1968,7 +1970,15 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                    d0) *
                       kStates +
                   my_lane * 4;
-  R of_D = R(0), of_bias = R(0); // sums of the thread-th channel
+  // The thread-th channel's sums of D and bias: in global memory, where they take no registers.
+  const auto add_to_channel = [&](R of_D, R of_bias, bool first) {
+    if (thread >= channels) return;
+    R* const to = static_cast<R*>(q.by_channel) + part() * p.width + block.d0() + thread;
+    R* const other = to + q.rows * q.segments * p.width;
+    store_global(to, first ? of_D : load_global(to) + of_D);
+    store_global(other, first ? of_bias : load_global(other) + of_bias);
+  };
+  add_to_channel(R(0), R(0), true);
 
   block_sync();
 #pragma unroll 1
@@ -2266,6 +2276,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
     block_sync();
     const Shared<Two> column = (slots + wide.slot_of(thread)).template view<Two>();
+    R of_D = R(0), of_bias = R(0);
     const auto add = [&](int t) {
       const Two sum = column.load(t * kSlots * 2);
       of_D = of_D + sum.x[0], of_bias = of_bias + sum.x[1];
@@ -2276,6 +2287,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
 #pragma unroll
     for (int t = Wide::kRows - 1; t >= 0; --t) add(t);
+    add_to_channel(of_D, of_bias, false);
     if (thread < kArrays) {
       const int64_t time = thread == kDelta   ? p.delta.time
                            : thread == kU     ? p.u.time
@@ -2295,11 +2307,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   }
 
   // ---- sums over tokens ----
-  if (thread < channels) {
-    R* const to = static_cast<R*>(q.by_channel) + part() * p.width + block.d0() + thread;
-    store_global(to, of_D);
-    store_global(to + q.rows * q.segments * p.width, of_bias);
-  }
   const ScanStates<R, void*> initial(p.grad_initial_state, kStates),
       by_state = dense_states<R>(q.by_state, p.width, kStates);
   over_turns([&](int turn, int c) {
