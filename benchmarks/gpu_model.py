@@ -141,9 +141,7 @@ class Prediction:
     direction: str
     shape: str
     dtype: str
-    schedule: (
-        str  # "walking": a block takes all tiles of its channels; "chained": one each; "tiles"; "segments"
-    )
+    schedule: str  # "walking": a block takes all tiles of its channels; "chained": one each; "tiles"; "segments"
     memory: float
     issue: float
     special: float
@@ -333,7 +331,8 @@ def predict_scan(
     instructions = elements * states * counts["way"] * twice
     work = MAMBA_OPERATORS["selective_scan[fused]"].work(direction)
     moved = elements * work.bytes(itemsize)
-    # B and C; forward, the states that are kept; backward, sums over each block's channels of their gradients, written and read.
+    # B and C; forward, the states that are kept; backward, sums of gradients over each block's
+    # channels, written and read.
     more = 2 * batch * time * states * itemsize
     more += 2 * 2 * batch * time * states * groups * 4 if backward else elements * 4
     tiles = math.ceil(time / segments / launch["steps_per_tile"])

@@ -79,8 +79,8 @@ struct ScanDriver {
     cut_time(q, p);
     return wide_or(q, p, kScanMostTurns);
   }
-  // The plan of the kernels for what nearly all calls are, where there is one: it has fewer blocks for the same work. Are they
-  // enough, and is nothing done twice to have them?
+  // The plan of the kernels for what nearly all calls are, where there is one: it has fewer blocks for the same work. Are
+  // they enough, and is nothing done twice to have them?
   static ScanPlan wide_or(const ScanPlan& q, const SelectiveScanProblem& p, int turns) {
     if (!kHasPlain || p.cu_seqlens || p.B.constant || p.C.constant || p.num_states != 16) return q;
     ScanPlan wide = q;
@@ -196,15 +196,15 @@ struct ScanDriver {
             stream, p, q);
       }
       const auto backward = [&](auto kernel, int shared) {
-        launch(kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads, shared, stream, p, q);
+        launch(
+            kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads, shared, stream, p, q);
       };
       const int shared = scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes;
       bool plain = false;
       if constexpr (kHasPlain) {
         plain = q.passes == 1 && !p.B.constant && !p.C.constant;
         if (q.wide)
-          backward(
-              selective_scan_wide_backward_kernel<Types>, ScanWideBackward<Types>::kBytes);
+          backward(selective_scan_wide_backward_kernel<Types>, ScanWideBackward<Types>::kBytes);
         else if (plain)
           backward(selective_scan_backward_kernel<Types, true>, shared);
       }

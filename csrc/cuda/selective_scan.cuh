@@ -822,8 +822,8 @@ struct alignas(sizeof(S) * kCount) ScanVector {
 
 // Where a tile's (step, channel) elements lie, for 16 states, B and C per token and one sequence per row. A thread loads
 // 16 bytes that lie side by side: channels of one step, or steps of one channel. kShare channels share 16 bytes of shared
-// memory, a slot, for what goes into the steps and then for what comes out. Slots are in such an order that what threads write
-// at once falls on all banks.
+// memory, a slot, for what goes into the steps and then for what comes out. Slots are in such an order that what threads
+// write at once falls on all banks.
 template <class Types, int kShare>
 struct ScanWide {
   using S = typename Types::S;
@@ -832,8 +832,10 @@ struct ScanWide {
                        kChannels = 1 << kLogChannels, kSlots = kChannels / kShare;
   static constexpr int kVectors = kScanTile / kVector;       // of a thread
   static constexpr int kAhead = kVectors < 2 ? kVectors : 2; // of them on their way at once
-  static constexpr int kRows = kScanTile / kVectors; // steps that all threads load at once, where channels lie side by side
-  static constexpr int kNextSlot = kSlots / (kVector / kShare); // and how far a vector's slots are from each other
+  static constexpr int kRows =
+      kScanTile / kVectors; // steps that all threads load at once, where channels lie side by side
+  static constexpr int kNextSlot =
+      kSlots / (kVector / kShare); // and how far a vector's slots are from each other
   static_assert(kChannels == kScanThreads && kRows == kVector);
   using Vector = ScanVector<S, kVector>;
 
@@ -849,8 +851,7 @@ struct ScanWide {
   // Of a thread's vectors.
   template <bool kTime>
   TORCH_EXT_DEVICE static int step(int vector) {
-    return kTime ? vector * kVector
-                 : int(threadIdx.x) / (kChannels / kVector) + vector * kRows;
+    return kTime ? vector * kVector : int(threadIdx.x) / (kChannels / kVector) + vector * kRows;
   }
   template <bool kTime>
   TORCH_EXT_DEVICE static int channel() {
@@ -887,7 +888,8 @@ struct ScanWide {
     } else {
 #pragma unroll
       for (int j = 0; j < kVector; j += Pack<R>::kSize) {
-        const Pack<R> x = (values + channel<false>()).template view<Pack<R>>().load(j / Pack<R>::kSize);
+        const Pack<R> x =
+            (values + channel<false>()).template view<Pack<R>>().load(j / Pack<R>::kSize);
 #pragma unroll
         for (int i = 0; i < Pack<R>::kSize; ++i) to[j + i] = x.x[i];
       }
@@ -1024,8 +1026,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
   int tiles = int((steps + kScanTile - 1) / kScanTile);
   const int all_tiles = tiles, last_count = int(steps - int64_t(tiles - 1) * kScanTile);
   const auto token = [&] { // of the tile's first step; found again where it is wanted: seldom
-    const int64_t step =
-        block.segment() * q.segment_steps + int64_t(all_tiles - tiles) * kScanTile;
+    const int64_t step = block.segment() * q.segment_steps + int64_t(all_tiles - tiles) * kScanTile;
     return p.reverse ? p.num_steps - 1 - step : step;
   };
   using Read = ScanVectors<Wide, const void*>;
@@ -1080,8 +1081,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
   if (block.segment() == 0)
     load(h, ScanStates<R, const void*>(p.initial_state, kStates), row);
   else
-    load(
-        h, dense_states<R>(q.carry, p.width, kStates), row * q.segments + block.segment());
+    load(h, dense_states<R>(q.carry, p.width, kStates), row * q.segments + block.segment());
   R* kept = nullptr;
   if (p.checkpoints)
     kept = static_cast<R*>(p.checkpoints) +
@@ -1108,9 +1108,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             R& state = h[c][v * 4 + j];
-            state = next_state<kFalls>(
-                        item.x[2 * c], item.x[2 * c + 1], A[c][v * 4 + j], b.x[j], state)
-                        .h;
+            state =
+                next_state<kFalls>(item.x[2 * c], item.x[2 * c + 1], A[c][v * 4 + j], b.x[j], state)
+                    .h;
             y[i].x[c] = add_real(state, cc.x[j], y[i].x[c]);
           }
         }
@@ -1183,10 +1183,10 @@ __global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
         }
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
-          const R dt =
-              t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
-          (slots + (t * kSlots + wide.slot_of(c))).template view<Two>().store(
-              c % 2, {dt, dt * input[k]});
+          const R dt = t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
+          (slots + (t * kSlots + wide.slot_of(c)))
+              .template view<Two>()
+              .store(c % 2, {dt, dt * input[k]});
           t += items.t_next, c += items.column_next;
         }
       }
@@ -1262,7 +1262,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanWideBlocks)
       finish.template operator()<false>();
     } else {
       const ScanItems items(Wide::kLogChannels, wide.along_time);
-      ScanCursor<const S> u(p.u, p, block.row(), token(), block.d0(), items), z(p.z, p, block.row(), token(), block.d0(), items);
+      ScanCursor<const S> u(p.u, p, block.row(), token(), block.d0(), items),
+          z(p.z, p, block.row(), token(), block.d0(), items);
       ScanCursor<S> out(p.out, p, block.row(), token(), block.d0(), items);
       int t = items.t, c = items.column;
 #pragma unroll 1
@@ -1958,18 +1959,18 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     writes(kGradU, p.grad_u), writes(kGradDelta, p.grad_delta), writes(kGradZ, p.grad_z);
   }
   const auto read = [&](const OverTime<const void*>& x, int i) {
-    return !x.data ? Read() : Read(wide, x, p, reinterpret_cast<const S*>(uintptr_t(tile_of.load(i))));
+    return !x.data ? Read()
+                   : Read(wide, x, p, reinterpret_cast<const S*>(uintptr_t(tile_of.load(i))));
   };
   const auto write = [&](const OverTime<void*>& x, int i) {
     return !x.data ? Write() : Write(wide, x, p, reinterpret_cast<S*>(uintptr_t(tile_of.load(i))));
   };
   ScanWideCoefficients<Types> coefficients(p, row, block.group(), token());
-  const R* kept = static_cast<const R*>(p.checkpoints) +
-                  ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) *
-                       p.width +
-                   d0) *
-                      kStates +
-                  my_lane * 4;
+  const R* kept =
+      static_cast<const R*>(p.checkpoints) +
+      ((row * ((p.num_steps + kScanTile - 1) / kScanTile) + last_step / kScanTile) * p.width + d0) *
+          kStates +
+      my_lane * 4;
   // The thread-th channel's sums of D and bias: in global memory, where they take no registers.
   const auto add_to_channel = [&](R of_D, R of_bias, bool first) {
     if (thread >= channels) return;
@@ -2074,8 +2075,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           {
             Four h{};
             const int c = wide.channel_of(slot);
-            if (c < channels)
-              h = load_global(reinterpret_cast<const Four*>(kept + c * kStates));
+            if (c < channels) h = load_global(reinterpret_cast<const Four*>(kept + c * kStates));
             if (half > 0) {
 #pragma unroll
               for (int t = 0; t < kHalf; ++t) {
@@ -2114,8 +2114,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             for (int j = 0; j < 4; ++j) {
               scan_step_vjp(
                   x.x[0], x.x[1], A.x[j], b.x[j], cc.x[j], decays[t][j], states[t][j],
-                  states[t + 1][j], x.x[2], g.x[j], gA.x[j], grad_B[t * 4 + j],
-                  grad_C[t * 4 + j], sum);
+                  states[t + 1][j], x.x[2], g.x[j], gA.x[j], grad_B[t * 4 + j], grad_C[t * 4 + j],
+                  sum);
               if (gate) y = add_real(states[t + 1][j], cc.x[j], y);
             }
             sums[t] = sum.input, sums[kHalf + t] = sum.parts;
@@ -2125,9 +2125,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           warp_sync(); // all lanes of the channel have read what is written over
           const auto put = [&](int word) {
             sum_over_lanes<kHalf>(
-                sums + (word - 1) * kHalf, kLanes / 2, 1, 0, true, [&](int t, R sum) {
-                  items.template view<R>().store(t * kSlots * 4 + word, sum);
-                });
+                sums + (word - 1) * kHalf, kLanes / 2, 1, 0, true,
+                [&](int t, R sum) { items.template view<R>().store(t * kSlots * 4 + word, sum); });
           };
           put(1), put(2);
           if (gate) put(3);
@@ -2140,8 +2139,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       // ---- over the channels ----
       const auto gather = [&](int which, R* v) {
         sum_over_lanes<kHalf * 4>(v, 32 / kLanes / 2, kLanes, 0, true, [&](int i, R sum) {
-          warps.store(
-              ((warp() * 2 + which) * kHalf + i / 4) * kStates + my_lane * 4 + i % 4, sum);
+          warps.store(((warp() * 2 + which) * kHalf + i / 4) * kStates + my_lane * 4 + i % 4, sum);
         });
       };
       gather(0, grad_B), gather(1, grad_C);
@@ -2181,8 +2179,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       for (int j = 0; j < kVector; ++j) sums[j] = {};
 #pragma unroll 1
       for (int k = 0; k < Wide::kVectors; ++k) {
-        const Vector deltas = delta.load(k), us = u.load(k),
-                     gates = gate ? z.load(k) : Vector{},
+        const Vector deltas = delta.load(k), us = u.load(k), gates = gate ? z.load(k) : Vector{},
                      grads = p.grad_out.data ? grad.load(k) : Vector{};
         const Shared<Four> from = slots + (Wide::template step<kTime>(k) * kSlots + slot);
         R x[kVector], g[kVector], D[kVector], u_out[kVector], delta_out[kVector], z_out[kVector];
@@ -2191,7 +2188,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         for (int j = 0; j < kVector; ++j) {
           const Four item = from.load(j * kNext);
           x[j] = us.widen(j), g[j] = grads.widen(j);
-          u_out[j] = item.x[1] * item.x[0], delta_out[j] = fused(item.x[1], x[j], out_of_octaves(item.x[2]));
+          u_out[j] = item.x[1] * item.x[0],
+          delta_out[j] = fused(item.x[1], x[j], out_of_octaves(item.x[2]));
           z_out[j] = fused(D[j], x[j], item.x[3]);
         }
         if (gate) {
@@ -2215,7 +2213,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         grad_delta.store(k, delta_out);
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
-          sums[j].x[0] = fused(g[j], x[j], sums[j].x[0]), sums[j].x[1] = sums[j].x[1] + delta_out[j];
+          sums[j].x[0] = fused(g[j], x[j], sums[j].x[0]),
+          sums[j].x[1] = sums[j].x[1] + delta_out[j];
       }
       const Shared<Two> to =
           (slots + (Wide::template step<kTime>(0) * kSlots + slot)).template view<Two>();
@@ -2296,8 +2295,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                            : thread == kGradU ? p.grad_u.time
                            : thread == kGradZ ? p.grad_z.time
                                               : p.grad_delta.time;
-      const int64_t bytes = thread < kGradB ? time * int64_t(sizeof(S))
-                                            : p.num_groups * kStates * int64_t(sizeof(R));
+      const int64_t bytes =
+          thread < kGradB ? time * int64_t(sizeof(S)) : p.num_groups * kStates * int64_t(sizeof(R));
       const int64_t at = tile_of.load(thread);
       tile_of.store(thread, at ? at - kScanTile * direction * bytes : 0);
     }

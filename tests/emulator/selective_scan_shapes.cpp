@@ -43,14 +43,13 @@ void print_all(Driver, const char* dtype) {
           "\"itemsize\": %d, \"enough_blocks\": %d, \"least_steps\": %d, \"outer_passes\": %d, "
           "\"fill_passes\": %d, \"finish_passes\": %d, \"state_passes\": %s}\n",
           kernel, dtype, kScanThreads, shared, per_thread, Wide::kStates, Wide::kChannels,
-          kScanTile, int(sizeof(typename Types::S)), int(kScanEnoughBlocks),
-          int(kScanLeastSteps), passes, fills, ends, states);
+          kScanTile, int(sizeof(typename Types::S)), int(kScanEnoughBlocks), int(kScanLeastSteps),
+          passes, fills, ends, states);
     };
     const int passes = Wide::kVectors / Wide::kAhead;
-    // Of the loop over states, as it is passed in a tile: exponentials of one pass, and how often. Backward, half of the steps
-    // are walked through once more before.
-    print_wide(
-        "wide", scan_wide_shared<Types>(), 1, passes, passes, "[[64, 4]]");
+    // Of the loop over steps, as it is passed in a tile: exponentials of one pass, and how often. Backward, half of the
+    // steps are walked through once more before.
+    print_wide("wide", scan_wide_shared<Types>(), 1, passes, passes, "[[64, 4]]");
     print_wide(
         "wide_backward", ScanWideBackward<Types>::kBytes, kScanTile / kScanHalf, passes,
         Wide::kVectors, "[[64, 4], [32, 4]]");

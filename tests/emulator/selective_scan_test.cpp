@@ -169,9 +169,8 @@ TEST_P(ScanKernels, SameBits) {
       p.cu_seqlens.clear();
       p = reshaped(random, p);
       for (Dense* x : {&p.B, &p.C})
-        *x = draw(random, types_of(dtype()).per_token, {2, 20, 2, N}, [&] {
-          return random.normal();
-        });
+        *x = draw(
+            random, types_of(dtype()).per_token, {2, 20, 2, N}, [&] { return random.normal(); });
     }
     SCOPED_TRACE(p.text());
     emulator::options().order = Options::random;
