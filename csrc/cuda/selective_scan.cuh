@@ -16,6 +16,11 @@
 // computed again, decays and states in registers, and walked back over. The sums over channels (of B, C) stay in registers
 // while the lanes go through the block's channels a few at a time; they leave as one number per block, and those over
 // tokens (of A, D, ...) as one per segment; other kernels add them up in order.
+//
+// Nearly all calls have 16 real states, B and C per token and a row for each sequence. Where channels are enough, they have
+// kernels of their own, the wide ones, in which these numbers are constants: forward, a lane has two channels; arrays are
+// loaded by 16 bytes; and where softplus makes time steps and no A is positive, exponents need no bound. What does not lie
+// so, and tiles that are not whole, are taken number by number.
 #pragma once
 #include <type_traits>
 
