@@ -17,8 +17,14 @@ out better, plus its launches:
 causal_conv1d, with four taps and SiLU, has no such pipeline and no chain: its latency is that of blocks
 which wait for a tile and then compute it, one after the other.
 
+selective_scan, with 16 states, D, z, delta_bias, softplus, and B and C per token, is as the convolution; a block
+waits twice in each of its tiles. Where blocks are few, time is cut into segments, which all but
+one walk through twice. Smaller problems than those get kernels of their own, which the model does
+not know: it takes the others' instructions.
+
 It is optimistic where the kernels wait for their own results, and does not count the exchange
-between blocks. "roof" is what no implementation can beat: the bytes of shapes.py and the launch.
+between blocks. "roof" is what no implementation can beat: the bytes of shapes.py and the launch; of
+selective_scan the bytes or the instructions there, whichever take longer.
 Where results/gpu.json has measured times, they and the model's error stand beside: a list of
 {"device", "operator", "direction", "shape", "dtype", "seconds"}.
 """
@@ -33,7 +39,7 @@ from pathlib import Path
 
 from kernel_budget import BUDGET, resident_blocks
 from report import duration
-from shapes import OPERATORS
+from shapes import MAMBA_OPERATORS, OPERATORS
 
 HERE = Path(__file__).resolve().parent
 LABEL = "prediction, not a measurement"
@@ -45,6 +51,7 @@ HOP = 1.5e-6  # seconds to publish a state and have it read: two accesses; a gue
 WARP_ISSUE = 0.4  # instructions per clock of a warp whose steps wait for each other; a guess
 LAUNCH = 3e-6  # seconds; commonly reported are 2 to 4 outside of graphs
 COPY_SHARE = 4.3 / 4.8  # of the datasheet's bandwidth that a copy reaches: measured on an H200
+EFFECT_SHARE = 0.7  # of the scan's instructions: what a segment does from zero; a guess
 PEER_SHARE = 0.8  # of a copy's bandwidth: what accelerated-scan is expected to reach
 GOAL = 1.4  # times the roof
 
@@ -122,7 +129,7 @@ SHAPES = (
     ("8x8192x256", "float32"),
 )
 DIAGONAL = ("linear_scan", "min_gru", "min_lstm")
-MODELLED = (*DIAGONAL, "causal_conv1d")
+MODELLED = (*DIAGONAL, "causal_conv1d", "selective_scan")
 TAPS = 4
 DIRECTIONS = ("forward", "backward")
 
@@ -134,9 +141,7 @@ class Prediction:
     direction: str
     shape: str
     dtype: str
-    schedule: (
-        str  # "walking": a block takes all tiles of its channels; "chained": one each; "tiles"
-    )
+    schedule: str  # "walking": a block takes all tiles of its channels; "chained": one each; "tiles"; "segments"
     memory: float
     issue: float
     special: float
@@ -170,6 +175,8 @@ def predict(
     """The time of one call, with contiguous (batch, time, channel) tensors."""
     if operator == "causal_conv1d":
         return predict_convolution(budget, device, direction, shape, dtype)
+    if operator == "selective_scan":
+        return predict_scan(budget, device, direction, shape, dtype)
     batch, time, width = parse_shape(shape)
     kernel = budget["kernels"][f"diagonal_tiles {direction} {operator} {dtype}"]
     launch, row = kernel["launch"], kernel[device.code]
@@ -283,6 +290,80 @@ def predict_convolution(
     )
 
 
+def scan_segments(time: int, blocks: int, launch: dict) -> int:
+    """Into how many segments csrc/cuda/selective_scan.cu cuts a row, where that many blocks take the rows."""
+    if blocks >= launch["enough_blocks"]:
+        return 1
+    steps = math.ceil(time / math.ceil(launch["enough_blocks"] / blocks))
+    tiles = math.ceil(max(steps, launch["least_steps"]) / launch["steps_per_tile"])
+    segments = math.ceil(time / (tiles * launch["steps_per_tile"]))
+    return segments if segments >= 3 else 1
+
+
+def predict_scan(
+    budget: dict, device: Device, direction: str, shape: str, dtype: str
+) -> Prediction:
+    """selective_scan as in Mamba: 16 states, all inputs, one group of B and C per token."""
+    batch, time, width = parse_shape(shape)
+    backward = direction == "backward"
+    kernel = budget["kernels"][f"selective_scan_wide{'_backward' * backward} {dtype}"]
+    launch, row = kernel["launch"], kernel[device.code]
+    elements, itemsize, states = batch * time * width, launch["itemsize"], launch["states"]
+    groups = math.ceil(width / launch["channels"])
+    segments = scan_segments(time, batch * groups, launch)
+    blocks = batch * groups * segments
+    resident = resident_blocks(
+        device.architecture,
+        launch["threads"],
+        row["registers"],
+        row["static_shared"] + launch["dynamic_shared"],
+    )
+    share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
+    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
+    warps = launch["threads"] / 32 / 4  # of a block, per scheduler
+
+    def issue_rate(blocks: int) -> float:
+        return device.issue * min(1.0, blocks * warps * WARP_ISSUE)
+
+    counts = row["per_element"]
+    # Segments but one are walked through first, from zero.
+    twice = 1 + EFFECT_SHARE * (segments - 1) / segments
+    instructions = elements * states * counts["way"] * twice
+    work = MAMBA_OPERATORS["selective_scan[fused]"].work(direction)
+    moved = elements * work.bytes(itemsize)
+    # B and C; forward, the states that are kept; backward, sums of gradients over each block's
+    # channels, written and read.
+    more = 2 * batch * time * states * itemsize
+    more += 2 * 2 * batch * time * states * groups * 4 if backward else elements * 4
+    tiles = math.ceil(time / segments / launch["steps_per_tile"])
+    rounds = math.ceil(blocks / (resident * device.multiprocessors))
+    alone = instructions / (blocks * tiles) / (issue_rate(1) / device.multiprocessors)
+    found = {
+        "memory": (moved + more) / device.copy,
+        "issue": instructions * share / issue_rate(at_once),
+        "special": elements * states * counts["mufu"] * twice * share / device.special,
+        "latency": rounds * tiles * (2 * LATENCY + alone),
+        "chain": 0.0,
+    }
+    launches = (3 if backward else 1) + (2 if segments > 1 else 0)
+    bound = max(found, key=lambda part: found[part])
+    least = elements * (work.exps + work.operations) / device.issue
+    return Prediction(
+        device.name,
+        "selective_scan",
+        direction,
+        shape,
+        dtype,
+        "segments" if segments > 1 else "walking",
+        **found,
+        launches=launches,
+        seconds=found[bound] + launches * LAUNCH,
+        bound=bound,
+        roof=max(moved / device.copy, least) + LAUNCH,
+        blocks_per_multiprocessor=resident,
+    )
+
+
 # Published: https://github.com/proger/accelerated-scan, (batch, channel, time) = (8, 1536, 2048).
 PUBLISHED = {("linear_scan", "forward", "8x2048x1536", "float32"): 0.355e-3}
 
@@ -364,6 +445,7 @@ def constants() -> list[str]:
         f"a copy reaches {COPY_SHARE:.1%} of the datasheet's bandwidth (measured on an H200)",
         "four warps of 32 threads issue an instruction per clock and multiprocessor",
         f"one warp alone issues {WARP_ISSUE:g} per clock (a guess)",
+        f"a segment from zero takes {EFFECT_SHARE:.0%} of a scan's instructions (a guess)",
         "16 exponentials or reciprocals per clock and multiprocessor",
     ]
 
@@ -372,13 +454,13 @@ def text(rows: list[Prediction]) -> str:
     measured = any(row.measured is not None for row in rows)
     lines = [f"Predicted times: each a {LABEL}."]
     lines.append(
-        f"{'device':<9} {'operator':<12} {'pass':<9} {'shape':<13} {'dtype':<9} {'schedule':<8} "
+        f"{'device':<9} {'operator':<14} {'pass':<9} {'shape':<13} {'dtype':<9} {'schedule':<8} "
         f"{'predicted':>9} {'bound':<8} {'memory':>9} {'issue':>9} {'roof':>9} {'/roof':>6}"
         + (f" {'measured':>9} {'error':>6}" if measured else "")
     )
     for row in rows:
         line = (
-            f"{row.device:<9} {row.operator:<12} {row.direction:<9} {row.shape:<13} {row.dtype:<9} "
+            f"{row.device:<9} {row.operator:<14} {row.direction:<9} {row.shape:<13} {row.dtype:<9} "
             f"{row.schedule:<8} {duration(row.seconds):>9} {row.bound:<8} {duration(row.memory):>9} "
             f"{duration(row.issue):>9} {duration(row.roof):>9} {row.seconds / row.roof:>6.2f}"
         )

@@ -246,20 +246,83 @@ def _usual_way(flow: sass.Flow, loop: sass.Loop, copies: int, special: bool) -> 
     return flow.way(loop, weight, counted, copies)
 
 
+def _scan_counts(flow: sass.Flow, launch: dict) -> dict[str, float] | None:
+    """`per_element` of a selective scan, whose launch says how often the loops inside a tile's are passed.
+
+    On the usual way arrays are there and loaded by 16 bytes, and no state grows; the states before
+    tiles are kept.
+    """
+    code, tile = flow.code, flow.loops[0]
+    inner = flow.inside(tile)
+
+    def special(body: Iterable[int]) -> int:
+        return sum(code[at].opcode in sass.MUFU for at in body)
+
+    most = max(count for count, _ in launch["state_passes"])
+    states = [loop for loop in inner if special(loop.body) == most and not flow.inside(loop)]
+    if not states:
+        return None
+    loop = min(states, key=lambda one: len(one.body))  # without a bound on exponents
+    around = [other for other in inner if loop.body < other.body]
+
+    weight = {}
+    for at in tile.body:
+        one = code[at]
+        if one.opcode in (sass.LOAD_GLOBAL, sass.STORE_GLOBAL):  # sizes stand at the same place
+            weight[at] = -1000 if one.store_bytes >= 8 else 10**6
+        elif one.opcode in sass.MUFU or one.opcode in sass.SHUFFLES:
+            weight[at] = -1000
+    # All of the passes over states: the fetching of inputs is before, the outputs come after.
+    total = specials = in_states = 0.0
+    for count, times in launch["state_passes"]:
+        counted = frozenset(at for at in loop.body if code[at].opcode in sass.MUFU)
+        plain = {at: w for at, w in weight.items() if at not in counted}
+        way = flow.way(loop, plain, counted, count)
+        in_states += len(way) * times
+        specials += special(way) * times
+    total += in_states
+    way = flow.way(tile, weight | {loop.header: -(10**9)})
+    passed = False
+    for at in way:
+        if at in loop.body:
+            passed = True
+            continue
+        if any(at in other.body for other in around):
+            times = launch["outer_passes"]
+        elif any(at in other.body for other in inner):
+            times = launch["finish_passes" if passed else "fill_passes"]
+        else:
+            times = 1
+        total += times
+        specials += times * (code[at].opcode in sass.MUFU)
+    elements = launch["elements_per_pass"]
+    return {
+        "loop": round(len(tile.body) / elements, 1),
+        "way": round(total / elements, 1),
+        "mufu": round(specials / elements, 2),
+        "states": round(in_states / elements, 1),
+    }
+
+
 def per_element(
     code: list[sass.Instruction], architecture: str, launch: dict
 ) -> dict[str, float] | None:
-    """Instructions of a thread per element (one channel of one step) in the kernel's main loop.
+    """Instructions of a thread per element in the kernel's main loop.
+
+    An element is one channel of one step; of a selective scan, one state of one channel of one step.
 
     "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs:
     what the compiler made of the source, rare cases included. "way": those that are executed on the
     usual way through it, inputs fetched, and the effects of the other warps folded as often as the
-    last warp does. "mufu": of these, exponentials and reciprocals. None: the kernel has no loop, or
-    its launch does not say how much a pass of it does.
+    last warp does. "mufu": of these, exponentials and reciprocals. "states", of a selective scan: those of
+    the loop over its steps alone. None: the kernel has no loop, or its launch does not say how much
+    a pass of it does.
     """
-    if "outputs" not in launch:
+    if "outputs" not in launch and "state_passes" not in launch:
         return None
     flow = sass.Flow(code, int(architecture.rstrip("af")))
+    if "state_passes" in launch:
+        return _scan_counts(flow, launch) if flow.loops else None
     if not flow.loops or not any(code[at].opcode == sass.STORE_GLOBAL for at in flow.loops[0].body):
         return None
     loop = flow.loops[0]
@@ -527,6 +590,8 @@ def quantities(row: dict, launch: dict) -> dict[str, float]:
     if counts:
         found["instructions per element, whole loop"] = counts["loop"]
         found["instructions per element, usual way"] = counts["way"]
+    if "states" in counts:
+        found["instructions per element, loop over steps"] = counts["states"]
     return found
 
 

@@ -46,6 +46,9 @@ def budget(way=10.0, mufu=0.0, dynamic_shared=60000):
         tiles = {"arrays": arrays, "steps_per_tile": 128, "tiles_per_block": 8}
         convolution = {"launch": launch | tiles, "90a": row, "80": row}
         kernels[f"causal_conv1d_{direction} bfloat16 4"] = convolution
+    tiles = {"threads": 128, "channels": 128, "steps_per_tile": 16, "states": 16, "least_steps": 64}
+    scan = {"launch": launch | tiles, "90a": row, "80": row}
+    kernels |= {f"selective_scan_wide{name} bfloat16": scan for name in ("", "_backward")}
     return {"kernels": kernels}
 
 
@@ -111,6 +114,41 @@ def test_convolution():
     slow = predict("forward", dynamic_shared=200000)
     alone = 128 * 64 * 10 / (128 * 1.98e9 * 0.8)
     assert slow.latency == pytest.approx(math.ceil(64 * 256 / 132) * (0.75e-6 + alone))
+
+
+def test_selective_scan():
+    def predict(direction, shape=SHAPE, **values):
+        return gpu_model.predict(
+            budget(**values), H200, "selective_scan", direction, shape, "bfloat16"
+        )
+
+    row = predict("forward", way=10.0)
+    # 256 blocks: two on the busiest of 132 multiprocessors, eight warps that issue 0.8 per clock and scheduler.
+    issue = ELEMENTS * 16 * 10 / (132 * 128 * 1.98e9 * 0.8) * 2 / (256 / 132)
+    assert row.schedule == "walking" and row.launches == 1
+    assert row.issue == pytest.approx(issue)
+    # u, delta, z, out; the kept states; B and C.
+    moved = ELEMENTS * (8 + 4) + 2 * 8 * 4096 * 16 * 2
+    assert row.memory == pytest.approx(moved / 4.3e12)
+    assert row.roof == pytest.approx(ELEMENTS * (18 + 90) / (132 * 128 * 1.98e9) + 3e-6)
+    # Seven tensors and the kept states; B, C; 32 blocks' sums, written and read.
+    moved = ELEMENTS * (14 + 4) + 2 * 8 * 4096 * 16 * 2 + 4 * 8 * 4096 * 16 * 32 * 4
+    back = predict("backward")
+    assert back.memory == pytest.approx(moved / 4.3e12) and back.launches == 3
+    assert predict("forward", mufu=16.0).bound == "special"
+    # One block at a time on each multiprocessor: two rounds of 256 tiles, with one warp per scheduler.
+    slow = predict("forward", dynamic_shared=200000)
+    alone = 16 * 128 * 16 * 10 / (128 * 1.98e9 * 0.4)
+    assert slow.latency == pytest.approx(2 * 256 * (2 * 0.75e-6 + alone))
+    # 4 blocks of 65536 steps: 64 segments, of which 63 are walked through twice.
+    few = predict("forward", "1x65536x512")
+    assert few.schedule == "segments" and few.launches == 3
+    assert few.special == 0 and few.memory == pytest.approx(
+        (65536 * 512 * 12 + 2 * 65536 * 16 * 2) / 4.3e12
+    )
+    twice = 1 + 0.7 * 63 / 64
+    assert few.issue == pytest.approx(issue * 65536 * 512 / ELEMENTS * twice)
+    assert predict("forward", "1x100x512").schedule == "walking"  # too few steps to be cut
 
 
 def test_peer():

@@ -238,6 +238,45 @@ def test_instructions_per_element():
     assert budget.per_element(code(one(OTHER), one(sass.EXIT)), "90a", launch) is None
 
 
+def test_instructions_of_a_scan():
+    wide, narrow = 6 << 9, 4 << 9  # 16 bytes and 4
+    special = one(0x308)
+    instructions = code(
+        one(OTHER),
+        one(OTHER),  # a tile begins
+        one(sass.LOAD_GLOBAL, high=wide),  # fetching: a loop, or else number by number
+        one(OTHER),
+        branch(-3, PREDICATE),
+        branch(1, PREDICATE),
+        one(sass.LOAD_GLOBAL, high=narrow),
+        one(
+            OTHER
+        ),  # a part of the steps, and a loop over them, of which one exponential may be left out
+        special,
+        branch(1, PREDICATE),
+        special,
+        branch(-4, PREDICATE),
+        branch(-6, PREDICATE),
+        special,  # outputs
+        one(sass.STORE_GLOBAL, high=wide),
+        branch(-3, PREDICATE),
+        branch(-16, PREDICATE),
+        one(sass.EXIT),
+    )
+    launch = {
+        "elements_per_pass": 10,
+        "state_passes": [[2, 3], [1, 2]],
+        "outer_passes": 2,
+        "fill_passes": 4,
+        "finish_passes": 5,
+    }
+    counts = budget.per_element(instructions, "90a", launch)
+    # Through the steps 3 times 4 instructions and twice 3; around them twice 2; four times 3
+    # before, five times 3 after; 3 more.
+    assert counts == {"loop": 1.6, "way": 5.2, "mufu": 1.3, "states": 1.8}
+    assert budget.per_element(instructions, "90a", launch | {"state_passes": [[9, 1]]}) is None
+
+
 # ---- the comparison --------------------------------------------------------------------------------------
 
 NAME = "diagonal_tiles forward min_gru float32"
@@ -368,6 +407,9 @@ def test_the_file():
             if name.startswith("diagonal_tiles"):
                 counts = row[architecture]["per_element"]
                 assert 0 <= counts["mufu"] < counts["way"] < counts["loop"]
+            if name.startswith("selective_scan_wide"):
+                counts = row[architecture]["per_element"]
+                assert 1 < counts["mufu"] < counts["states"] < counts["way"]
     assert budget.table(file, ["90a"]).count("\n") == len(file["kernels"])
 
 

@@ -22,6 +22,7 @@ template <class T>
 T recomputed(T x) {
   return x;
 }
+inline float exp2_bounded(float x) { return exp2f(x); }
 } // namespace torch_ext::cuda
 #else
 #include <cuda_bf16.h>
@@ -145,7 +146,14 @@ TORCH_EXT_DEVICE unsigned atomic_add(unsigned* p, unsigned x) { return atomicAdd
 TORCH_EXT_DEVICE void fence_device() { __threadfence(); }
 TORCH_EXT_DEVICE void pause() { __nanosleep(20); }
 
-// ---- 16-bit numbers ----
+// ---- numbers ----
+
+// 2^x where the caller knows that x is below 128: one instruction.
+TORCH_EXT_DEVICE float exp2_bounded(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
 
 TORCH_EXT_DEVICE float to_float(BFloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 TORCH_EXT_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }

@@ -7,7 +7,8 @@ namespace torch_ext::cuda {
 namespace {
 
 // Variables for tests alone.
-int64_t scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps;
+int64_t scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps,
+        scan_enough_wide_blocks = kScanEnoughBlocks;
 
 int64_t scan_divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -19,7 +20,7 @@ struct ScanDriver {
   using Forward = SelectiveScanForward;
   using Backward = SelectiveScanBackward;
   static constexpr int K = Pack<H>::kSize;
-  // Is there a backward kernel for what nearly all calls are? One more to compile.
+  // Are there kernels for what nearly all calls are? Some more to compile.
   static constexpr bool kHasPlain = !kComplex && sizeof(R) == 4;
 
   // Lanes and passes, where a lane has so many states.
@@ -58,11 +59,12 @@ struct ScanDriver {
     ScanPlan q = basic(p);
     spread_states(q, p.num_states, kForwardPacks * K);
     spread_channels(q, p, 1);
-    if (p.state_rows)
+    if (p.state_rows) {
       q.segment_steps = p.num_steps;
-    else
-      cut_time(q, p);
-    return q;
+      return q;
+    }
+    cut_time(q, p);
+    return wide_or(q, p, 2);
   }
   static ScanPlan plan(const Backward& p) {
     ScanPlan q = basic(p);
@@ -75,10 +77,21 @@ struct ScanDriver {
     while (turns > 1 && (blocks(q, p) < scan_enough_blocks || shared() > kScanMostShared))
       spread_channels(q, p, turns /= 2);
     cut_time(q, p);
-    return q;
+    return wide_or(q, p, kScanMostTurns);
   }
-  // Of the kernel that finds what segments do to a gradient.
-  static ScanPlan effect_plan(ScanPlan q, const Backward& p) {
+  // The plan of the kernels for what nearly all calls are, where there is one: it has fewer blocks for the same work. Are
+  // they enough, and is nothing done twice to have them?
+  static ScanPlan wide_or(const ScanPlan& q, const SelectiveScanProblem& p, int turns) {
+    if (!kHasPlain || p.cu_seqlens || p.B.constant || p.C.constant || p.num_states != 16) return q;
+    ScanPlan wide = q;
+    spread_channels(wide, p, turns);
+    cut_time(wide, p);
+    wide.wide = blocks(wide, p, wide.segments) >= scan_enough_wide_blocks &&
+                (wide.segments == 1 || q.segments > 1);
+    return wide.wide ? wide : q;
+  }
+  // Of the kernel that finds what segments do from zero.
+  static ScanPlan effect_plan(ScanPlan q, const SelectiveScanProblem& p) {
     spread_states(q, p.num_states, kForwardPacks * K);
     spread_channels(q, p, 1);
     return q;
@@ -156,10 +169,16 @@ struct ScanDriver {
     if (blocks(q, p) == 0 || p.num_steps == 0) return;
     share_out(q, p, workspace);
     if (q.segments > 1) {
-      walk<ScanWalk::forward_effect>(p, q, q.segments - 1, stream);
+      walk<ScanWalk::forward_effect>(p, effect_plan(q, p), q.segments - 1, stream);
       for_all(
           selective_scan_fold_kernel<Types, false, Forward>, q.rows * p.width * p.num_states,
           stream, p, q);
+    }
+    if constexpr (kHasPlain) {
+      if (q.wide)
+        return launch(
+            selective_scan_wide_kernel<Types>, dim3(unsigned(blocks(q, p, q.segments))),
+            kScanThreads, scan_wide_shared<Types>(), stream, p, q);
     }
     walk<ScanWalk::forward>(p, q, q.segments, stream);
   }
@@ -176,17 +195,20 @@ struct ScanDriver {
             selective_scan_fold_kernel<Types, true, Backward>, q.rows * p.width * p.num_states,
             stream, p, q);
       }
-      const auto backward = [&](auto kernel) {
+      const auto backward = [&](auto kernel, int shared) {
         launch(
-            kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads,
-            scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes, stream, p, q);
+            kernel, dim3(unsigned(blocks(q, p, q.segments))), kScanThreads, shared, stream, p, q);
       };
+      const int shared = scan_backward_shared<Types>(q, p.B.constant, p.C.constant).bytes;
       bool plain = false;
       if constexpr (kHasPlain) {
         plain = q.passes == 1 && !p.B.constant && !p.C.constant;
-        if (plain) backward(selective_scan_backward_kernel<Types, true>);
+        if (q.wide)
+          backward(selective_scan_wide_backward_kernel<Types>, ScanWideBackward<Types>::kBytes);
+        else if (plain)
+          backward(selective_scan_backward_kernel<Types, true>, shared);
       }
-      if (!plain) backward(selective_scan_backward_kernel<Types, false>);
+      if (!plain) backward(selective_scan_backward_kernel<Types, false>, shared);
       if (q.by_token)
         for_all(
             selective_scan_tokens_kernel<Types>, q.rows * p.num_steps * p.num_groups * p.num_states,

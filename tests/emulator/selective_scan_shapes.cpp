@@ -31,6 +31,29 @@ void print_all(Driver, const char* dtype) {
   const int shared = scan_backward_shared<Types>(backward, false, false).bytes;
   print("backward", " false", shared);
   if (Driver::kHasPlain) print("backward", " true", shared);
+  if constexpr (Driver::kHasPlain) {
+    // A pass of the main loop is a tile. Elements are states here: (step, channel, state).
+    using Wide = ScanWide<Types, 1>;
+    const int per_thread = kScanTile * Wide::kChannels * Wide::kStates / kScanThreads;
+    const auto print_wide = [&](const char* kernel, int shared, int passes, int fills, int ends,
+                                const char* states) {
+      printf(
+          "{\"kernel\": \"selective_scan_%s %s\", \"threads\": %d, \"dynamic_shared\": %d, "
+          "\"elements_per_pass\": %d, \"states\": %d, \"channels\": %d, \"steps_per_tile\": %d, "
+          "\"itemsize\": %d, \"enough_blocks\": %d, \"least_steps\": %d, \"outer_passes\": %d, "
+          "\"fill_passes\": %d, \"finish_passes\": %d, \"state_passes\": %s}\n",
+          kernel, dtype, kScanThreads, shared, per_thread, Wide::kStates, Wide::kChannels,
+          kScanTile, int(sizeof(typename Types::S)), int(kScanEnoughBlocks), int(kScanLeastSteps),
+          passes, fills, ends, states);
+    };
+    const int passes = Wide::kVectors / Wide::kAhead;
+    // Of the loop over steps, as it is passed in a tile: exponentials of one pass, and how often. Backward, half of the
+    // steps are walked through once more before.
+    print_wide("wide", scan_wide_shared<Types>(), 1, passes, passes, "[[64, 4]]");
+    print_wide(
+        "wide_backward", ScanWideBackward<Types>::kBytes, kScanTile / kScanHalf, passes,
+        Wide::kVectors, "[[64, 4], [32, 4]]");
+  }
   print("fold", " false forward", 0), print("fold", " true backward", 0);
   print("empty", " forward", 0), print("empty", " backward", 0);
   print("tokens", "", 0), print("channels", "", 0);

@@ -10,9 +10,11 @@ namespace torch_ext::cuda {
 // What the drivers above leave to chance: so many blocks fill a GPU, and so many steps a segment has at least.
 void force_segments(bool many) {
   scan_enough_blocks = many ? 1000 : 1, scan_least_steps = many ? 1 : kScanLeastSteps;
+  scan_enough_wide_blocks = 1;
 }
 void leave_segments() {
   scan_enough_blocks = kScanEnoughBlocks, scan_least_steps = kScanLeastSteps;
+  scan_enough_wide_blocks = kScanEnoughBlocks;
 }
 } // namespace torch_ext::cuda
 
@@ -124,14 +126,28 @@ TEST_P(ScanKernels, StatePool) {
 TEST_P(ScanKernels, WholeTiles) {
   if (dtype() != DType::f32 && dtype() != DType::bf16) GTEST_SKIP() << "the same for all";
   Random random;
-  Problem3 p = draw_problem(random, dtype(), 1, 35, GetParam().segments ? 64 : 128, 16, 1);
+  Problem3 p = draw_problem(random, dtype(), 1, 40, GetParam().segments ? 64 : 128, 16, 1);
   p.cu_seqlens.clear();
+  ASSERT_NO_FATAL_FAILURE(check(reshaped(random, p)));
+}
+
+// What nearly all calls are: 16 states, B and C per token, softplus, a gate; in either layout.
+TEST_P(ScanKernels, Usual) {
+  if (types_of(dtype()).state != DType::f32) GTEST_SKIP() << "no kernels of their own";
+  Random random;
+  const Types types = types_of(dtype());
+  Problem3 p = draw_problem(random, dtype(), 1, 24, 128, 16, 1);
+  p.cu_seqlens.clear();
+  const auto normal = [&] { return random.normal(); };
+  p.z = draw(random, types.time, {1, 24, 128}, normal);
   p = reshaped(random, p);
-  if (GetParam().order != Options::random) { // neither B nor C is constant
-    for (Dense* x : {&p.B, &p.C})
-      *x = draw(
-          random, types_of(dtype()).per_token, {1, 35, 1, 16}, [&] { return random.normal(); });
-  }
+  for (Dense* x : {&p.B, &p.C}) *x = draw(random, types.per_token, {1, 24, 1, 16}, normal);
+  p.softplus = true;
+  p.order = kNatural;
+  ASSERT_NO_FATAL_FAILURE(check(p));
+  if (GetParam().order != Options::reversed) return;
+  p.order = kTimeInside, p.reverse = false;
+  for (int64_t d = 0; d < 128; d += 2) p.A(d, d % 16) = 0.01; // a state that grows
   ASSERT_NO_FATAL_FAILURE(check(p));
 }
 
@@ -147,12 +163,22 @@ TEST_P(ScanKernels, ManyStates) {
 TEST_P(ScanKernels, SameBits) {
   if (GetParam().order != Options::random) GTEST_SKIP() << "one order is compared with another";
   Random random;
-  const Problem3 p = draw_problem(random, dtype(), 2, 20, 6, 5, 2);
-  SCOPED_TRACE(p.text());
-  const Result3 all = run(p), few = run(p, true, true);
-  ASSERT_TRUE(same(all.grads[0], few.grads[0]) && same(all.grads[1], few.grads[1]));
-  emulator::options().order = Options::forward;
-  ASSERT_TRUE(same(all, run(p))) << "the result depends on the order of threads";
+  for (const int64_t N : {5, 16}) {
+    Problem3 p = draw_problem(random, dtype(), 2, 20, 6, N, 2);
+    if (N == 16) {
+      p.cu_seqlens.clear();
+      p = reshaped(random, p);
+      for (Dense* x : {&p.B, &p.C})
+        *x = draw(
+            random, types_of(dtype()).per_token, {2, 20, 2, N}, [&] { return random.normal(); });
+    }
+    SCOPED_TRACE(p.text());
+    emulator::options().order = Options::random;
+    const Result3 all = run(p), few = run(p, true, true);
+    ASSERT_TRUE(same(all.grads[0], few.grads[0]) && same(all.grads[1], few.grads[1]));
+    emulator::options().order = Options::forward;
+    ASSERT_TRUE(same(all, run(p))) << "the result depends on the order of threads";
+  }
 }
 
 std::string name_of(const ::testing::TestParamInfo<Setting>& each) {
