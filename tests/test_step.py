@@ -170,7 +170,6 @@ def test_in_place_on_views(case, dtype, view, generator, device):
         assert torch.equal(memory[outside], before), "wrote outside the state"
 
 
-@pytest.mark.xfail(strict=True, reason="torch's fallback wants the written tensor to be returned")
 @over(dtypes=(torch.float32, torch.complex64), variants=False, cases=ALL)
 def test_in_place_on_a_lazy_state(case, dtype, generator, device):
     """Conjugation and negation that torch has only noted, not done."""

@@ -683,6 +683,12 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) {
   m.impl("causal_conv1d_step_", &bump_version_step_);
 }
+TORCH_LIBRARY_IMPL(torch_ext, Conjugate, m) {
+  m.impl("causal_conv1d_step_", torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
+}
+TORCH_LIBRARY_IMPL(torch_ext, Negative, m) {
+  m.impl("causal_conv1d_step_", torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
+}
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) { m.impl("causal_conv1d_step", &step); }
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCPU, m) {
   m.impl("causal_conv1d", &autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);

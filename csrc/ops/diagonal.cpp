@@ -216,6 +216,24 @@ void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {
       ": its inputs are on a CUDA device, for which this build has no kernel; expected cpu");
 }
 
+void resolve_lazy(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const size_t first = stack->size() - arguments.size();
+  std::vector<std::pair<Tensor, Tensor>> written; // a tensor, and what is written in its place
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = (*stack)[first + i];
+    if (!value.isTensor() || !value.toTensor().defined()) continue;
+    const Tensor tensor = value.toTensor();
+    if (!tensor.is_conj() && !tensor.is_neg()) continue;
+    const Tensor resolved = tensor.resolve_conj().resolve_neg();
+    if (const auto* alias = arguments[i].alias_info(); alias && alias->isWrite())
+      written.emplace_back(tensor, resolved);
+    value = resolved;
+  }
+  op.callBoxed(stack);
+  for (const auto& [to, from] : written) to.copy_(from);
+}
+
 Strided strided(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return {

@@ -83,6 +83,9 @@ Pair step_in_pool(
     const std::function<Pair(const Tensor&)>& run);
 // The CUDA kernel of an operator that has none in this build: says so.
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
+// Of a step in place, for tensors that are still to be conjugated or negated: torch's own fallback, which does that for other
+// operators, wants what is written to be returned.
+void resolve_lazy(const c10::OperatorHandle& op, torch::jit::Stack*);
 
 Strided strided(const Tensor& x); // (B, T, D) or (B, D)
 Strided strided(const Opt& x);
@@ -624,6 +627,9 @@ struct RegisterDiagonal {
     implement(Key::Meta, &D::meta, &D::meta_backward, &D::meta_step_);
     implement(Key::Autograd, &D::autograd, &D::autograd_backward, &D::autograd_step_);
     library(torch::Library::IMPL, Key::ADInplaceOrView).impl(step_.c_str(), &D::bump_version_step_);
+    for (const Key key : {Key::Conjugate, Key::Negative})
+      library(torch::Library::IMPL, key)
+          .impl(step_.c_str(), torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
     library(torch::Library::IMPL, Key::CompositeImplicitAutograd).impl(step.c_str(), &D::step);
     const auto autocast = [&](Key key, auto f, auto s) {
       auto& m = library(torch::Library::IMPL, key);

@@ -966,6 +966,12 @@ TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) {
   m.impl("selective_scan_step_", &bump_version_step_);
 }
+TORCH_LIBRARY_IMPL(torch_ext, Conjugate, m) {
+  m.impl("selective_scan_step_", torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
+}
+TORCH_LIBRARY_IMPL(torch_ext, Negative, m) {
+  m.impl("selective_scan_step_", torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
+}
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
   m.impl("selective_scan_step", &step);
 }
