@@ -307,7 +307,8 @@ def summary(result: dict) -> str:
         for key in ("beside", "scaling"):
             held = [row[key] for row in result["mamba"] if row.get(key)]
             goals += [x["meets_goal"] for x in held if x.get("at_most") or x.get("goal")]
-        lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
+        if goals:
+            lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
     if goals := [row["meets_goal"] for row in result["mamba_steps"] if row["goal"]]:
         lines.append(f"{sum(goals)} of {len(goals)} goals of its step are reached.")
     if result["wrong"]:

@@ -13,6 +13,7 @@ README.md beside this file says how the figures are made and how to read them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -654,12 +655,31 @@ def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict
         print(operator_line(result["operators"][-1]), flush=True)
 
 
+@contextlib.contextmanager
+def survived(result: dict, what: str) -> Iterator[None]:
+    """One case on a GPU: a result that is wrong or a call that fails is written down, and the run
+    goes on; only what this device or build cannot do leaves the exit status as it is."""
+    import torch
+    from measure import first_line
+    from operators import WrongResult
+    from report import not_run_line
+
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, NotImplementedError) as error:
+        about = {"peer": "torch_ext", "what": what, "reason": first_line(error)}
+        result["not_run"].append(about)
+        print(not_run_line(about), flush=True)
+    except (WrongResult, RuntimeError) as error:
+        text = str(error) if isinstance(error, WrongResult) else f"{what}: {first_line(error)}"
+        print(f"NOT TIMED, {text}", flush=True)
+        result["wrong"].append({"what": text, "isa": "GPU", "threads": None})
+
+
 def time_mamba_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
     from gpu_mamba import best_rates, time_operator
     from mamba_operators import MambaChecker, make_inputs
-    from measure import first_line
-    from operators import WrongResult
     from report import gpu_mamba_header, gpu_mamba_line, not_run_line
     from shapes import GPU_MAMBA_SHAPES, MAMBA_OPERATORS, QUICK_MAMBA_SHAPE, parse_shape
 
@@ -672,37 +692,33 @@ def time_mamba_operators_on_gpu(args: argparse.Namespace, settings: dict, result
     # Peers' comparisons ask for some of the same.
     checker = settings.setdefault("mamba_checker", MambaChecker(timer.device))
     print("\n" + gpu_mamba_header())
-    for name, dtype_name in itertools.product(args.mamba, args.dtype):
-        operator, dtype = MAMBA_OPERATORS[name], getattr(torch, dtype_name)
+    operators = {name: MAMBA_OPERATORS[name] for name in args.mamba}
+    cases = [  # some have a dtype of their own
+        (name, operator, dtype_name)
+        for name, operator in operators.items()
+        for dtype_name in ([operator.dtype] if operator.dtype else args.dtype)
+    ]
+    for name, operator, dtype_name in cases:
+        dtype = getattr(torch, dtype_name)
         if dtype_name == "float64":
             reason = "the device's rates are those of float32"
             about = {"peer": "torch_ext", "what": f"{name} in float64", "reason": reason}
             result["not_run"].append(about)
             print(not_run_line(about))
             continue
-        if operator.dtype is not None and dtype_name != args.dtype[0]:
-            continue  # it has a dtype of its own
         shapes = [QUICK_MAMBA_SHAPE] if args.quick else GPU_MAMBA_SHAPES[operator.function]
         if args.shapes:  # as given, but for names that are for others
             shapes = [shape for shape in args.shapes if shape != "in-L2"]
         for shape_name in shapes:
             shape = parse_shape(shape_name)
-            about = {"peer": "torch_ext", "shape": list(shape)}
-            try:
+            with survived(result, f"{name} {dtype_name} {shape_name}"):
                 error = checker.check(name, operator, shape, dtype, ())
                 for mode in modes:
-                    about["what"] = f"{name} {mode}"
                     row = time_operator(
                         name, operator, mode, shape_name, shape, dtype, timer, bandwidth, rates
                     )
                     result["mamba"].append(row | {"error": error})
                     print(gpu_mamba_line(result["mamba"][-1]), flush=True)
-            except WrongResult as wrong:
-                print(f"NOT TIMED, {wrong}", flush=True)
-                result["wrong"].append({"what": str(wrong), "isa": "GPU", "threads": None})
-            except (torch.cuda.OutOfMemoryError, NotImplementedError) as error:
-                result["not_run"].append({"what": name, **about, "reason": first_line(error)})
-                print(not_run_line(result["not_run"][-1]), flush=True)
             make_inputs.cache_clear()  # what the next one draws is as large
             checker.references.clear()
 
@@ -710,9 +726,7 @@ def time_mamba_operators_on_gpu(args: argparse.Namespace, settings: dict, result
 def time_mamba_steps_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
     from gpu_mamba import time_layer_step, time_operator_step
-    from measure import first_line
-    from operators import WrongResult
-    from report import gpu_mamba_step_line, not_run_line
+    from report import gpu_mamba_step_line
     from shapes import (
         GPU_MAMBA_STEP_BATCHES,
         GPU_MAMBA_WIDTH,
@@ -737,17 +751,10 @@ def time_mamba_steps_on_gpu(args: argparse.Namespace, settings: dict, result: di
         given = (width, batch, dtype, timer, bandwidth)
         works["Mamba.step"] = functools.partial(time_layer_step, *given)
         for what, work in works.items():
-            try:
+            with survived(result, f"{what} {dtype_name}, B = {batch}"):
                 for row in work():
                     result["mamba_steps"].append(row)
                     print(gpu_mamba_step_line(row), flush=True)
-            except WrongResult as wrong:
-                print(f"NOT TIMED, {wrong}", flush=True)
-                result["wrong"].append({"what": str(wrong), "isa": "GPU", "threads": None})
-            except (torch.cuda.OutOfMemoryError, NotImplementedError) as error:
-                about = {"peer": "torch_ext", "what": f"{what} {dtype_name}, B = {batch}"}
-                result["not_run"].append({**about, "reason": first_line(error)})
-                print(not_run_line(result["not_run"][-1]), flush=True)
 
 
 def make_settings(args: argparse.Namespace, cpus: list[int]) -> dict:

@@ -398,6 +398,60 @@ def test_mamba_on_a_gpu(tmp_path, monkeypatch):
     assert {"cuda-mamba.png", "cuda-mamba-bfloat16.png", "cuda-peers.png"} <= written
 
 
+def test_cases_on_a_gpu_fail_one_by_one(monkeypatch):
+    import gpu_mamba
+    import report
+    import run
+    from operators import WrongResult
+
+    def layer(width, batch, dtype, *_):
+        raise torch.cuda.OutOfMemoryError("out of memory\nand more")
+        yield
+
+    def operator(name, operator, batch, *_):
+        if name == "causal_conv1d":
+            raise WrongResult("a step's y is wrong")
+        if batch > 1:
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        yield {"function": "kept"}
+
+    monkeypatch.setattr(gpu_mamba, "time_layer_step", layer)
+    monkeypatch.setattr(gpu_mamba, "time_operator_step", operator)
+    monkeypatch.setattr(report, "gpu_mamba_step_line", str)
+    args = arguments("--op", "mamba", "--dtype", "float32")
+    result = run.new_result()
+    settings = run.make_settings(args, [0]) | {"backend": FakeBackend()}
+    settings["gpu_limits"] = None, {}
+    run.time_mamba_steps_on_gpu(args, settings, result)
+    assert [row["function"] for row in result["mamba_steps"]] == ["kept"]
+    assert [row["what"] for row in result["wrong"]] == [
+        "a step's y is wrong",
+        "selective_scan_step_ float32, B = 8: RuntimeError: CUDA error: an illegal memory access",
+        "a step's y is wrong",
+    ]
+    assert [(row["what"], row["reason"]) for row in result["not_run"]] == [
+        (f"Mamba.step float32, B = {batch}", "OutOfMemoryError: out of memory") for batch in (1, 8)
+    ]
+
+
+def test_dtypes_of_mamba_on_a_gpu(monkeypatch):
+    import gpu
+    import run
+
+    rates = {"exp_per_ns": 1.0, "fma_per_ns": 1.0}
+    monkeypatch.setattr(gpu, "arithmetic_rates", lambda *_: rates)
+    args = arguments("--op", "selective_scan[bfloat16]", "causal_conv1d", "--shapes", "2x9x8")
+    args.dtype, args.mode = ["float64", "float16"], ["forward"]
+    result = run.new_result()
+    settings = run.make_settings(args, [0]) | {"backend": FakeBackend(), "seconds": 0.001}
+    run.time_mamba_operators_on_gpu(args, settings, result)
+    assert [(row["operator"], row["dtype"]) for row in result["mamba"]] == [
+        ("selective_scan[bfloat16]", "bfloat16"),
+        ("causal_conv1d", "float16"),
+    ]
+    assert [row["what"] for row in result["not_run"]] == ["causal_conv1d in float64"]
+
+
 def stand_in_peers(monkeypatch, factor=1.0):
     """mamba_ssm's and causal-conv1d's functions by their signatures and layouts, from references."""
     import peers
@@ -637,7 +691,7 @@ def test_wrong_operators_are_found(name, monkeypatch):
 
 
 def test_the_inputs_are_what_they_are_called():
-    from mamba_operators import make_inputs
+    from mamba_operators import make_inputs, on_device
     from shapes import MAMBA_OPERATORS
 
     def inputs(kind):
@@ -655,6 +709,8 @@ def test_the_inputs_are_what_they_are_called():
     assert exponents.min() < -250 and (exponents.exp() < smallest).float().mean() > 0.1
     (u, delta, *_), grad = inputs("B,D,T")
     assert all(x.stride()[1] == 1 for x in (u, delta, grad))
+    (copy, *_), copied_grad = on_device((u, None), grad, "cpu")
+    assert copy.stride()[1] == copied_grad.stride()[1] == 1 and copy.data_ptr() != u.data_ptr()
     (u, _, A, B, *_), _ = inputs("fused,bfloat16")
     assert u.dtype is B.dtype is torch.bfloat16 and A.dtype is torch.float32
 
