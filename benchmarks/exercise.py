@@ -23,6 +23,17 @@ SHAPES = ((3, 37, 83), (2, 65, 256), (1, 700, 5), (2, 1, 40))
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LAYOUTS = ("rows", "time last", "packed", "reverse")
 WINDOWS = (1, 4, 7, 11)  # of causal_conv1d: each kind of kernel
+SCANS = (  # of selective_scan: layout or form, and states per channel
+    ("rows", 16),
+    ("time last", 5),
+    ("packed", 16),
+    ("reverse", 16),
+    ("grouped", 16),
+    ("constant", 16),
+    ("complex", 3),
+    ("rows", 130),
+    ("step", 16),
+)
 
 
 def inputs_of(
@@ -104,6 +115,61 @@ def run_convolution(
     return [x.detach().cpu() for x in (y, final, *gradients)]
 
 
+def run_selective_scan(
+    shape: tuple[int, int, int], kind: str, states: int, dtype: torch.dtype, device: str
+) -> list:
+    """selective_scan with everything that it takes, forward and backward, or a step in place."""
+    generator = torch.Generator().manual_seed(0)
+    batch, steps, dim = shape
+    rows, ends = batch, None
+    if kind == "packed":
+        batch, steps, ends = 1, batch * steps, [0, 0, batch * steps // 3, batch * steps]
+        rows = len(ends) - 1
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    of_states = wide.to_complex() if kind == "complex" else wide
+    per_token = of_states if kind == "complex" else dtype
+    groups = next(n for n in (3, 5, 2, 1) if dim % n == 0)
+
+    def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        drawn = of_states if dtype.is_complex else wide
+        return torch.randn(size, generator=generator, dtype=drawn).to(device, dtype)
+
+    def token(*size: int) -> torch.Tensor:
+        x = draw(*size)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if kind == "time last" else x
+
+    A = draw(dim, states, dtype=of_states)
+    A = torch.complex(-A.real.abs(), A.imag) if kind == "complex" else -A.abs()
+    size: tuple[int, ...] = (batch, steps, states)
+    if kind == "constant":
+        size, per_token = (dim, states), of_states
+    if kind == "grouped":
+        size = (batch, steps, groups, states)
+    B, C = draw(*size, dtype=per_token), draw(*size, dtype=per_token)
+    D, delta_bias = draw(dim, dtype=wide), draw(dim, dtype=wide) - 2
+    u, delta, z = (token(batch, steps, dim) for _ in range(3))
+    pool = rows + 2 if kind == "step" else rows
+    state = draw(pool, dim, states, dtype=of_states)
+    if kind == "step":
+        indices = torch.arange(batch, 0, -1, device=device)
+        indices[0] = -1
+        y = torch_ext.selective_scan_step_(
+            u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], delta_bias, state, indices,
+            delta_softplus=True,
+        )  # fmt: skip
+        return [y.cpu(), state.cpu()]
+    leaves = [x.detach().requires_grad_() for x in (u, delta, A, B, C, D, z, delta_bias, state)]
+    y, final = torch_ext.selective_scan(
+        *leaves,
+        delta_softplus=True,
+        cu_seqlens=None if ends is None else torch.tensor(ends, device=device),
+        reverse=kind == "reverse",
+    )
+    weights = (torch.cos(y.detach()), torch.cos(final.detach().abs()).to(final.dtype))
+    gradients = torch.autograd.grad((y, final), leaves, weights)
+    return [x.detach().cpu() for x in (y, final, *gradients)]
+
+
 def all_works() -> Iterator[tuple[str, float, Callable[[str], list]]]:
     """What is run, the error that is accepted, and the work, to be called with a device."""
     for dtype, tolerance in TOLERANCES.items():
@@ -122,6 +188,11 @@ def all_works() -> Iterator[tuple[str, float, Callable[[str], list]]]:
                 for layout in ("rows", "time last", "packed", "step"):
                     work = partial(run_convolution, shape, window, dtype, layout)
                     yield f"causal_conv1d W={window} {dtype} {shape} {layout}", tolerance, work
+            for kind, states in SCANS:
+                if kind == "complex" and dtype.itemsize == 2:
+                    continue
+                work = partial(run_selective_scan, shape, kind, states, dtype)
+                yield f"selective_scan N={states} {dtype} {shape} {kind}", tolerance, work
 
 
 def differences(device: str) -> Iterator[tuple[str, float, float]]:
@@ -131,8 +202,9 @@ def differences(device: str) -> Iterator[tuple[str, float, float]]:
         for got, want in zip(work(device), work("cpu"), strict=True):
             if want.numel() == 0:
                 continue
-            largest = want.double().abs().max().clamp(min=1)
-            error = ((got.double() - want.double()).abs().max() / largest).item()
+            got, want = (x.to(torch.complex128) for x in (got, want))
+            largest = want.abs().max().clamp(min=1)
+            error = ((got - want).abs().max() / largest).item()
             worst = max(worst, error if error == error else float("inf"))
         yield what, worst, tolerance
 

@@ -33,6 +33,7 @@ class Backend(Protocol):
 
     def l2_bytes(self) -> int: ...
     def describe(self) -> dict: ...
+    def arithmetic_peak(self) -> dict[str, float]: ...
     def clocks(self) -> str: ...
     def synchronize(self) -> None: ...
     def warm_up(self, calls: Sequence[Call]) -> None: ...
@@ -61,6 +62,15 @@ class CudaBackend:
             "cuda": torch.version.cuda,
             "driver": self._query("driver_version"),
             "cudnn": torch.backends.cudnn.version(),
+        }
+
+    def arithmetic_peak(self) -> dict[str, float]:
+        """By multiprocessors and highest clock: each starts four warps' instructions per clock, and
+        has 16 results of its special function units."""
+        per_ns = self.properties.multi_processor_count * self.properties.clock_rate * 1e-6  # kHz
+        return {
+            "special_per_ns": 16 * per_ns,
+            "issue_per_ns": 4 * self.properties.warp_size * per_ns,
         }
 
     def clocks(self) -> str:

@@ -234,7 +234,13 @@ def run_benchmark(
 
 def part_benchmark(args: argparse.Namespace, log: Log) -> dict:
     modes = ["--mode", "forward", "backward", "forward+backward", "step", "memory"]
-    return run_benchmark(args, log, "gpu", [*modes, "--peers", "none"], share_goals)
+    return run_benchmark(
+        args,
+        log,
+        "gpu",
+        [*modes, "--peers", "none"],
+        lambda result: share_goals(result) + mamba_goals(result),
+    )
 
 
 def part_peers(args: argparse.Namespace, log: Log) -> dict:
@@ -266,12 +272,48 @@ def share_goals(result: dict) -> list[dict]:
     ]
 
 
-def ratio_goals(result: dict) -> list[dict]:
-    """Peers that ours must not be slower than, at any shape."""
+def mamba_goals(result: dict) -> list[dict]:
+    """Shares of the floor and of copy bandwidth that we promise of Mamba's operators and steps."""
     sys.path.insert(0, str(HERE))
-    from shapes import GPU_PEERS_TO_BEAT
+    from shapes import GPU_MAMBA_GOALS, GPU_MAMBA_SHAPES, GPU_MAMBA_STEP_GOALS
+
+    rows = {
+        (row["operator"], row["mode"], row["shape_name"]): row
+        for row in result["mamba"]
+        if row["dtype"] == "bfloat16"
+    }
+    found = []
+    for (name, mode), goal in GPU_MAMBA_GOALS.items():
+        function = name.partition("[")[0]
+        key, of = ("fraction_of_roof", "the floor")
+        if function == "causal_conv1d":
+            key, of = ("fraction_of_copy", "copy bandwidth")
+        for shape in GPU_MAMBA_SHAPES[function]:
+            what = f"{name} {mode}, {shape} bfloat16: share of {of}"
+            found.append(goal_of(what, goal, rows.get((name, mode, shape), {}).get(key)))
+    steps = {
+        (row["function"], row["batch"]): row["fraction_of_copy"]
+        for row in result["mamba_steps"]
+        if row["dtype"] == "bfloat16"
+    }
+    for (function, batch), goal in GPU_MAMBA_STEP_GOALS.items():
+        what = f"{function}, B = {batch} bfloat16: share of copy bandwidth"
+        found.append(goal_of(what, goal, steps.get((function, batch))))
+    return found
+
+
+def ratio_goals(result: dict) -> list[dict]:
+    """Peers that ours must not be slower than, at any shape; Mamba's, which take a compiler and
+    minutes to install, where they are here."""
+    sys.path.insert(0, str(HERE))
+    from shapes import GPU_MAMBA_PEERS, GPU_PEERS_TO_BEAT
 
     found = []
+    for row in result["peers"]:
+        if row["peer"] in GPU_MAMBA_PEERS:
+            shape = "x".join(map(str, row["shape"]))
+            what = f"{row['what']}, {shape} {row['dtype']}: ratio to {row['peer']}"
+            found.append(goal_of(what, 1.0, row["ratio"]))
     for peer in GPU_PEERS_TO_BEAT:
         rows = [row for row in result["peers"] if row["peer"] == peer]
         for row in rows:
@@ -340,6 +382,9 @@ def describe(name: str, part: dict) -> list[str]:
                 why = one.get("reason") or one.get("summary") or f"status {one.get('returncode')}"
                 lines.append(f"    {key}: {why}")
                 lines += [f"        {failure}" for failure in one.get("failures", [])[:10]]
+    for row in part.get("result", {}).get("not_run", []):
+        shape = " at " + "x".join(map(str, row["shape"])) if row.get("shape") else ""
+        lines.append(f"    not timed: {row['peer']}, {row['what']}{shape}: {row['reason']}")
     for goal in part.get("goals", []):
         found = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
         met = "met" if goal["met"] else "MISSED"

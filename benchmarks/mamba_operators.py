@@ -115,18 +115,27 @@ def _in_double(
     return tuple(None if x is None else x.double() for x in inputs), grad.double()
 
 
+def on_device(
+    inputs: tuple[torch.Tensor | None, ...], grad: torch.Tensor, device: str
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+    """Copies, in the same layout: buffers of their own."""
+    copies = tuple(None if x is None else x.to(device, copy=True) for x in inputs)
+    return copies, grad.to(device, copy=True)
+
+
 class MambaChecker:
     """Compares with float64, and keeps the references between instruction sets.
 
     The plain PyTorch loop is the reference at the small odd shape. Its backward costs T squared,
     and the gradients of B and C are sums over all channels, so at the full shape the operator in
     float64 takes its place: it is held to the loop itself, at the small shape with its gradients
-    and, in a few channels, over all of time.
+    and, in a few channels, over all of time. References are the CPU's, whatever `device` is.
     """
 
     ENDS = 8  # channels at either end that the loop is run for
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.references: dict[tuple, dict[str, torch.Tensor]] = {}
         self.errors: dict[tuple, float] = {}
 
@@ -149,6 +158,8 @@ class MambaChecker:
         key = (name, shape, dtype)
         if key not in self.references:
             self.references[key] = self._reference(name, operator, shape, inputs, grad)
+        if self.device != "cpu":
+            inputs, grad = on_device(inputs, grad, self.device)
         got = run_with_gradient(operator, getattr(torch_ext, operator.function), inputs, grad)
         return _largest_error(name, got, self.references[key], dtype_of(operator, dtype), shape)
 
@@ -195,7 +206,7 @@ def _largest_error(
     for what, reference in expected.items():
         if what not in got:
             continue
-        error = (got[what].double() - reference).abs().max() / reference.abs().max()
+        error = (got[what].cpu().double() - reference).abs().max() / reference.abs().max()
         if not error <= TOLERANCES[dtype]:  # also catches NaN
             raise WrongResult(
                 f"{name}: {what} is wrong by {error:.1e} of its largest value at shape "
@@ -206,9 +217,20 @@ def _largest_error(
     return worst
 
 
-def make_call(operator: MambaOperator, mode: str, shape: Shape, dtype: torch.dtype) -> Call:
-    """The forward operator as in inference, or the backward operator as autograd calls it."""
+def make_call(
+    operator: MambaOperator,
+    mode: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | None = None,
+) -> Call:
+    """The forward operator as in inference, or the backward operator as autograd calls it.
+
+    With a device, on copies there, so that several calls have buffers of their own.
+    """
     inputs, grad = make_inputs(operator, shape, dtype)
+    if device is not None:
+        inputs, grad = on_device(inputs, grad, device)
     options = options_of(operator)
     if mode == "forward":
         function = getattr(torch_ext, operator.function)
@@ -358,6 +380,68 @@ def add_scaling(rows: list[dict]) -> list[dict]:
     return found
 
 
+# -- one token -------------------------------------------------------------------------------------
+
+
+def step_inputs(
+    operator: MambaOperator, batch: int, dim: int, dtype: torch.dtype, device: str
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+    """The arguments of the operator's step before the state, and a state; buffers of their own."""
+    inputs, _ = make_inputs(operator, (batch, 1, dim), dtype)
+    convolution = operator.function == "causal_conv1d"
+    size = (batch, dim, MAMBA_TAPS - 1 if convolution else MAMBA_STATES)
+    state = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    dtype = dtype_of(operator, dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    first = tuple(x[:, 0] if x is not None and x.dim() == 3 else x for x in inputs)
+    return on_device(first, state.to(dtype if convolution else wide), device)
+
+
+def make_step(
+    operator: MambaOperator, inputs: tuple[torch.Tensor | None, ...], state: torch.Tensor
+) -> Call:
+    """One token in place."""
+    function = getattr(torch_ext, f"{operator.function}_step_")
+    options = options_of(operator)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return function(*inputs, state, **options)
+
+    return call
+
+
+def check_step(
+    name: str, operator: MambaOperator, batch: int, dim: int, dtype: torch.dtype, device: str
+) -> float:
+    """The first and last rows of a step, either way, against the plain loop over one token."""
+    inputs, state = step_inputs(operator, batch, dim, dtype, device)
+    rows = sorted({*range(min(4, batch)), *range(max(0, batch - 4), batch)})
+    per_row = {"u", "delta", "B", "C", "z", "x"}
+    exact: dict = {}
+    for argument, x in zip(names_of(operator), inputs, strict=True):
+        if x is not None:
+            exact[argument] = (x[rows][:, None] if argument in per_row else x).cpu().double()
+    y, final = getattr(torch_ext, f"{operator.function}_reference")(
+        **exact, initial_state=state[rows].cpu().double(), **options_of(operator)
+    )
+    with torch.no_grad():
+        function = getattr(torch_ext, f"{operator.function}_step")
+        got, new_state = function(*inputs, state, **options_of(operator))
+        in_place = make_step(operator, inputs, state)()
+    worst = 0.0
+    found = (("y", got, y[:, 0]), ("y in place", in_place, y[:, 0]))
+    found += (("state", new_state, final), ("state in place", state, final))
+    for what, tensor, reference in found:
+        error = (tensor[rows].cpu().double() - reference).abs().max() / reference.abs().max()
+        if not error <= TOLERANCES[dtype_of(operator, dtype)]:
+            raise WrongResult(
+                f"{name}: a step's {what} is wrong by {error:.1e} of its largest value"
+            )
+        worst = max(worst, float(error))
+    return worst
+
+
 # -- one layer, one token --------------------------------------------------------------------------
 
 
@@ -370,20 +454,20 @@ def weights_of(layer: torch_ext.Mamba) -> list[torch.Tensor | None]:
     ]  # fmt: skip
 
 
-def _check_steps(layer: torch_ext.Mamba, tolerance: float) -> float:
+def check_layer_steps(layer: torch_ext.Mamba, tolerance: float) -> float:
     """Three steps, either way, against the whole layer in float64 by plain PyTorch's loops."""
     from peers import PlainMamba
 
     x = torch.randn(2, 3, layer.d_model, generator=torch.Generator().manual_seed(0))
-    exact = PlainMamba(layer, "loop").double()(x.double())
-    x = x.to(layer.in_proj.weight.dtype)
+    exact = PlainMamba(layer, "loop").cpu().double()(x.double())
+    x = x.to(layer.in_proj.weight)
     functional, in_place = layer.init_state(2), layer.init_state(2)
     worst = 0.0
     for t in range(3):
         y, functional = layer.step(x[:, t], functional)
         y_ = torch_ext.mamba_step_(x[:, t], *weights_of(layer), in_place)
         for got in (y, y_):
-            error = ((got.double() - exact[:, t]).abs().max() / exact.abs().max()).item()
+            error = ((got.cpu().double() - exact[:, t]).abs().max() / exact.abs().max()).item()
             if not error <= tolerance:
                 raise WrongResult(f"Mamba.step is wrong by {error:.1e} of its largest value")
             worst = max(worst, error)
@@ -401,7 +485,7 @@ def time_step(
     layers = [torch_ext.Mamba(width, dtype=dtype) for _ in range(copies)]
     weight_bytes = sum(p.numel() * p.element_size() for p in layers[0].parameters())
     with torch.inference_mode():
-        error = _check_steps(layers[0], TOLERANCES[dtype])
+        error = check_layer_steps(layers[0], TOLERANCES[dtype])
     x = torch.randn(batch, width).to(dtype)
     states = [layer.init_state(batch) for layer in layers]
     arguments = [weights_of(layer) for layer in layers]

@@ -82,7 +82,7 @@ def make_case(case: dict, device: str) -> Callable[[], object]:
     dtype = getattr(torch, case["dtype"])
     shape = tuple(case["shape"])
     if case["what"] in MAMBA_OPERATORS:
-        return _make_mamba_case(case, shape, dtype)
+        return _make_mamba_case(case, shape, dtype, device)
 
     def draw() -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_()
@@ -124,7 +124,7 @@ def make_case(case: dict, device: str) -> Callable[[], object]:
     return call
 
 
-def _make_mamba_case(case: dict, shape: tuple, dtype) -> Callable[[], object]:
+def _make_mamba_case(case: dict, shape: tuple, dtype, device: str) -> Callable[[], object]:
     import torch
     from mamba_operators import options_of
     from shapes import MAMBA_OPERATORS, MAMBA_STATES, MAMBA_TAPS
@@ -137,10 +137,10 @@ def _make_mamba_case(case: dict, shape: tuple, dtype) -> Callable[[], object]:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype).normal_()
+        return torch.empty(size, dtype=dtype, device=device).normal_()
 
     def constant(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=wide).uniform_(-1, -0.01)
+        return torch.empty(size, dtype=wide, device=device).uniform_(-1, -0.01)
 
     if operator.function == "causal_conv1d":
         inputs = [draw(*shape), constant(dim, MAMBA_TAPS), constant(dim)]

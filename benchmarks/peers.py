@@ -5,15 +5,34 @@ To add one: an entry in PEERS, and a `Contender` in the comparison that it belon
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from mamba_operators import (
+    MambaChecker,
+    check_step,
+    make_inputs,
+    make_step,
+    on_device,
+    options_of,
+    step_inputs,
+)
 from measure import Samples, first_line
 from operators import Checker, WrongResult, draw_tensors
-from shapes import OPERATORS, PAPER_BATCH, PAPER_RATIOS, PEER_GOALS
+from shapes import (
+    MAMBA_OPERATORS,
+    OPERATORS,
+    PAPER_BATCH,
+    PAPER_RATIOS,
+    PEER_GOALS,
+    MambaOperator,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,6 +75,10 @@ PEERS = {
         "accelerated_scan", "pip install accelerated-scan", ("cuda",)
     ),
     "fla-hgrn": Peer("fla.ops", "pip install flash-linear-attention", ("cuda",)),
+    "mamba_ssm": Peer("mamba_ssm", "pip install --no-build-isolation mamba-ssm", ("cuda",)),
+    "causal-conv1d": Peer(
+        "causal_conv1d", "pip install --no-build-isolation causal-conv1d", ("cuda",)
+    ),
     "torch.nn": Peer("torch.nn", "comes with torch"),
     "loops": Peer("torch.nn", "comes with torch"),
     "transformer": Peer("torch.nn", "comes with torch", ("cpu",)),
@@ -643,6 +666,141 @@ def mamba_comparison(mode: str, time: int, width: int, names: list[str]) -> Comp
         lambda index: step,
         contenders,
     )
+
+
+def _import_from(package: str, module: str) -> types.ModuleType:
+    """A module of a package whose own __init__ may ask for more than is here: mamba_ssm's imports
+    its language models, and with them what other versions of transformers had."""
+    try:
+        return importlib.import_module(f"{package}.{module}")
+    except ImportError:
+        found = importlib.util.find_spec(package)
+        if found is None or found.submodule_search_locations is None:
+            raise
+        bare = types.ModuleType(package)
+        bare.__path__, bare.__spec__ = list(found.submodule_search_locations), found
+        sys.modules[package] = bare
+        return importlib.import_module(f"{package}.{module}")
+
+
+def _mamba_ssm_scan() -> Callable:
+    return _import_from("mamba_ssm", "ops.selective_scan_interface").selective_scan_fn
+
+
+def _mamba_ssm_step() -> Callable:
+    module = _import_from("mamba_ssm", "ops.triton.selective_state_update")
+    return module.selective_state_update
+
+
+def _causal_conv1d(function: str) -> Callable:
+    return getattr(importlib.import_module("causal_conv1d"), function)
+
+
+def _turned(results: Results) -> Results:
+    """(B, D, T) as (B, T, D), and the other way round."""
+    return tuple(x.transpose(1, 2) if x.dim() == 3 else x for x in results)
+
+
+def mamba_operator_comparisons(
+    names: list[str],
+    name: str,
+    operator: MambaOperator,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    checker: MambaChecker,
+    sets: int,
+) -> Iterator[Comparison]:
+    """selective_scan beside mamba_ssm's, which takes (B, D, T), causal_conv1d beside causal-conv1d's
+    on the same memory. Forward, and with the gradients of all inputs."""
+    checker.check(name, operator, shape, dtype, ())
+    checker.references.clear()  # large, and not asked for again
+    drawn = make_inputs(operator, shape, dtype)
+    buffers = [on_device(*drawn, checker.device) for _ in range(sets)]
+    make_inputs.cache_clear()
+    convolution, options = operator.function == "causal_conv1d", options_of(operator)
+    peer = "causal-conv1d" if convolution else "mamba_ssm"
+
+    def given(index: int) -> tuple[Results, torch.Tensor]:
+        inputs, grad = buffers[index]
+        return tuple(x for x in inputs if x is not None), grad
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return getattr(torch_ext, operator.function)(*inputs, **options)[0]
+
+    def make_ours(index: int, mode: str) -> Call:
+        inputs, grad = given(index)
+        return _passes(ours, inputs, grad, mode)
+
+    def make_theirs(index: int, mode: str) -> Call:
+        inputs, grad = given(index)
+        function = _causal_conv1d("causal_conv1d_fn") if convolution else _mamba_ssm_scan()
+        inputs, (grad,) = _turned(inputs), _turned((grad,))
+        if not convolution:  # time must be the last in memory as well
+            inputs, grad = tuple(x.contiguous() for x in inputs), grad.contiguous()
+        return _passes(functools.partial(function, **options), inputs, grad, mode)
+
+    tolerance = SCAN_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+    note = "its CUDA kernels"
+    if not convolution and not operator.time_last:
+        note += ", its own layout, (B, D, T)"
+    for mode in ("forward", "forward+backward"):
+        contenders = []
+        if peer in names:
+            make = functools.partial(make_theirs, mode=mode)
+            contenders.append(Contender(peer, make, tolerance, _turned, note))
+        make = functools.partial(make_ours, mode=mode)
+        yield Comparison(f"{name}: {mode}", shape, _name(dtype), make, contenders)
+
+
+def mamba_step_comparisons(
+    names: list[str], batch: int, dim: int, dtype: torch.dtype, device: str, sets: int
+) -> Iterator[Comparison]:
+    """One token in place: selective_scan_step_ beside mamba_ssm's selective_state_update, and
+    causal_conv1d_step_ beside causal_conv1d_update. The first call's y and state must agree."""
+    tolerance = SCAN_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+
+    def call_of(function: Callable, state: torch.Tensor) -> Call:
+        def call() -> Results:
+            with torch.inference_mode():
+                return function(state), state
+
+        return call
+
+    def scan_step(inputs: tuple) -> Callable:
+        function = _mamba_ssm_step()
+        u, delta, A, B, C, D, z, delta_bias = inputs
+        return lambda state: function(
+            state, u, delta, A, B, C, D=D, z=z, dt_bias=delta_bias, dt_softplus=True
+        )
+
+    def conv_step(inputs: tuple) -> Callable:
+        function = _causal_conv1d("causal_conv1d_update")
+        x, weight, bias = inputs
+        return lambda state: function(x, state, weight, bias, activation="silu")
+
+    for peer, name, theirs, note in (
+        ("mamba_ssm", "selective_scan[fused]", scan_step, "its Triton kernel"),
+        ("causal-conv1d", "causal_conv1d", conv_step, "its CUDA kernel"),
+    ):
+        if peer not in names:
+            continue
+        operator = MAMBA_OPERATORS[name]
+        check_step(name, operator, batch, dim, dtype, device)
+
+        def make_ours(index: int, operator: MambaOperator = operator) -> Call:
+            inputs, state = step_inputs(operator, batch, dim, dtype, device)
+            return call_of(lambda state: make_step(operator, inputs, state)(), state)
+
+        def make_theirs(
+            index: int, operator: MambaOperator = operator, theirs: Callable = theirs
+        ) -> Call:
+            inputs, state = step_inputs(operator, batch, dim, dtype, device)
+            return call_of(theirs(inputs), state)
+
+        contenders = [Contender(peer, make_theirs, tolerance, note=note)]
+        what = f"{operator.function}_step_"
+        yield Comparison(what, (batch, dim), _name(dtype), make_ours, contenders)
+    make_inputs.cache_clear()
 
 
 def _check_mamba(layer: nn.Module, x: torch.Tensor) -> None:

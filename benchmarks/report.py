@@ -186,6 +186,48 @@ def mamba_step_line(row: dict) -> str:
     return line if row["meets_goal"] else f"{line}, goal {row['goal']:g}x"
 
 
+BOUNDS = {"bandwidth": "memory", "special": "special functions", "issue": "instructions"}
+
+
+def gpu_mamba_header() -> str:
+    return (
+        f"{'Mamba operator':<24} {'pass':<9} {'B x T x D':<13} {'dtype':<9} {'best':>9} "
+        f"{'median':>7} {'ns each':>8} {'GB/s':>7} {'/copy':>6} {'floor':>9} {'/floor':>7}  bound"
+    )
+
+
+def gpu_mamba_share(row: dict) -> str:
+    """The share that the goal is about, and of what."""
+    if row["goal_of"] == "copy":
+        return f"{percent(row['fraction_of_copy'])} of copy"
+    return f"{percent(row['fraction_of_roof'])} of the floor"
+
+
+def gpu_mamba_line(row: dict) -> str:
+    return (
+        f"{row['operator']:<24} {row['mode']:<9} {'x'.join(map(str, row['shape'])):<13} "
+        f"{row['dtype']:<9} {duration(row['seconds_min']):>9} "
+        f"{'+' + percent(row['seconds_median'] / row['seconds_min'] - 1):>7} "
+        f"{row['nanoseconds_per_element']:>8.5f} {row['gigabytes_per_second']:>7.1f} "
+        f"{percent(row['fraction_of_copy']):>6} {duration(row['floor_seconds']):>9} "
+        f"{percent(row['fraction_of_roof']):>7}  {BOUNDS[row['bound_by']]}{missed(row)}{eager(row)}"
+    )
+
+
+def missed(row: dict) -> str:
+    return "" if row["meets_goal"] else f", below the goal of {percent(row['goal'])}"
+
+
+def gpu_mamba_step_line(row: dict) -> str:
+    products = row.get("products_seconds")
+    beside = f"; its products alone {duration(products)}" if products else ""
+    return (
+        f"{row['function']:<20} B = {row['batch']:<5} {row['dtype']:<9} "
+        f"{duration(row['seconds_min']):>9} {row['gigabytes_per_second']:>7.1f} GB/s, "
+        f"{percent(row['fraction_of_copy'])} of copy{missed(row)}{beside}{eager(row)}"
+    )
+
+
 def model_line(row: dict) -> str:
     return (
         f"{row['who']:<12} {row['parameters'] / 1e6:>6.1f}M {row['dtype']:<9} {row['phase']:<8} "
@@ -266,7 +308,8 @@ def summary(result: dict) -> str:
         for key in ("beside", "scaling"):
             held = [row[key] for row in result["mamba"] if row.get(key)]
             goals += [x["meets_goal"] for x in held if x.get("at_most") or x.get("goal")]
-        lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
+        if goals:
+            lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
     if goals := [row["meets_goal"] for row in result["mamba_steps"] if row["goal"]]:
         lines.append(f"{sum(goals)} of {len(goals)} goals of its step are reached.")
     if result["wrong"]:
@@ -344,7 +387,10 @@ def markdown(result: dict) -> str:
                 cells.append(f"{time}, {row['gigabytes_per_second']:.1f}, {shares}")
             parts.append("| " + " | ".join((*key, *cells)) + " |")
         parts.append("")
-    parts += _mamba_table(result) + _steps_table(result) + _mamba_steps_table(result)
+    if on_gpu(result):
+        parts += _gpu_mamba_table(result) + _steps_table(result) + _gpu_mamba_steps_table(result)
+    else:
+        parts += _mamba_table(result) + _steps_table(result) + _mamba_steps_table(result)
     parts += _memory_table(result) + _peers_table(result)
     parts += _models_table(result) + _long_table(result)
     if result["paper"]:
@@ -433,6 +479,63 @@ def _mamba_steps_table(result: dict) -> list[str]:
             duration(row["seconds_min"]),
             duration(row["read_seconds"]),
             f"**{row['ratio_to_read']:.2f}x**",
+        )
+        parts.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*parts, ""]
+
+
+def _gpu_mamba_table(result: dict) -> list[str]:
+    rows = result["mamba"]
+    if not rows:
+        return []
+    parts = [
+        "Mamba's operators: share of the floor, which is the longest of what the bytes take at copy "
+        "bandwidth, the special functions and the instructions; the convolution's goal is its share "
+        "of copy bandwidth:\n",
+        "| operator | pass | B x T x D | dtype | called from Python | time | ns each | GB/s "
+        "| share | floor, by |",
+        "|" + "---|" * 10,
+    ]
+    for row in rows:
+        cells = (
+            f"`{row['operator']}`",
+            row["mode"],
+            shape_text(row["shape"]),
+            row["dtype"],
+            duration(row["eager_seconds"]),
+            duration(row["seconds_min"]),
+            f"{row['nanoseconds_per_element']:.5f}",
+            f"{row['gigabytes_per_second']:.1f}",
+            f"**{gpu_mamba_share(row)}**{missed(row)}",
+            f"{duration(row['floor_seconds'])}, {BOUNDS[row['bound_by']]}",
+        )
+        parts.append("| " + " | ".join(cells) + " |")
+    return [*parts, ""]
+
+
+def _gpu_mamba_steps_table(result: dict) -> list[str]:
+    rows = result["mamba_steps"]
+    if not rows:
+        return []
+    widths = {row["function"]: row["width"] for row in rows}
+    sizes = ", ".join(f"{function} {width}" for function, width in widths.items())
+    parts = [
+        f"One token of Mamba ({sizes} wide): time, share of copy bandwidth for weights, states and "
+        "tokens; of a layer, the time of its products alone:\n",
+        "| function | dtype | B | called from Python | time | GB/s | share of copy | products alone |",
+        "|" + "---|" * 8,
+    ]
+    for row in rows:
+        products = row.get("products_seconds")
+        cells = (
+            f"`{row['function']}`",
+            row["dtype"],
+            row["batch"],
+            duration(row["eager_seconds"]),
+            duration(row["seconds_min"]),
+            f"{row['gigabytes_per_second']:.1f}",
+            f"**{percent(row['fraction_of_copy'])}**{missed(row)}",
+            duration(products) if products else "",
         )
         parts.append("| " + " | ".join(map(str, cells)) + " |")
     return [*parts, ""]
@@ -586,8 +689,12 @@ def draw(result: dict, folder: Path, name: str) -> list[Path]:
         for dtype in dict.fromkeys(row["dtype"] for row in result["operators"]):
             suffix = "" if dtype == "float32" else f"-{dtype}"
             written.append(draw_roofs(result, dtype, folder / f"{name}-roof{suffix}.png"))
-    if result["mamba"]:
+    if result["mamba"] and not on_gpu(result):
         written.append(draw_mamba(result, folder / f"{name}-mamba.png"))
+    elif result["mamba"]:
+        for dtype in dict.fromkeys(row["dtype"] for row in result["mamba"]):
+            suffix = "" if dtype == "float32" else f"-{dtype}"
+            written.append(draw_mamba(result, folder / f"{name}-mamba{suffix}.png", dtype))
     if result["models"] or result["long"]:
         written.append(draw_models(result, folder / f"{name}-models.png"))
     if result["peers"] or result["paper"]:
@@ -784,11 +891,12 @@ def draw_ratios(result: dict, path: Path) -> Path:
     return path
 
 
-def draw_mamba(result: dict, path: Path) -> Path:
+def draw_mamba(result: dict, path: Path, dtype: str | None = None) -> Path:
     """Shares of the roof, with a tick at each bar's goal where the goal is about the roof."""
     import matplotlib.pyplot as plt
 
-    rows = result["mamba"]
+    rows = [row for row in result["mamba"] if dtype in (None, row["dtype"])]
+    gpu = on_gpu(result)
     threads = sorted({row["threads"] for row in rows})
     isas = list(dict.fromkeys(row["isa"] for row in rows))
     bars = list(dict.fromkeys((row["operator"], row["mode"], row["shape_name"]) for row in rows))
@@ -835,7 +943,8 @@ def draw_mamba(result: dict, path: Path) -> Path:
         ax.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
     labels = []
     for operator, mode, shape in bars:
-        where = f", {shape}" if len(shapes) > 1 and operator.startswith("causal_conv1d") else ""
+        several = len(shapes) > 1 and operator.startswith("causal_conv1d")
+        where = f", {shape}" if gpu or several else ""
         labels.append(f"{operator}, {mode}{where}")
     axes[0][0].set_yticks(range(len(bars)), labels, fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=_color(isa, isas)) for isa in isas]
@@ -845,10 +954,19 @@ def draw_mamba(result: dict, path: Path) -> Path:
         handles, [*names, "goal"], loc="outside upper right", ncols=len(handles), frameon=False
     )
     shape = next(row["shape"] for row in rows)
-    figure.suptitle(
+    title = (
         f"Mamba's operators: share of this machine's roof, B x T x D = {shape_text(shape)}, "
         "16 states\n(100 % = its exponentials at the exp rate and its other operations at the "
-        "multiply-add rate;\n*: its bytes take longer)",
+        "multiply-add rate;\n*: its bytes take longer)"
+    )
+    if gpu:
+        title = (
+            f"Mamba's operators: share of the floor, {dtype}, 16 states\n(100 % = its special "
+            "functions and instructions at this GPU's rates;\n*: its bytes at copy bandwidth take "
+            "longer)"
+        )
+    figure.suptitle(
+        title,
         x=0.01,
         ha="left",
         fontsize=10,

@@ -3,7 +3,7 @@
 
     python benchmarks/run.py                 everything, about 15 minutes on two cores
     python benchmarks/run.py --op mamba      Mamba's operators, layer and language models alone
-    python benchmarks/run.py --device cuda   the same on a GPU
+    python benchmarks/run.py --device cuda   on a GPU: operators, steps, layers, peers
     python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
     python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none
 
@@ -13,6 +13,8 @@ README.md beside this file says how the figures are made and how to read them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -32,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from shapes import (
         DEFAULT_DTYPES,
         DEFAULT_MODES,
-        DEFAULT_OPERATORS,
+        GPU_MAMBA_OPERATORS,
         GPU_SHAPES,
         GROUPS,
         MAMBA_OPERATORS,
@@ -91,8 +93,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-plots", action="store_true")
     args = parser.parse_args(argv)
-    chosen = args.op or [*DEFAULT_OPERATORS, *(GROUPS["mamba"] if args.device == "cpu" else ())]
-    chosen = [name for op in chosen for name in GROUPS.get(op, (op,))]
+    groups = GROUPS if args.device == "cpu" else GROUPS | {"mamba": GPU_MAMBA_OPERATORS}
+    chosen = args.op or list(GROUPS)
+    chosen = [name for op in chosen for name in groups.get(op, (op,))]
     args.op = [name for name in dict.fromkeys(chosen) if name in OPERATORS]
     args.mamba = [name for name in dict.fromkeys(chosen) if name in MAMBA_OPERATORS]
     args.mode = args.mode or list(DEFAULT_MODES[args.device])
@@ -205,6 +208,12 @@ def time_default_allocator(args: argparse.Namespace, settings: dict, result: dic
         print(allocator_line(row), flush=True)
 
 
+def mamba_modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """The passes that are timed: a forward+backward is the two of them."""
+    wanted = {"forward": {"forward"}, "backward": {"backward", "forward+backward"}}
+    return tuple(mode for mode, asked in wanted.items() if asked & set(args.mode))
+
+
 def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
     from mamba_operators import MambaChecker, add_scaling, make_inputs, time_operators
@@ -215,14 +224,7 @@ def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict)
 
     from torch_ext import _C
 
-    modes = tuple(
-        mode
-        for mode, asked in (
-            ("forward", {"forward"}),
-            ("backward", {"backward", "forward+backward"}),
-        )
-        if asked & set(args.mode)
-    )
+    modes = mamba_modes(args)
     if not modes:
         return
     # Longer samples than elsewhere: operators take turns, and find the caches full of the others.
@@ -494,6 +496,9 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
             run(scan_comparisons(names, shape, dtype, device, sets), timer)
         if "min_gru" in families and any(name.startswith("minGRU") for name in names):
             run(gate_comparisons(names, shape, dtype, device, sets), timer)
+    if args.device != "cpu" and args.mamba:
+        for comparisons, timer in compare_mamba_on_gpu(args, settings, names):
+            run(comparisons, timer)
     if "layer" in args.mode:
         timed = LAYERS_TIMED[args.device]
         if given is not None:
@@ -521,13 +526,64 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
             failed(wrong)
 
 
-def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
+def compare_mamba_on_gpu(
+    args: argparse.Namespace, settings: dict, names: list[str]
+) -> Iterator[tuple[Iterator, object]]:
+    """Mamba's operators and steps beside those of the peers that are here."""
     import torch
-    from gpu import Bandwidth, arithmetic_rates, launch_overhead, time_operator
-    from measure import first_line
-    from operators import Checker, WrongResult
-    from report import duration, operator_line, operators_header
-    from shapes import OPERATORS, PASSES, resolve_shape
+    from gpu import sets_needed
+    from mamba_operators import MambaChecker
+    from peers import mamba_operator_comparisons, mamba_step_comparisons
+    from shapes import (
+        GPU_MAMBA_COMPARED,
+        GPU_MAMBA_SHAPES,
+        GPU_MAMBA_STEP_BATCHES,
+        GPU_MAMBA_WIDTH,
+        MAMBA_STATES,
+        QUICK_MAMBA_SHAPE,
+        QUICK_MAMBA_WIDTH,
+        QUICK_STEP_BATCHES,
+        parse_shape,
+    )
+
+    device, l2_bytes = device_of(args, settings), settings["backend"].l2_bytes()
+    checker = settings.setdefault("mamba_checker", MambaChecker(device))
+    beside = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal-conv1d"}
+    functions = {name.partition("[")[0] for name in args.mamba}
+    chosen = [name for function, name in beside.items() if function in functions]
+    chosen = [name for name in chosen if name in names]
+    dtypes = [name for name in args.dtype if name != "float64"]  # which they do not have
+    for (name, operator), dtype_name in itertools.product(GPU_MAMBA_COMPARED.items(), dtypes):
+        if beside[operator.function] not in chosen:
+            continue
+        dtype = getattr(torch, dtype_name)
+        shapes = [QUICK_MAMBA_SHAPE] if args.quick else GPU_MAMBA_SHAPES[operator.function]
+        for shape_name in shapes if args.peer_shapes is None else args.peer_shapes:
+            shape = parse_shape(shape_name)
+            size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+            sets = sets_needed(operator.tensors_alive("forward") * size, l2_bytes)
+            yield (
+                mamba_operator_comparisons(chosen, name, operator, shape, dtype, checker, sets),
+                make_timer(args, settings, sets),
+            )
+    dim = 2 * (QUICK_MAMBA_WIDTH if args.quick else GPU_MAMBA_WIDTH)
+    batches = QUICK_STEP_BATCHES if args.quick else GPU_MAMBA_STEP_BATCHES
+    for dtype_name, batch, name in itertools.product(dtypes, batches, chosen):
+        dtype = getattr(torch, dtype_name)
+        state = 8 * MAMBA_STATES if name == "mamba_ssm" else 8 * dtype.itemsize
+        sets = sets_needed(batch * dim * state, l2_bytes)
+        yield (
+            mamba_step_comparisons([name], batch, dim, dtype, device, sets),
+            make_timer(args, settings, sets),
+        )
+
+
+def calibrate_gpu(args: argparse.Namespace, settings: dict, result: dict) -> tuple:
+    """Bandwidth and arithmetic, once in a run: whatever is timed asks for them first."""
+    if "gpu_limits" in settings:
+        return settings["gpu_limits"]
+    from gpu import Bandwidth, arithmetic_rates, launch_overhead
+    from report import duration
 
     device = device_of(args, settings)
     timer = make_timer(args, settings)
@@ -541,17 +597,32 @@ def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict
         **{kind: sample.summary() for kind, sample in samples.items()},
         "launch": launch,
     }
-    result["arithmetic"].append({"threads": None, "isa": "GPU", **arithmetic})
+    peak = settings["backend"].arithmetic_peak()
+    result["arithmetic"].append({"threads": None, "isa": "GPU", **arithmetic, "peak": peak})
     rates = ", ".join(f"{k} {v:.0f} GB/s" for k, v in bandwidth.rates(samples).items())
     print(
         f"{rates}; a launch takes {duration(launch['seconds_min'])} in a graph, "
         f"{duration(launch['eager_seconds'])} from Python"
     )
-    for kind in ("exp", "fma"):
+    for kind, unit in (("exp", "special"), ("fma", "issue")):
         rate = arithmetic[f"{kind}_per_ns"]
-        print(f"{kind}: {rate:.0f} per ns" if rate else arithmetic[f"no_{kind}_because"])
+        said = f"{rate:.0f} per ns" if rate else arithmetic[f"no_{kind}_because"]
+        print(f"{kind}: {said}; {peak[f'{unit}_per_ns']:.0f} by multiprocessors and clock")
+    settings["gpu_limits"] = bandwidth, arithmetic
+    return bandwidth, arithmetic
 
-    checker = Checker(device)
+
+def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from gpu import time_operator
+    from measure import first_line
+    from operators import Checker, WrongResult
+    from report import operator_line, operators_header
+    from shapes import OPERATORS, PASSES, resolve_shape
+
+    timer = make_timer(args, settings)
+    bandwidth, arithmetic = calibrate_gpu(args, settings, result)
+    checker = Checker(device_of(args, settings))
     print(operators_header())
     modes = [mode for mode in args.mode if mode in PASSES]
     for dtype_name, shape_name, name, mode in itertools.product(
@@ -582,6 +653,108 @@ def time_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict
             continue
         result["operators"].append(row | {"error": error})
         print(operator_line(result["operators"][-1]), flush=True)
+
+
+@contextlib.contextmanager
+def survived(result: dict, what: str) -> Iterator[None]:
+    """One case on a GPU: a result that is wrong or a call that fails is written down, and the run
+    goes on; only what this device or build cannot do leaves the exit status as it is."""
+    import torch
+    from measure import first_line
+    from operators import WrongResult
+    from report import not_run_line
+
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, NotImplementedError) as error:
+        about = {"peer": "torch_ext", "what": what, "reason": first_line(error)}
+        result["not_run"].append(about)
+        print(not_run_line(about), flush=True)
+    except (WrongResult, RuntimeError) as error:
+        text = str(error) if isinstance(error, WrongResult) else f"{what}: {first_line(error)}"
+        print(f"NOT TIMED, {text}", flush=True)
+        result["wrong"].append({"what": text, "isa": "GPU", "threads": None})
+
+
+def time_mamba_operators_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from gpu_mamba import best_rates, time_operator
+    from mamba_operators import MambaChecker, make_inputs
+    from report import gpu_mamba_header, gpu_mamba_line, not_run_line
+    from shapes import GPU_MAMBA_SHAPES, MAMBA_OPERATORS, QUICK_MAMBA_SHAPE, parse_shape
+
+    modes = mamba_modes(args)
+    if not modes:
+        return
+    timer = make_timer(args, settings)
+    bandwidth, arithmetic = calibrate_gpu(args, settings, result)
+    rates = best_rates(settings["backend"], arithmetic)
+    # Peers' comparisons ask for some of the same.
+    checker = settings.setdefault("mamba_checker", MambaChecker(timer.device))
+    print("\n" + gpu_mamba_header())
+    operators = {name: MAMBA_OPERATORS[name] for name in args.mamba}
+    cases = [  # some have a dtype of their own
+        (name, operator, dtype_name)
+        for name, operator in operators.items()
+        for dtype_name in ([operator.dtype] if operator.dtype else args.dtype)
+    ]
+    for name, operator, dtype_name in cases:
+        dtype = getattr(torch, dtype_name)
+        if dtype_name == "float64":
+            reason = "the device's rates are those of float32"
+            about = {"peer": "torch_ext", "what": f"{name} in float64", "reason": reason}
+            result["not_run"].append(about)
+            print(not_run_line(about))
+            continue
+        shapes = [QUICK_MAMBA_SHAPE] if args.quick else GPU_MAMBA_SHAPES[operator.function]
+        if args.shapes:  # as given, but for names that are for others
+            shapes = [shape for shape in args.shapes if shape != "in-L2"]
+        for shape_name in shapes:
+            shape = parse_shape(shape_name)
+            with survived(result, f"{name} {dtype_name} {shape_name}"):
+                error = checker.check(name, operator, shape, dtype, ())
+                for mode in modes:
+                    row = time_operator(
+                        name, operator, mode, shape_name, shape, dtype, timer, bandwidth, rates
+                    )
+                    result["mamba"].append(row | {"error": error})
+                    print(gpu_mamba_line(result["mamba"][-1]), flush=True)
+            make_inputs.cache_clear()  # what the next one draws is as large
+            checker.references.clear()
+
+
+def time_mamba_steps_on_gpu(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from gpu_mamba import time_layer_step, time_operator_step
+    from report import gpu_mamba_step_line
+    from shapes import (
+        GPU_MAMBA_STEP_BATCHES,
+        GPU_MAMBA_WIDTH,
+        MAMBA_OPERATORS,
+        QUICK_MAMBA_WIDTH,
+        QUICK_STEP_BATCHES,
+    )
+
+    width = QUICK_MAMBA_WIDTH if args.quick else GPU_MAMBA_WIDTH
+    batches = QUICK_STEP_BATCHES if args.quick else GPU_MAMBA_STEP_BATCHES
+    functions = {name.partition("[")[0] for name in args.mamba}
+    timer = make_timer(args, settings)
+    bandwidth, _ = calibrate_gpu(args, settings, result)
+    print(f"\nOne token of Mamba, d_model = {width}, D = {2 * width}")
+    for dtype_name, batch in itertools.product(args.dtype, batches):
+        dtype = getattr(torch, dtype_name)
+        works = {}
+        for name in ("selective_scan[fused]", "causal_conv1d"):
+            if (function := name.partition("[")[0]) in functions:
+                given = (name, MAMBA_OPERATORS[name], batch, 2 * width, dtype, timer, bandwidth)
+                works[f"{function}_step_"] = functools.partial(time_operator_step, *given)
+        given = (width, batch, dtype, timer, bandwidth)
+        works["Mamba.step"] = functools.partial(time_layer_step, *given)
+        for what, work in works.items():
+            with survived(result, f"{what} {dtype_name}, B = {batch}"):
+                for row in work():
+                    result["mamba_steps"].append(row)
+                    print(gpu_mamba_step_line(row), flush=True)
 
 
 def make_settings(args: argparse.Namespace, cpus: list[int]) -> dict:
@@ -618,25 +791,21 @@ def new_result() -> dict:
 def run_all(args: argparse.Namespace, settings: dict, result: dict) -> None:
     """Every part that was asked for. A GPU needs `backend` in the settings."""
     on_cpu = args.device == "cpu"
-    if args.mamba and not on_cpu:
-        about = {"peer": "torch_ext", "what": "Mamba", "reason": "no kernels for CUDA yet"}
-        result["not_run"].append(about)
-    mamba = bool(args.mamba) and on_cpu
     if settings["shapes"] and args.op:
         (time_operators if on_cpu else time_operators_on_gpu)(args, settings, result)
         if on_cpu and settings["freed_memory_kept"]:
             time_default_allocator(args, settings, result)
-    if mamba and settings["shapes"]:
-        time_mamba_operators(args, settings, result)
+    if args.mamba and settings["shapes"]:
+        (time_mamba_operators if on_cpu else time_mamba_operators_on_gpu)(args, settings, result)
     if "step" in args.mode and args.op:
         time_steps(args, settings, result)
-    if "step" in args.mode and mamba:
-        time_mamba_steps(args, settings, result)
+    if "step" in args.mode and args.mamba:
+        (time_mamba_steps if on_cpu else time_mamba_steps_on_gpu)(args, settings, result)
     if "memory" in args.mode:
         time_memory(args, settings, result)
     if args.peers or "layer" in args.mode:
         time_peers(args, settings, result)
-    if "model" in args.mode and mamba:
+    if "model" in args.mode and args.mamba and on_cpu:
         time_models(args, settings, result)
         time_long_input(args, settings, result)
 

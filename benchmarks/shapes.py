@@ -189,6 +189,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class GpuWork:
+    """What no implementation can avoid on a GPU, per (batch, time, channel) element.
+
+    `special` are the results of the special function units (ex2, lg2, rcp, tanh), of which `movable`
+    are exponentials that a polynomial could make as well; `issue` are all instructions.
+    """
+
+    special: int
+    issue: int
+    movable: int = 0
+
+
+POLYNOMIAL = 9  # more instructions for a float32 exponential of degree 5 than for ex2
+
+
+@dataclass(frozen=True)
 class MambaOperator:
     function: str
     fused: bool = False  # with delta_bias, softplus, D and z
@@ -213,6 +229,20 @@ class MambaOperator:
         if self.fused:
             return Work(N + 3, 12 * N + 40, 7, kept)
         return Work(N, 11 * N, 5, kept)
+
+    def gpu_work(self, mode: str, itemsize: int) -> GpuWork:
+        """Per state of a token and channel 5 instructions forward and 12 backward, the decay among
+        them; the rest is once per token and channel: conversions, loads and stores, softplus (2 and
+        5), its slope, SiLU and its derivative, D and the gate."""
+        N, W = MAMBA_STATES, MAMBA_TAPS
+        silu = (
+            1 if itemsize == 2 else 2
+        )  # by tanh, which is right for half precision, or by ex2, rcp
+        if self.function == "causal_conv1d":
+            return GpuWork(silu, W + 9) if mode == "forward" else GpuWork(silu, 3 * W + 17)
+        if mode == "forward":
+            return GpuWork(N + 2 + silu, 5 * N + 25, N) if self.fused else GpuWork(N, 5 * N + 8, N)
+        return GpuWork(N + 3 + silu, 12 * N + 45, N) if self.fused else GpuWork(N, 12 * N + 15, N)
 
     def tensors_alive(self, mode: str) -> int:
         if self.function == "causal_conv1d":
@@ -261,6 +291,40 @@ MAMBA_GOALS = {
 MAMBA_BACKWARD_GOAL = 2.2  # the scan's backward, in multiples of its forward
 MAMBA_SCALING_GOAL = 1.85  # the scan's time with one thread / with two
 MAMBA_STEP_GOAL = 1.3  # a layer's step of one row, in multiples of reading its weights
+
+# On a GPU, each in the dtypes that are asked for.
+GPU_MAMBA_OPERATORS = (_SCAN, f"{_SCAN}[fused]", f"{_SCAN}[B,D,T]", "causal_conv1d")
+# Many channels (the inner width of the 2.8B model); few channels and many steps, where time must be
+# split (that of the 130M model).
+GPU_MAMBA_SHAPES = {
+    _SCAN: ("8x2048x5120", "1x8192x1536"),
+    "causal_conv1d": ("8x2048x4096", "1x32768x2048"),
+}
+# Smallest shares in bfloat16, at both shapes: of the floor for the scan, of copy bandwidth for the
+# convolution.
+GPU_MAMBA_GOALS = {
+    (name, mode): goal
+    for mode, goal in (("forward", 0.60), ("backward", 0.45))
+    for name in GPU_MAMBA_OPERATORS[:3]
+} | {("causal_conv1d", "forward"): 0.85, ("causal_conv1d", "backward"): 0.85}
+GPU_MAMBA_WIDTH = 2560  # d_model of the layer that takes a step; its inner width is twice that
+GPU_MAMBA_STEP_BATCHES = (1, 128, 1024)
+# Smallest shares of copy bandwidth, bfloat16, by function and batch: where the bytes take several
+# times as long as a launch.
+GPU_MAMBA_STEP_GOALS = {
+    ("selective_scan_step_", 128): 0.80,
+    ("selective_scan_step_", 1024): 0.80,
+    ("causal_conv1d_step_", 1024): 0.80,
+}
+# Peers that ours must not be slower than at any shape, where they are installed; and beside what:
+# in our layout and in theirs.
+GPU_MAMBA_PEERS = ("mamba_ssm", "causal-conv1d")
+GPU_MAMBA_COMPARED = {
+    f"{_SCAN}[fused]": MAMBA_OPERATORS[f"{_SCAN}[fused]"],
+    f"{_SCAN}[B,D,T]": MAMBA_OPERATORS[f"{_SCAN}[B,D,T]"],
+    "causal_conv1d": MAMBA_OPERATORS["causal_conv1d"],
+    "causal_conv1d[B,D,T]": MambaOperator("causal_conv1d", time_last=True),
+}
 
 MAMBA_WIDTH = 768  # d_model of the layer
 # T, passes and peers of the layer, one row. transformers' backward grows with T squared.

@@ -1,6 +1,7 @@
 """The benchmark and the GPU check themselves, without a GPU: what is timed, checked, reported, and
 how a part that fails is survived. A backend on the CPU stands for CUDA."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -20,6 +21,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    # Before each timing; in a process that has imported everything it takes a quarter of a second.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 class FakeBackend:
@@ -35,6 +38,9 @@ class FakeBackend:
 
     def describe(self):
         return {"gpu": "none", "cuda": "0", "driver": "0"}
+
+    def arithmetic_peak(self):  # those of an H200
+        return {"special_per_ns": 4181.8, "issue_per_ns": 33454.0}
 
     def clocks(self):
         return "unknown"
@@ -153,7 +159,7 @@ def test_a_whole_run_on_a_gpu(tmp_path, monkeypatch):
     settings = run.make_settings(args, [0]) | {"backend": FakeBackend(), "seconds": 0.001}
     result = run.new_result()
     run.run_all(args, settings, result)
-    assert not result["wrong"]
+    assert not result["wrong"] and not result["mamba"] and not result["mamba_steps"]
     modes = {"forward", "backward", "forward+backward"}
     assert {row["mode"] for row in result["operators"]} == modes
     assert len(result["operators"]) == 2 * 3 * 2
@@ -303,7 +309,7 @@ def test_a_run_on_the_cpu(tmp_path, child_environment):
 # ---- Mamba ----
 def test_operators_of_a_kind():
     from run import parse
-    from shapes import DEFAULT_OPERATORS, MAMBA_OPERATORS
+    from shapes import DEFAULT_OPERATORS, GPU_MAMBA_OPERATORS, MAMBA_OPERATORS
 
     everything = parse([])
     assert everything.op == list(DEFAULT_OPERATORS) and everything.mamba == list(MAMBA_OPERATORS)
@@ -312,19 +318,323 @@ def test_operators_of_a_kind():
     assert parse(["--op", "diagonal"]).mamba == []
     some = parse(["--op", "causal_conv1d", "min_lstm", "causal_conv1d"])
     assert some.op == ["min_lstm"] and some.mamba == ["causal_conv1d"]
-    assert parse(["--device", "cuda"]).mamba == []
+    on_gpu = parse(["--device", "cuda"])
+    assert on_gpu.op == list(DEFAULT_OPERATORS) and on_gpu.mamba == list(GPU_MAMBA_OPERATORS)
+    assert parse(["--device", "cuda", "--op", "mamba"]).mamba == list(GPU_MAMBA_OPERATORS)
     with pytest.raises(SystemExit):
         parse(["--op", "no_such_operator"])
 
 
-def test_mamba_on_a_gpu_is_reported():
+@pytest.mark.slow
+def test_mamba_on_a_gpu(tmp_path, monkeypatch):
+    """Operators, steps, layers, memory and peers, with stand-ins for CUDA and for the peers."""
+    import gpu
+    import peers
+    import report
+    import run
+    from gpu_check import describe, mamba_goals, ratio_goals
+    from measure import Machine
+
+    rates = {"exp_per_ns": None, "no_exp_because": "not asked", "fma_per_ns": 20.0}
+    monkeypatch.setattr(gpu, "arithmetic_rates", lambda *_: rates)
+    stand_in_peers(monkeypatch)
+    monkeypatch.setattr(peers, "why_not", lambda name, device: None)
+    args = arguments("--op", "mamba", "--peers", "mamba_ssm", "causal-conv1d")
+    args.out = tmp_path
+    settings = run.make_settings(args, [0]) | {"backend": FakeBackend(), "seconds": 0.001}
+    result = run.new_result()
+    run.run_all(args, settings, result)
+    assert not result["wrong"] and not result["not_run"] and not result["operators"]
+
+    cases = {(row["operator"], row["mode"], row["dtype"]) for row in result["mamba"]}
+    names = ("selective_scan", "selective_scan[fused]", "selective_scan[B,D,T]", "causal_conv1d")
+    assert cases == {
+        (name, mode, dtype)
+        for name in names
+        for mode in ("forward", "backward")
+        for dtype in ("bfloat16", "float32")
+    }
+    assert len(result["mamba"]) == len(cases)
+    for row in result["mamba"]:
+        parts = [row[f"{part}_seconds"] for part in ("bandwidth", "arithmetic")]
+        assert row["floor_seconds"] == max(parts) and row["timed_as"] == "graph"
+        assert row["fraction_of_roof"] == row["floor_seconds"] / row["seconds_min"] > 0
+        assert row["sets_of_buffers"] >= 1 and row["goal"] is None and row["error"] < 3e-2
+    assert {row["sets_of_buffers"] for row in result["mamba"]} > {1}
+    steps = {(row["function"], row["batch"], row["dtype"]) for row in result["mamba_steps"]}
+    functions = ("selective_scan_step_", "causal_conv1d_step_", "Mamba.step", "mamba_step_")
+    assert len(result["mamba_steps"]) == len(steps) == len(functions) * 2 * 2
+    assert {function for function, *_ in steps} == set(functions)
+    assert all(row["fraction_of_copy"] > 0 for row in result["mamba_steps"])
+    memory = {row["what"] for row in result["memory"] if "failed" not in row}
+    assert memory == {"selective_scan", "selective_scan[fused]", "causal_conv1d"}
+    assert {(row["peer"], row["what"].partition(":")[0]) for row in result["peers"]} == {
+        ("mamba_ssm", "selective_scan[fused]"),
+        ("mamba_ssm", "selective_scan[B,D,T]"),
+        ("mamba_ssm", "selective_scan_step_"),
+        ("causal-conv1d", "causal_conv1d"),
+        ("causal-conv1d", "causal_conv1d[B,D,T]"),
+        ("causal-conv1d", "causal_conv1d_step_"),
+    }
+    assert len(result["peers"]) == 4 * 2 * 2 + 2 * 2 * 2
+
+    result["machine"] = Machine([0]).describe() | FakeBackend().describe()
+    result["settings"] = {"minutes": 0.1}
+    written = {path.name for path in run.save(result, args)}
+    assert "cuda.json" in written
+    text = report.markdown(result)
+    assert "share of the floor" in text and "products alone" in text and "mamba_ssm" in text
+    assert report.summary(result)
+    goals = mamba_goals(result)
+    assert goals and not any(goal["met"] for goal in goals)  # other shapes than theirs
+    judged = [goal for goal in ratio_goals(result) if "mamba_ssm" in goal["what"]]
+    assert len(judged) == 2 * 2 * 2 + 2 * 2 and all(goal["found"] for goal in judged)
+    lines = "\n".join(describe("benchmark", {"ok": False, "seconds": 1.0, "goals": goals}))
+    assert "selective_scan[fused] backward, 8x2048x5120 bfloat16: share of the floor" in lines
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    assert {"cuda-mamba.png", "cuda-mamba-bfloat16.png", "cuda-peers.png"} <= written
+
+
+def test_cases_on_a_gpu_fail_one_by_one(monkeypatch):
+    import gpu_mamba
+    import report
+    import run
+    from operators import WrongResult
+
+    def layer(width, batch, dtype, *_):
+        raise torch.cuda.OutOfMemoryError("out of memory\nand more")
+        yield
+
+    def operator(name, operator, batch, *_):
+        if name == "causal_conv1d":
+            raise WrongResult("a step's y is wrong")
+        if batch > 1:
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        yield {"function": "kept"}
+
+    monkeypatch.setattr(gpu_mamba, "time_layer_step", layer)
+    monkeypatch.setattr(gpu_mamba, "time_operator_step", operator)
+    monkeypatch.setattr(report, "gpu_mamba_step_line", str)
+    args = arguments("--op", "mamba", "--dtype", "float32")
+    result = run.new_result()
+    settings = run.make_settings(args, [0]) | {"backend": FakeBackend()}
+    settings["gpu_limits"] = None, {}
+    run.time_mamba_steps_on_gpu(args, settings, result)
+    assert [row["function"] for row in result["mamba_steps"]] == ["kept"]
+    assert [row["what"] for row in result["wrong"]] == [
+        "a step's y is wrong",
+        "selective_scan_step_ float32, B = 8: RuntimeError: CUDA error: an illegal memory access",
+        "a step's y is wrong",
+    ]
+    assert [(row["what"], row["reason"]) for row in result["not_run"]] == [
+        (f"Mamba.step float32, B = {batch}", "OutOfMemoryError: out of memory") for batch in (1, 8)
+    ]
+
+
+def test_dtypes_of_mamba_on_a_gpu(monkeypatch):
+    import gpu
     import run
 
-    args = arguments("--op", "mamba", "--peers", "none", "--mode", "forward")
+    rates = {"exp_per_ns": 1.0, "fma_per_ns": 1.0}
+    monkeypatch.setattr(gpu, "arithmetic_rates", lambda *_: rates)
+    args = arguments("--op", "selective_scan[bfloat16]", "causal_conv1d", "--shapes", "2x9x8")
+    args.dtype, args.mode = ["float64", "float16"], ["forward"]
     result = run.new_result()
-    run.run_all(args, run.make_settings(args, [0]) | {"backend": FakeBackend()}, result)
-    assert [row["reason"] for row in result["not_run"]] == ["no kernels for CUDA yet"]
-    assert result["mamba"] == []
+    settings = run.make_settings(args, [0]) | {"backend": FakeBackend(), "seconds": 0.001}
+    run.time_mamba_operators_on_gpu(args, settings, result)
+    assert [(row["operator"], row["dtype"]) for row in result["mamba"]] == [
+        ("selective_scan[bfloat16]", "bfloat16"),
+        ("causal_conv1d", "float16"),
+    ]
+    assert [row["what"] for row in result["not_run"]] == ["causal_conv1d in float64"]
+
+
+def stand_in_peers(monkeypatch, factor=1.0):
+    """mamba_ssm's and causal-conv1d's functions by their signatures and layouts, from references."""
+    import peers
+
+    import torch_ext
+
+    def turned(x):
+        return x.transpose(1, 2) if x is not None and x.dim() == 3 else x
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        assert all(x.stride(-1) == 1 for x in (u, delta, B, C) if x is not None)
+        given = map(turned, (u, delta, A, B, C, D, z, delta_bias))
+        y, _ = torch_ext.selective_scan(*given, delta_softplus=delta_softplus)
+        return factor * turned(y)
+
+    def selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+        y = torch_ext.selective_scan_step_(
+            x, dt, A, B, C, D, z, dt_bias, state, delta_softplus=dt_softplus
+        )
+        return factor * y
+
+    def causal_conv1d_fn(x, weight, bias, activation):
+        assert 1 in (x.stride(1), x.stride(2))
+        return factor * turned(
+            torch_ext.causal_conv1d(turned(x), weight, bias, activation=activation)[0]
+        )
+
+    def causal_conv1d_update(x, conv_state, weight, bias, activation):
+        y = torch_ext.causal_conv1d_step_(x, weight, bias, conv_state, activation=activation)
+        return factor * y
+
+    functions = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
+    monkeypatch.setattr(peers, "_mamba_ssm_scan", lambda: selective_scan_fn)
+    monkeypatch.setattr(peers, "_mamba_ssm_step", lambda: selective_state_update)
+    monkeypatch.setattr(peers, "_causal_conv1d", functions.__getitem__)
+
+
+def test_mambas_peers_are_checked(monkeypatch):
+    import peers
+    from mamba_operators import MambaChecker
+    from shapes import GPU_MAMBA_COMPARED
+
+    names, timer = ["mamba_ssm", "causal-conv1d"], graph_timer(FakeBackend(), sets=2, rounds=2)
+    checker = MambaChecker()
+
+    def kinds():
+        comparisons = [
+            comparison
+            for name, operator in GPU_MAMBA_COMPARED.items()
+            for comparison in peers.mamba_operator_comparisons(
+                names, name, operator, (2, 9, 8), torch.float32, checker, 2
+            )
+        ]
+        comparisons += peers.mamba_step_comparisons(names, 3, 8, torch.float32, "cpu", 2)
+        assert len(comparisons) == 10
+        return {kind for one in comparisons for kind, _ in peers.compare(one, timer, None)}
+
+    stand_in_peers(monkeypatch)
+    assert kinds() == {"alone", "peers"}
+    stand_in_peers(monkeypatch, factor=1.001)
+    assert kinds() == {"wrong", "alone"}
+
+
+def test_a_package_whose_root_fails(tmp_path, monkeypatch):
+    import peers
+
+    (tmp_path / "broken_root" / "ops").mkdir(parents=True)
+    (tmp_path / "broken_root" / "__init__.py").write_text("from torch import no_such_name\n")
+    (tmp_path / "broken_root" / "ops" / "__init__.py").write_text("")
+    (tmp_path / "broken_root" / "ops" / "scan.py").write_text(
+        "from broken_root.ops import other\nanswer = other.answer\n"
+    )
+    (tmp_path / "broken_root" / "ops" / "other.py").write_text("answer = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert peers._import_from("broken_root", "ops.scan").answer == 42
+    with pytest.raises(ImportError):
+        peers._import_from("broken_root", "ops.missing")
+    with pytest.raises(ModuleNotFoundError):
+        peers._import_from("no_such_root", "ops")
+    for name in [name for name in sys.modules if name.startswith("broken_root")]:
+        del sys.modules[name]
+
+
+def test_floors_are_those_of_an_h200():
+    """The times that the design was made for, in microseconds, at 4.3 TB/s."""
+    from gpu_mamba import Rates, best_rates, floor_of
+    from shapes import MAMBA_OPERATORS
+
+    rates = best_rates(FakeBackend(), {"exp_per_ns": 4000.0, "fma_per_ns": None})
+    assert rates == Rates(4181.8, 33454.0)
+    assert best_rates(FakeBackend(), {"exp_per_ns": 5000.0}).special == 5000.0
+    fused, conv = MAMBA_OPERATORS["selective_scan[fused]"], MAMBA_OPERATORS["causal_conv1d"]
+
+    def floor(operator, mode, elements, itemsize=2):
+        work = operator.gpu_work(mode, itemsize)
+        moved = elements * operator.work(mode).bytes(itemsize)
+        return floor_of(elements, work, moved, rates, 4300.0)
+
+    for shape, forward, backward in (
+        ((8, 2048, 5120), 326e-6, 594e-6),
+        ((1, 8192, 1536), 49e-6, 89e-6),
+    ):
+        elements = shape[0] * shape[1] * shape[2]
+        found = floor(fused, "forward", elements)
+        assert found["floor_seconds"] == pytest.approx(forward, rel=0.01)
+        assert found["exponentials_as_polynomials"] == pytest.approx(2.8, abs=0.05)
+        assert found["special_seconds"] > found["floor_seconds"] > found["issue_seconds"]
+        found = floor(fused, "backward", elements)
+        assert found["bound_by"] == "issue" and found["exponentials_as_polynomials"] == 0
+        assert found["floor_seconds"] == pytest.approx(backward, rel=0.01)
+    for mode, seconds in (("forward", 62e-6), ("backward", 94e-6)):
+        found = floor(conv, mode, 8 * 4096 * 2048)
+        assert found["bound_by"] == "bandwidth"
+        assert found["floor_seconds"] == pytest.approx(seconds, rel=0.01)
+
+
+def test_goals_of_mamba_on_a_gpu():
+    from gpu_check import describe, mamba_goals, ratio_goals
+    from gpu_mamba import goal_of
+    from shapes import GPU_MAMBA_GOALS, GPU_MAMBA_SHAPES, GPU_MAMBA_STEP_GOALS
+
+    assert goal_of("selective_scan[fused]", "forward", "8x2048x5120", "bfloat16") == 0.60
+    assert goal_of("selective_scan", "backward", "1x8192x1536", "bfloat16") == 0.45
+    assert goal_of("causal_conv1d", "backward", "8x2048x4096", "bfloat16") == 0.85
+    assert goal_of("selective_scan", "forward", "8x2048x5120", "float32") is None
+    assert goal_of("selective_scan", "forward", "1x2x3", "bfloat16") is None
+
+    rows = [
+        {"operator": name, "mode": mode, "shape_name": shape, "dtype": dtype}
+        | {"fraction_of_copy": 0.85, "fraction_of_roof": goal - 0.1 * (mode == "backward")}
+        for (name, mode), goal in GPU_MAMBA_GOALS.items()
+        for shape in GPU_MAMBA_SHAPES[name.partition("[")[0]]
+        for dtype in ("bfloat16", "float32")
+    ]
+    steps = [
+        {"function": function, "batch": batch, "dtype": "bfloat16", "fraction_of_copy": 0.8}
+        for function, batch in GPU_MAMBA_STEP_GOALS
+    ]
+    found = mamba_goals({"mamba": rows, "mamba_steps": steps[1:]})
+    assert len(found) == 2 * len(GPU_MAMBA_GOALS) + len(GPU_MAMBA_STEP_GOALS)
+    missed = [goal["what"] for goal in found if not goal["met"]]
+    assert len(missed) == 2 * 3 + 1 and missed[-1].startswith("selective_scan_step_, B = 128")
+    assert all(what.startswith("selective_scan") and "backward" in what for what in missed[:-1])
+
+    # Mamba's peers count where they are, and are named where they are not.
+    row = {"what": "selective_scan[fused]: forward", "shape": [1, 2, 3], "dtype": "bfloat16"}
+    missing = [{"peer": "causal-conv1d", "what": "all", "reason": "not installed: pip"}]
+    result = {"peers": [row | {"peer": "mamba_ssm", "ratio": 3.0}], "not_run": missing}
+    found = ratio_goals(result)
+    assert [goal["met"] for goal in found if "mamba_ssm" in goal["what"]] == [True]
+    assert not any("causal-conv1d" in goal["what"] for goal in found)
+    part = {"ok": True, "seconds": 1.0, "result": result}
+    assert "causal-conv1d, all: not installed" in describe("peers", part)[1]
+
+
+@pytest.mark.parametrize("name", ["selective_scan[fused]", "causal_conv1d"])
+def test_wrong_steps_are_found(name, monkeypatch):
+    import mamba_operators
+    from operators import WrongResult
+    from shapes import MAMBA_OPERATORS
+
+    import torch_ext
+
+    operator = MAMBA_OPERATORS[name]
+    function = f"{operator.function}_step_"
+    right = getattr(torch_ext, function)
+    given = (name, operator, 9, 24, torch.float32, "cpu")
+    assert 0 < mamba_operators.check_step(*given) < 2e-5
+
+    def output(*args, **options):
+        y = right(*args, **options)
+        y[-1, -1] += 1e-3 * y.abs().max()
+        return y
+
+    def state(*args, **options):
+        y = right(*args, **options)
+        args[len(mamba_operators.names_of(operator))][0, 0, 0] += 1e-2
+        return y
+
+    for broken, message in ((output, "y in place is"), (state, "state in place is")):
+        monkeypatch.setattr(torch_ext, function, broken)
+        with pytest.raises(WrongResult, match=message):
+            mamba_operators.check_step(*given)
 
 
 def test_what_mamba_must_move():
@@ -381,7 +691,7 @@ def test_wrong_operators_are_found(name, monkeypatch):
 
 
 def test_the_inputs_are_what_they_are_called():
-    from mamba_operators import make_inputs
+    from mamba_operators import make_inputs, on_device
     from shapes import MAMBA_OPERATORS
 
     def inputs(kind):
@@ -399,6 +709,8 @@ def test_the_inputs_are_what_they_are_called():
     assert exponents.min() < -250 and (exponents.exp() < smallest).float().mean() > 0.1
     (u, delta, *_), grad = inputs("B,D,T")
     assert all(x.stride()[1] == 1 for x in (u, delta, grad))
+    (copy, *_), copied_grad = on_device((u, None), grad, "cpu")
+    assert copy.stride()[1] == copied_grad.stride()[1] == 1 and copy.data_ptr() != u.data_ptr()
     (u, _, A, B, *_), _ = inputs("fused,bfloat16")
     assert u.dtype is B.dtype is torch.bfloat16 and A.dtype is torch.float32
 
@@ -646,5 +958,6 @@ def test_the_sanitized_calls_are_right(monkeypatch):
 
     monkeypatch.setattr(exercise, "SHAPES", ((2, 5, 3),))
     results = list(exercise.differences("cpu"))
-    assert len(results) == 4 * (5 * 5 + len(exercise.WINDOWS) * 4)
+    number = 4 * (5 * 5 + len(exercise.WINDOWS) * 4 + len(exercise.SCANS)) - 2  # no complex halves
+    assert len(results) == number
     assert all(error <= tolerance for _, error, tolerance in results)
