@@ -59,7 +59,8 @@ struct ProjectionKernel {
 #pragma GCC unroll 4
           for (int k = 0; k < kOutputs; ++k) {
             v[k] = Stored<S>::load(w[k] + n + c * kLanes);
-            // Into L2: on its way to L1 a line takes one of the few places that loads wait in. Beyond the array it is harmless.
+            // Into L2: on its way to L1 a line takes one of the few places that loads wait in. Beyond the array it is
+            // harmless.
             __builtin_prefetch(w[k] + n + c * kLanes + 2048 / sizeof(S), 0, 2);
           }
 #pragma GCC unroll 8

@@ -1,4 +1,5 @@
-// Which kernel of selective_scan.cuh and selective_scan_wide.cuh runs how, decided from shapes alone: the same call always adds in the same order.
+// Which kernel of selective_scan.cuh and selective_scan_wide.cuh runs how, decided from shapes alone: the same call always
+// adds in the same order.
 #include "selective_scan.h"
 
 #include "selective_scan_wide.cuh"

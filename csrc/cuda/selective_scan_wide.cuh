@@ -1,7 +1,7 @@
 // The selective scan as nearly all calls are: 16 real states, B and C per token, one sequence per row, no pool, and work
 // enough for all blocks. What selective_scan.cuh does, with its words and its steps (cells/selective_scan.h); but a thread
-// loads 16 bytes at a time, which lie along channels or along time, and what is known here is not asked for: forward a lane has
-// eight states of two channels, so that what it loads of B and C serves twice; backward four lanes share a channel.
+// loads 16 bytes at a time, which lie along channels or along time, and what is known here is not asked for: forward a lane
+// has eight states of two channels, so that what it loads of B and C serves twice; backward four lanes share a channel.
 #pragma once
 #include "selective_scan.cuh"
 

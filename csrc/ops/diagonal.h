@@ -83,8 +83,8 @@ Pair step_in_pool(
     const std::function<Pair(const Tensor&)>& run);
 // The CUDA kernel of an operator that has none in this build: says so.
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
-// Of a step in place, for tensors that are still to be conjugated or negated: torch's own fallback, which does that for other
-// operators, wants what is written to be returned.
+// Of a step in place, for tensors that are still to be conjugated or negated: torch's own fallback, which does that for
+// other operators, wants what is written to be returned.
 void resolve_lazy(const c10::OperatorHandle& op, torch::jit::Stack*);
 
 Strided strided(const Tensor& x); // (B, T, D) or (B, D)
