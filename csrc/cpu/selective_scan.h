@@ -424,39 +424,42 @@ struct SelectiveScan {
     store_tokens(p.out, run, n, count, d, some, tile.y);
   }
 
-  // A single token whose channels have their states side by side: lanes run along those, and nothing is turned over.
+  // A single token whose channels have their states side by side: lanes run along those, and of A and the states only the next
+  // ones are turned over, to be added up in the order of every other layout.
+  static constexpr int64_t kMostStepStates = 64;
   static bool along_states(const SelectiveScanForward& p) {
     const auto dense = [](const auto& x) { return !x.data || x.state == 1; };
-    return !kComplex && p.num_states % W == 0 && !p.checkpoints && !p.B.constant && !p.C.constant &&
-           dense(p.A) && dense(p.initial_state) && dense(p.final_state);
+    return !kComplex && p.num_states % W == 0 && p.num_states <= kMostStepStates &&
+           !p.checkpoints && !p.B.constant && !p.C.constant && dense(p.A) &&
+           dense(p.initial_state) && dense(p.final_state);
   }
   struct Channels {
     const R *A, *from;
     R* to;
     int64_t A_step, from_step, to_step;
-    const R *B, *C;
+    const R* B;
   };
-  // kUsual: there are states to read and to write, and each is one vector.
+  // The next states of a slot, turned over to h. kUsual: there are states to read and to write, and each is one vector.
   template <bool kUsual>
-  __attribute__((noinline)) static V step_channels(
-      const Channels m, const int64_t N, const int some, const R* times,
-      const R* inputs) requires(!kComplex) {
-    V y[W];
-    const V B = Stored<R>::load(m.B), C = Stored<R>::load(m.C);
+  __attribute__((noinline)) static void step_channels(
+      const Channels m, const int64_t N, const int some, const R* times, const R* inputs,
+      V* h) requires(!kComplex) {
+    for (int64_t n = 0; n < (kUsual ? W : N); n += W) {
+      const V B = Stored<R>::load(m.B + n);
+      V next[W];
 #pragma GCC unroll 4
-    for (int k = 0; k < W; ++k) {
-      const V time = times[k], input = inputs[k];
-      V sum(0);
-      for (int64_t n = 0; n < (kUsual ? W : k < some ? N : 0); n += W) {
+      for (int k = 0; k < W; ++k) {
+        next[k] = V(0);
+        if (!kUsual && k >= some) continue;
         const V A = bounded(in_octaves(Stored<R>::load(m.A + k * m.A_step + n))),
                 before = kUsual || m.from ? Stored<R>::load(m.from + k * m.from_step + n) : V(0);
-        const V h = scan_step(time, input, A, kUsual ? B : Stored<R>::load(m.B + n), before).h;
-        if (kUsual || m.to) Stored<R>::store(m.to + k * m.to_step + n, h);
-        sum = fused(h, kUsual ? C : Stored<R>::load(m.C + n), sum);
+        next[k] = scan_step(V(times[k]), V(inputs[k]), A, B, before).h;
+        if (kUsual || m.to) Stored<R>::store(m.to + k * m.to_step + n, next[k]);
       }
-      y[k] = sum;
+      transpose(next);
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) h[n + k] = next[k];
     }
-    return sums_of(y);
   }
   static void step(
       const SelectiveScanForward& p, const Tokens& B, const Tokens& C, const Run& run, int64_t row,
@@ -487,19 +490,21 @@ struct SelectiveScan {
                               r * x.row + channel(i) * x.channel
                         : nullptr;
         };
-        const Channels memory{
-            at(p.A, 0),
-            at(p.initial_state, row),
-            at(p.final_state, row),
-            p.A.channel,
-            p.initial_state.channel,
-            p.final_state.channel,
-            B.numbers.data,
-            C.numbers.data};
+        const Channels memory{at(p.A, 0),    at(p.initial_state, row), at(p.final_state, row),
+                              p.A.channel,   p.initial_state.channel,  p.final_state.channel,
+                              B.numbers.data};
         const bool usual = N == W && memory.from && memory.to && some(i) == W;
-        y[i] =
-            (usual ? step_channels<true>
-                   : step_channels<false>)(memory, N, some(i), times + i * W, inputs + i * W);
+        V h[kMostStepStates];
+        (usual ? step_channels<true>
+               : step_channels<false>)(memory, N, some(i), times + i * W, inputs + i * W, h);
+        y[i] = V(0);
+        over_states<8>(N, [&]<int NB>(int64_t n) { // as in forward_states
+          V sum[2] = {y[i], V(0)};
+#pragma GCC unroll 8
+          for (int j = 0; j < NB; ++j)
+            sum[j & 1] = add_real(h[n + j], broadcast(C.numbers.data[n + j]), sum[j & 1]);
+          y[i] = NB > 1 ? sum[0] + sum[1] : sum[0];
+        });
       }
       for (int i = 0; i < count; ++i) {
         y[i] = fused(load_channels(p.D, channel(i), some(i)), u[i], y[i]);
