@@ -424,8 +424,8 @@ struct SelectiveScan {
     store_tokens(p.out, run, n, count, d, some, tile.y);
   }
 
-  // A single token whose channels have their states side by side: lanes run along those, and of A and the states only the next
-  // ones are turned over, to be added up in the order of every other layout.
+  // A single token whose channels have their states side by side: lanes run along those, and of A and the states only the
+  // next ones are turned over, to be added up in the order of every other layout.
   static constexpr int64_t kMostStepStates = 64;
   static bool along_states(const SelectiveScanForward& p) {
     const auto dense = [](const auto& x) { return !x.data || x.state == 1; };

@@ -338,7 +338,8 @@ TORCH_EXT_HD Vec<float> widen(U16 raw, BFloat16) {
 }
 TORCH_EXT_HD U16 narrow(Vec<float> x, BFloat16) { // to nearest, ties to even; NaN stays NaN
 #if defined(__AVX512F__)
-  // Denormal numbers become zero, as they do in arithmetic. Read anew each time, or the compiler would make a second copy of every loop.
+  // Denormal numbers become zero, as they do in arithmetic. The flag is read anew each time, or the compiler would make a
+  // second copy of every loop.
   if (*(const volatile bool*)&has_bfloat16) {
     U16 result;
     __asm__("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(x.v));
