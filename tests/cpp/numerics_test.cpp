@@ -190,7 +190,9 @@ TEST_P(Numerics, SixteenBitNumbers) {
         // The machine's own conversion to bfloat16 takes denormal numbers as zero, as all arithmetic of kernels does.
         const bool zero =
             f.exponent_bits == 8 && fabs(want) < 0x1p-126f && back[i] == (all[i] & 0x8000);
-        if (!zero) EXPECT_EQ(back[i], all[i]) << i;
+        if (!zero) {
+          EXPECT_EQ(back[i], all[i]) << i;
+        }
       }
     }
     // Numbers that must be rounded: halfway between two, just beside it, and anything.
