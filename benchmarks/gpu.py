@@ -216,6 +216,25 @@ class Bandwidth:
         """GB/s of the best round."""
         return {kind: size / samples[kind].best * 1e-9 for kind, size in self.bytes.items()}
 
+    def time(
+        self, timer: GraphTimer, calls: list[Call], moved: int
+    ) -> tuple[float, dict[str, float], dict]:
+        """`calls`, which move so many bytes each, in turn with copy and triad: the seconds of one, the rates
+        beside it, and what a row of the results says of both."""
+        clocks = timer.backend.clocks()
+        samples = timer.measure({"call": calls, **self.variants()})
+        rates, seconds = self.rates(samples), samples["call"].best
+        row = {
+            **samples["call"].summary(),
+            "bytes_moved": moved,
+            "sets_of_buffers": len(calls),
+            "gigabytes_per_second": moved / seconds * 1e-9,
+            "calibration_gigabytes_per_second": rates,
+            "clocks_before": clocks,
+            "clocks_after": timer.backend.clocks(),
+        }
+        return seconds, rates, row
+
 
 def launch_overhead(timer: GraphTimer) -> dict:
     """The time of a kernel that does next to nothing, in a graph and called from Python."""
@@ -280,11 +299,7 @@ def time_operator(
         make_call(operator, mode, shape, dtype, device=timer.device, seed=seed)
         for seed in range(sets)
     ]
-    clocks = timer.backend.clocks()
-    samples = timer.measure({"call": calls, **bandwidth.variants()})
-    rates = bandwidth.rates(samples)
-
-    seconds = samples["call"].best
+    seconds, rates, timed = bandwidth.time(timer, calls, moved)
     bandwidth_seconds = moved / (rates["copy"] * 1e9)
     exp_seconds = elements * operator.exps_needed(mode) / (exp_rate * 1e9) if exp_rate else 0.0
     roof = max(bandwidth_seconds, exp_seconds)
@@ -299,16 +314,10 @@ def time_operator(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": None,
         "isa": "GPU",
-        **samples["call"].summary(),
+        **timed,
         "overhead_seconds": 0.0,
-        "bytes_moved": moved,
         "working_set_bytes": working_set,
-        "sets_of_buffers": sets,
-        "gigabytes_per_second": moved / seconds * 1e-9,
-        "calibration_gigabytes_per_second": rates,
         "exp_per_nanosecond": exp_rate,
-        "clocks_before": clocks,
-        "clocks_after": timer.backend.clocks(),
         "bound_by": "bandwidth" if bandwidth_seconds >= exp_seconds else "exp",
         "fraction_of_triad": moved / (rates["triad"] * 1e9) / seconds,
         "fraction_of_copy": share,

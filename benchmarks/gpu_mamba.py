@@ -97,11 +97,7 @@ def time_operator(
     working_set = elements * at.itemsize * operator.tensors_alive(mode)
     sets = sets_needed(working_set, timer.backend.l2_bytes())
     calls = [make_call(operator, mode, shape, dtype, timer.device) for _ in range(sets)]
-    clocks = timer.backend.clocks()
-    samples = timer.measure({"call": calls, **bandwidth.variants()})
-    found = bandwidth.rates(samples)
-
-    seconds = samples["call"].best
+    seconds, found, timed = bandwidth.time(timer, calls, moved)
     work = operator.gpu_work(mode, at.itemsize)
     floor = floor_of(elements, work, moved, rates, found["copy"])
     fraction_of_copy = floor["bandwidth_seconds"] / seconds
@@ -116,19 +112,13 @@ def time_operator(
         "dtype": str(at).removeprefix("torch."),
         "threads": None,
         "isa": "GPU",
-        **samples["call"].summary(),
+        **timed,
         "nanoseconds_per_element": seconds
         * 1e9
         / (elements * (1 if convolution else MAMBA_STATES)),
-        "bytes_moved": moved,
         "working_set_bytes": working_set,
-        "sets_of_buffers": sets,
-        "gigabytes_per_second": moved / seconds * 1e-9,
-        "calibration_gigabytes_per_second": found,
         "special_per_nanosecond": rates.special,
         "instructions_per_nanosecond": rates.issue,
-        "clocks_before": clocks,
-        "clocks_after": timer.backend.clocks(),
         **floor,
         "fraction_of_copy": fraction_of_copy,
         "fraction_of_roof": fraction_of_roof,

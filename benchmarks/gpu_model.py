@@ -164,6 +164,38 @@ class Prediction:
         return None if self.measured is None else self.measured / self.seconds - 1
 
 
+@dataclass(frozen=True)
+class Residency:
+    """How a launch's blocks lie over the multiprocessors."""
+
+    device: Device
+    blocks: int
+    resident: int  # blocks that a multiprocessor has room for
+    warps: float  # of a block, per scheduler
+
+    @classmethod
+    def of(cls, device: Device, row: dict, launch: dict, blocks: int, shared: int) -> Residency:
+        """`row` is the compiled kernel; `shared`, in bytes, is what a block asks for at its launch."""
+        threads = launch["threads"]
+        static = row["static_shared"]
+        resident = resident_blocks(device.architecture, threads, row["registers"], static + shared)
+        return cls(device, blocks, resident, threads / 32 / 4)
+
+    @property
+    def share(self) -> float:
+        """What the busiest multiprocessor does, in even shares: idle others do not help it."""
+        even = self.blocks / self.device.multiprocessors
+        return math.ceil(even) / even
+
+    @property
+    def at_once(self) -> int:
+        return min(self.resident, math.ceil(self.blocks / self.device.multiprocessors))
+
+    def issue(self, blocks: int) -> float:
+        """Instructions per second of the device, with that many blocks on each multiprocessor."""
+        return self.device.issue * min(1.0, blocks * self.warps * WARP_ISSUE)
+
+
 def parse_shape(shape: str) -> tuple[int, int, int]:
     batch, time, width = (int(size) for size in shape.split("x"))
     return batch, time, width
@@ -186,20 +218,12 @@ def predict(
     tiles = math.ceil(time / launch["steps_per_tile"])
     chained = columns < launch["enough_blocks"] and tiles > 1
     blocks = columns * tiles if chained else columns
-    shared = (
-        row["static_shared"] + launch["chained_dynamic_shared" if chained else "dynamic_shared"]
-    )
-    resident = resident_blocks(device.architecture, launch["threads"], row["registers"], shared)
-
-    # What a multiprocessor does counts for the one with the most blocks: idle others do not help.
-    share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
-    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
-    warps_per_scheduler = at_once * launch["threads"] / 32 / 4
-    issue = device.issue * min(1.0, warps_per_scheduler * WARP_ISSUE)
+    shared = launch["chained_dynamic_shared" if chained else "dynamic_shared"]
+    over = Residency.of(device, row, launch, blocks, shared)
     tile_bytes = (
         launch["arrays"] * launch["steps_per_tile"] * launch["channels"] * launch["itemsize"]
     )
-    on_the_way = min(resident * device.multiprocessors, blocks) * tile_bytes
+    on_the_way = min(over.resident * device.multiprocessors, blocks) * tile_bytes
     on_the_way *= 1 if chained else launch["stages"] - 1
     read = elements * launch["itemsize"] * launch["arrays"]
     parts = {
@@ -207,8 +231,8 @@ def predict(
         * launch["itemsize"]
         * (launch["arrays"] + launch["outputs"])
         / device.copy,
-        "issue": elements * counts["way"] * share / issue,
-        "special": elements * counts["mufu"] * share / device.special,
+        "issue": elements * counts["way"] * over.share / over.issue(over.at_once),
+        "special": elements * counts["mufu"] * over.share / device.special,
         "latency": read * LATENCY / on_the_way,
         "chain": tiles // launch["tiles_per_link"] * HOP if chained else 0.0,
     }
@@ -227,7 +251,7 @@ def predict(
         seconds=parts[bound] + launches * LAUNCH,
         bound=bound,
         roof=needed / device.copy + LAUNCH,
-        blocks_per_multiprocessor=resident,
+        blocks_per_multiprocessor=over.resident,
     )
     add_peer(found, device)
     return found
@@ -246,29 +270,17 @@ def predict_convolution(
     run = min(max(1, tiles * groups // launch["enough_blocks"]), launch["tiles_per_block"])
     parts = math.ceil(tiles / run)
     blocks = groups * parts
-    resident = resident_blocks(
-        device.architecture,
-        launch["threads"],
-        row["registers"],
-        row["static_shared"] + launch["dynamic_shared"],
-    )
-    share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
-    warps = launch["threads"] / 32 / 4  # of a block, per scheduler
-    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
-
-    def issue_rate(blocks: int) -> float:
-        return device.issue * min(1.0, blocks * warps * WARP_ISSUE)
-
+    over = Residency.of(device, row, launch, blocks, launch["dynamic_shared"])
     instructions = elements * row["per_element"]["way"]
     # The gradient of the weight: each part's sums, written and read.
     sums = 2 * parts * (TAPS + 1) * width * 4 if direction == "backward" else 0
     moved = elements * itemsize * (launch["arrays"] + 1)
-    rounds = math.ceil(blocks * run / (resident * device.multiprocessors))
-    alone = instructions / (blocks * run) / (issue_rate(1) / device.multiprocessors)
+    rounds = math.ceil(blocks * run / (over.resident * device.multiprocessors))
+    alone = instructions / (blocks * run) / (over.issue(1) / device.multiprocessors)
     found = {
         "memory": (moved + sums) / device.copy,
-        "issue": instructions * share / issue_rate(at_once),
-        "special": elements * row["per_element"]["mufu"] * share / device.special,
+        "issue": instructions * over.share / over.issue(over.at_once),
+        "special": elements * row["per_element"]["mufu"] * over.share / device.special,
         "latency": rounds * (LATENCY + alone),
         "chain": 0.0,
     }
@@ -286,7 +298,7 @@ def predict_convolution(
         seconds=found[bound] + launches * LAUNCH,
         bound=bound,
         roof=moved / device.copy + LAUNCH,
-        blocks_per_multiprocessor=resident,
+        blocks_per_multiprocessor=over.resident,
     )
 
 
@@ -312,19 +324,7 @@ def predict_scan(
     groups = math.ceil(width / launch["channels"])
     segments = scan_segments(time, batch * groups, launch)
     blocks = batch * groups * segments
-    resident = resident_blocks(
-        device.architecture,
-        launch["threads"],
-        row["registers"],
-        row["static_shared"] + launch["dynamic_shared"],
-    )
-    share = math.ceil(blocks / device.multiprocessors) / (blocks / device.multiprocessors)
-    at_once = min(resident, math.ceil(blocks / device.multiprocessors))
-    warps = launch["threads"] / 32 / 4  # of a block, per scheduler
-
-    def issue_rate(blocks: int) -> float:
-        return device.issue * min(1.0, blocks * warps * WARP_ISSUE)
-
+    over = Residency.of(device, row, launch, blocks, launch["dynamic_shared"])
     counts = row["per_element"]
     # Segments but one are walked through first, from zero.
     twice = 1 + EFFECT_SHARE * (segments - 1) / segments
@@ -336,12 +336,12 @@ def predict_scan(
     more = 2 * batch * time * states * itemsize
     more += 2 * 2 * batch * time * states * groups * 4 if backward else elements * 4
     tiles = math.ceil(time / segments / launch["steps_per_tile"])
-    rounds = math.ceil(blocks / (resident * device.multiprocessors))
-    alone = instructions / (blocks * tiles) / (issue_rate(1) / device.multiprocessors)
+    rounds = math.ceil(blocks / (over.resident * device.multiprocessors))
+    alone = instructions / (blocks * tiles) / (over.issue(1) / device.multiprocessors)
     found = {
         "memory": (moved + more) / device.copy,
-        "issue": instructions * share / issue_rate(at_once),
-        "special": elements * states * counts["mufu"] * twice * share / device.special,
+        "issue": instructions * over.share / over.issue(over.at_once),
+        "special": elements * states * counts["mufu"] * twice * over.share / device.special,
         "latency": rounds * tiles * (2 * LATENCY + alone),
         "chain": 0.0,
     }
@@ -360,7 +360,7 @@ def predict_scan(
         seconds=found[bound] + launches * LAUNCH,
         bound=bound,
         roof=max(moved / device.copy, least) + LAUNCH,
-        blocks_per_multiprocessor=resident,
+        blocks_per_multiprocessor=over.resident,
     )
 
 
