@@ -33,46 +33,6 @@ inline constexpr int kConvEnoughBlocks = 4096;
 // Tiles of a block at most.
 inline constexpr int kConvTiles = 8;
 
-// 16 or 8 bytes of neighbouring elements: one access.
-template <class S, int kBytes>
-struct alignas(kBytes) ConvVector {
-  static constexpr int kCount = kBytes / int(sizeof(S));
-  using Lane = typename Stored<S>::Lane;
-  uint32_t words[kBytes / 4];
-
-  TORCH_EXT_DEVICE S get(int v) const {
-    if constexpr (sizeof(S) == 2) {
-      return {uint16_t(words[v / 2] >> (16 * (v % 2)))};
-    } else {
-      S x;
-      memcpy(&x, words + v * (int(sizeof(S)) / 4), sizeof x);
-      return x;
-    }
-  }
-  TORCH_EXT_DEVICE Lane widen(int v) const { return Stored<S>::widen(get(v)); }
-  TORCH_EXT_DEVICE static ConvVector of(const S* x) {
-    ConvVector y;
-    if constexpr (sizeof(S) == 2) {
-#pragma unroll
-      for (int i = 0; i < kBytes / 4; ++i)
-        y.words[i] = uint32_t(x[2 * i].bits) | uint32_t(x[2 * i + 1].bits) << 16;
-    } else {
-      memcpy(y.words, x, kBytes);
-    }
-    return y;
-  }
-  TORCH_EXT_DEVICE static ConvVector narrow(const Lane* x) {
-    ConvVector y;
-    if constexpr (sizeof(S) == 2) {
-#pragma unroll
-      for (int i = 0; i < kBytes / 4; ++i) y.words[i] = pack_pair<S>(x[2 * i], x[2 * i + 1]);
-    } else {
-      memcpy(y.words, x, kBytes);
-    }
-    return y;
-  }
-};
-
 // How a tile lies over a block's threads, for windows of up to kWindow taps.
 template <class S_, int kWindow_>
 struct ConvTile {
@@ -81,7 +41,7 @@ struct ConvTile {
   static constexpr int kWindow = kWindow_, kHalo = kWindow - 1;
   // More taps of fewer channels: as many registers.
   static constexpr int kVectorBytes = kWindow > 4 ? 8 : 16;
-  using Vector = ConvVector<S, kVectorBytes>;
+  using Vector = SideBySide<S, kVectorBytes>;
   static constexpr int kPerLane = Vector::kCount;
   static constexpr int kChannels = kConvRowBytes / int(sizeof(S));
   static constexpr int kVectors = kConvRowBytes / kVectorBytes; // threads side by side
@@ -258,7 +218,7 @@ TORCH_EXT_DEVICE void fetch(
   const int padded = (channels + L::kPerLane - 1) / L::kPerLane * L::kPerLane;
   // Lanes run along channels, so that their stores do not meet in a bank.
   if (x.path == ConvArray<S>::along_time) {
-    using Steps = ConvVector<S, 16>;
+    using Steps = SideBySide<S>;
     // From the last multiple of a vector on: of the row for packed sequences, of the sequence else.
     const int64_t row = (p.cu_seqlens ? piece.row : 0) + t0;
     const int before = int(row % kInPiece);
@@ -347,7 +307,7 @@ template <class L>
 struct ConvLanes {
   using Lane = typename L::Lane;
   static constexpr int kBytes = L::kPerLane * int(sizeof(Lane)) < 16 ? 8 : 16;
-  using Vector = ConvVector<Lane, kBytes>;
+  using Vector = SideBySide<Lane, kBytes>;
   static_assert(L::kPerLane % Vector::kCount == 0);
 
   TORCH_EXT_DEVICE static void load(Shared<Lane> from, Lane* x) {
@@ -837,7 +797,7 @@ __global__ void __launch_bounds__(kConvThreads)
 template <class S, int kWindow>
 __global__ void __launch_bounds__(kConvThreads)
     causal_conv1d_step_vectors_kernel(const CausalConv1dForward p) {
-  using Vector = ConvVector<S, 16>;
+  using Vector = SideBySide<S>;
   using Lane = typename Stored<S>::Lane;
   constexpr int V = Vector::kCount, kBefore = kWindow - 1;
   const int64_t vectors = p.width / V;

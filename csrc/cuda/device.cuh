@@ -225,4 +225,44 @@ struct Stored<Half> {
   TORCH_EXT_DEVICE static Half narrow(Lane x) { return to_half(x); }
 };
 
+// Elements that lie side by side in memory: one access of 16 or 8 bytes. Kept as words, of which registers are made.
+template <class S, int kBytes = 16>
+struct alignas(kBytes) SideBySide {
+  static constexpr int kCount = kBytes / int(sizeof(S));
+  using Lane = typename Stored<S>::Lane;
+  uint32_t words[kBytes / 4];
+
+  TORCH_EXT_DEVICE S get(int i) const {
+    if constexpr (sizeof(S) == 2) {
+      return {uint16_t(words[i / 2] >> (16 * (i % 2)))};
+    } else {
+      S x;
+      memcpy(&x, words + i * (int(sizeof(S)) / 4), sizeof x);
+      return x;
+    }
+  }
+  TORCH_EXT_DEVICE Lane widen(int i) const { return Stored<S>::widen(get(i)); }
+  TORCH_EXT_DEVICE static SideBySide of(const S* x) {
+    SideBySide y;
+    if constexpr (sizeof(S) == 2) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i)
+        y.words[i] = uint32_t(x[2 * i].bits) | uint32_t(x[2 * i + 1].bits) << 16;
+    } else {
+      memcpy(y.words, x, kBytes);
+    }
+    return y;
+  }
+  TORCH_EXT_DEVICE static SideBySide narrow(const Lane* x) {
+    SideBySide y;
+    if constexpr (sizeof(S) == 2) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) y.words[i] = pack_pair<S>(x[2 * i], x[2 * i + 1]);
+    } else {
+      memcpy(y.words, x, kBytes);
+    }
+    return y;
+  }
+};
+
 } // namespace torch_ext::cuda

@@ -33,32 +33,6 @@ TORCH_EXT_DEVICE ScanStep<float, float> next_state(
   }
 }
 
-// Elements that lie side by side in memory. 16-bit ones are kept as words, of which registers are made.
-template <class S, int kCount>
-struct alignas(sizeof(S) * kCount) ScanVector {
-  using R = typename Stored<S>::Lane;
-  uint32_t words[kCount * sizeof(S) / 4];
-  TORCH_EXT_DEVICE R widen(int i) const {
-    if constexpr (sizeof(S) == 2) {
-      return Stored<S>::widen(S{uint16_t(words[i / 2] >> (16 * (i % 2)))});
-    } else {
-      R x;
-      memcpy(&x, words + i, sizeof x);
-      return x;
-    }
-  }
-  TORCH_EXT_DEVICE static ScanVector narrow(const R* x) {
-    ScanVector y;
-    if constexpr (sizeof(S) == 2) {
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) y.words[i] = pack_pair<S>(x[2 * i], x[2 * i + 1]);
-    } else {
-      memcpy(y.words, x, sizeof y);
-    }
-    return y;
-  }
-};
-
 // Where a tile's (step, channel) elements lie, for 16 states, B and C per token and one sequence per row. A thread loads
 // 16 bytes that lie side by side: channels of one step, or steps of one channel. kShare channels share 16 bytes of shared
 // memory, a slot, for what goes into the steps and then for what comes out. Slots are in such an order that what threads
@@ -76,7 +50,7 @@ struct ScanWide {
   static constexpr int kNextSlot =
       kSlots / (kVector / kShare); // and how far a vector's slots are from each other
   static_assert(kChannels == kScanThreads && kRows == kVector);
-  using Vector = ScanVector<S, kVector>;
+  using Vector = SideBySide<S>;
 
   bool along_time;
   TORCH_EXT_DEVICE int slot_of(int channel) const {
@@ -197,7 +171,7 @@ struct ScanWideCoefficients {
       const SelectiveScanProblem& p, const ScanBlock& block, const auto& token, int count,
       Shared<R> B, Shared<R> C) const {
     if (vectors && count == kScanTile) {
-      const auto x = load_global(reinterpret_cast<const ScanVector<S, 4>*>(at));
+      const auto x = load_global(reinterpret_cast<const SideBySide<S, 4 * sizeof(S)>*>(at));
       (loads_C() ? C : B)
           .template view<Pack<R>>()
           .store(item(), {x.widen(0), x.widen(1), x.widen(2), x.widen(3)});
@@ -599,6 +573,46 @@ struct ScanWideBackward {
                        kTiles = kPlace + int(ScanBlock::kWords) * 8, kBytes = kTiles + 9 * 8;
 };
 
+// What the backward reads of a tile that is not whole, or does not lie so that vectors could be loaded: a thread's elements,
+// one after the other.
+template <class Types>
+struct ScanBackwardItems : ScanItems {
+  using S = typename Types::S;
+  using R = typename Types::R;
+  const SelectiveScanBackward& p;
+  int64_t row, token, d0;
+  ScanCursor<const S> delta, u, z, grad;
+  TORCH_EXT_DEVICE ScanBackwardItems(
+      const SelectiveScanBackward& p, const ScanBlock& block, int64_t token, bool along_time)
+      : ScanItems(ScanWideBackward<Types>::Wide::kLogChannels, along_time),
+        p(p),
+        row(block.row()),
+        token(token),
+        d0(block.d0()),
+        delta(cursor<const S>(p.delta)),
+        u(cursor<const S>(p.u)),
+        z(cursor<const S>(p.z)),
+        grad(cursor<const S>(p.grad_out)) {}
+  template <class Element, class Data>
+  TORCH_EXT_DEVICE ScanCursor<Element> cursor(const OverTime<Data>& x) const {
+    return {x, p, row, token, d0, *this};
+  }
+  // The next ones; zeros where there are none.
+  template <int kCount>
+  TORCH_EXT_DEVICE void load(
+      int steps, int channels, R (&deltas)[kCount], R (&us)[kCount], R (&gates)[kCount],
+      R (&grads)[kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const bool in = t + k * t_next < steps && column + k * column_next < channels;
+      deltas[k] = delta.load(in), us[k] = u.load(in);
+      gates[k] = z.load(in && z.any), grads[k] = grad.load(in && grad.any);
+      delta.advance(), u.advance(), z.advance(), grad.advance();
+    }
+  }
+  TORCH_EXT_DEVICE void advance() { t += t_next, column += column_next; }
+};
+
 // Four lanes share a channel, and a block's channels come in four turns.
 template <class Types>
 __global__ void __launch_bounds__(kScanThreads, 2)
@@ -780,29 +794,18 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     } else if (whole) {
       fill.template operator()<false>();
     } else {
-      const ScanItems items(Wide::kLogChannels, wide.along_time);
-      const auto cursor = [&](const OverTime<const void*>& x) {
-        return ScanCursor<const S>(x, p, block.row(), token(), block.d0(), items);
-      };
-      ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
-                          grad = cursor(p.grad_out);
-      int t = items.t, c = items.column;
+      ScanBackwardItems<Types> items(p, block, token(), wide.along_time);
 #pragma unroll 1
       for (int i = 0; i < items.count; i += kScanAhead) {
         R step[kScanAhead], input[kScanAhead], gates[kScanAhead], g[kScanAhead];
+        items.load(count, channels, step, input, gates, g);
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) {
-          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
-          step[k] = delta.load(in), input[k] = u.load(in);
-          gates[k] = z.load(in && z.any), g[k] = grad.load(in && grad.any);
-          delta.advance(), u.advance(), z.advance(), grad.advance();
-        }
-#pragma unroll
-        for (int k = 0; k < kScanAhead; ++k) {
+          const int t = items.t, c = items.column;
           if (gate) g[k] = g[k] * silu_with_slope(gates[k]).value;
           const R dt = t < count ? time_step(step[k] + bias.load(c), p.delta_softplus) : R(0);
           slots.store(t * kSlots + wide.slot_of(c), {dt, dt * input[k], g[k], R(0)});
-          t += items.t_next, c += items.column_next;
+          items.advance();
         }
       }
     }
@@ -977,32 +980,18 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     } else if (whole) {
       finish.template operator()<false>();
     } else {
-      const ScanItems items(Wide::kLogChannels, wide.along_time);
-      const auto cursor = [&](const OverTime<const void*>& x) {
-        return ScanCursor<const S>(x, p, block.row(), token(), block.d0(), items);
-      };
-      const auto output = [&](const OverTime<void*>& x) {
-        return ScanCursor<S>(x, p, block.row(), token(), block.d0(), items);
-      };
-      ScanCursor<const S> delta = cursor(p.delta), u = cursor(p.u), z = cursor(p.z),
-                          grad = cursor(p.grad_out);
-      ScanCursor<S> grad_u = output(p.grad_u), grad_delta = output(p.grad_delta),
-                    grad_z = output(p.grad_z);
-      int t = items.t, c = items.column;
+      ScanBackwardItems<Types> items(p, block, token(), wide.along_time);
+      auto grad_u = items.template cursor<S>(p.grad_u),
+           grad_delta = items.template cursor<S>(p.grad_delta),
+           grad_z = items.template cursor<S>(p.grad_z);
       constexpr int kAhead = 2;
 #pragma unroll 1
       for (int i = 0; i < items.count; i += kAhead) {
         R step[kAhead], x[kAhead], gates[kAhead], g[kAhead];
+        items.load(count, channels, step, x, gates, g);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-          const bool in = t + k * items.t_next < count && c + k * items.column_next < channels;
-          step[k] = delta.load(in), x[k] = u.load(in), gates[k] = z.load(in && z.any);
-          g[k] = grad.load(in && grad.any);
-          delta.advance(), u.advance(), z.advance(), grad.advance();
-        }
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-          const int at = t * kSlots + wide.slot_of(c);
+          const int t = items.t, c = items.column, at = t * kSlots + wide.slot_of(c);
           Two sum{};
           if (t < count && c < channels) {
             const Four item = slots.load(at);
@@ -1019,7 +1008,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
             grad_u.store(fused(item.x[1], item.x[0], D * g[k]));
           }
           slots.template view<Two>().store(at * 2, sum);
-          t += items.t_next, c += items.column_next;
+          items.advance();
           grad_u.advance(), grad_delta.advance(), grad_z.advance();
         }
       }
