@@ -980,3 +980,39 @@ def test_examples_in_docstrings(name):
         if added.startswith("minGRU_pytorch"):
             del sys.modules[added]
     assert result.failed == 0 and result.attempted > 0
+
+
+def bad_states(module):
+    """Calls with something else than a state."""
+    x = torch.randn(2, 8)
+    ids = torch.tensor([1, 2])
+    step = {"MambaLM": ids, "MinRNNLM": ids}.get(type(module).__name__, x)
+    state = module.init_state(2)
+    yield lambda: module.step(step, None)
+    if isinstance(state, torch.Tensor):
+        yield lambda: module.step(step, (state,))
+        yield lambda: module(x.unsqueeze(1), (state, state))
+        return
+    yield lambda: module.step(step, state[0] if isinstance(state, tuple) else state[0][0])
+    if isinstance(state, tuple):
+        yield lambda: module.step(step, state[:1])
+        yield lambda: module.step(step, (state[0], None))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch_ext.MinGRU(8, 4),
+        torch_ext.MinLSTM(8, 4),
+        torch_ext.MinRNNBlock(8),
+        torch_ext.MinRNNLM(10, 8, 2),
+        torch_ext.Mamba(8),
+        torch_ext.MambaBlock(8),
+        torch_ext.MambaLM(10, 8, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_something_else_than_a_state(module):
+    for call in bad_states(module):
+        with pytest.raises(TypeError, match=r"state is .*, expected .*, as init_state makes it"):
+            call()

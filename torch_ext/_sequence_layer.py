@@ -225,6 +225,8 @@ class SequenceLayer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """torch.nn.GRU's contract around ``_run``."""
         if not torch.jit.is_scripting():
+            for part in state or []:
+                check_state_type(self._name, part)
             if isinstance(x, PackedSequence):
                 return self._forward_packed(x, state, lengths)
             self._check_dtype(x)
@@ -308,6 +310,9 @@ class SequenceLayer(nn.Module):
                 f"{self._name}.step: x has shape {shape_text(x)}, "
                 f"expected (B, input_size={self.input_size})"
             )
+        if not torch.jit.is_scripting():
+            for part in state:
+                check_state_type(f"{self._name}.step", part)
         self._check_state(state, x.shape[0])
         new_states: list[list[Tensor]] = [[] for _ in state]
         for layer in range(self.num_layers):
@@ -468,3 +473,22 @@ def is_compiling() -> bool:
 
 def shape_text(x: Tensor) -> str:
     return "(" + ", ".join([str(size) for size in x.shape]) + ")"
+
+
+def check_state_type(owner: str, state: object, tensors: int = 1) -> None:
+    """That a state is a tensor, or a tuple of so many. For Python: TorchScript knows by itself."""
+    many = isinstance(state, tuple | list)
+    parts = list(state) if many else [state]
+    if (
+        (tensors > 1) == many
+        and len(parts) == tensors
+        and all(isinstance(part, Tensor) for part in parts)
+    ):
+        return
+    came = (
+        "(" + ", ".join([type(part).__name__ for part in parts]) + ")"
+        if many
+        else type(state).__name__
+    )
+    expected = "a tensor" if tensors == 1 else f"a tuple of {tensors} tensors"
+    raise TypeError(f"{owner}: state is {came}, expected {expected}, as init_state makes it")

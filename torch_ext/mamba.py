@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._sequence_layer import is_compiling, shape_text
+from ._sequence_layer import check_state_type, is_compiling, shape_text
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
 
@@ -428,6 +428,8 @@ class Mamba(nn.Module):
         )
 
     def _check_state(self, state: State, batch_size: int) -> None:
+        if not torch.jit.is_scripting():
+            check_state_type("Mamba", state, 2)
         conv, scan = state
         if list(conv.shape) != [batch_size, self.d_inner, self.d_conv - 1]:
             raise ValueError(

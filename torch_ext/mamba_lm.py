@@ -249,6 +249,11 @@ class MambaBackbone(nn.Module):
         return self.norm_f(x), new_state
 
     def _check_state(self, state: list[State]) -> None:
+        if not torch.jit.is_scripting() and not isinstance(state, list | tuple):
+            raise TypeError(
+                f"MambaLM: state is {type(state).__name__}, expected a list with the state of each "
+                f"layer, as init_state makes it"
+            )
         if len(state) != len(self.layers):
             raise ValueError(
                 f"MambaLM: state has {len(state)} entries, expected n_layer={len(self.layers)}"

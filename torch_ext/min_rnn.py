@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._sampling import sample
-from ._sequence_layer import GateBiasInit, shape_text
+from ._sequence_layer import GateBiasInit, check_state_type, shape_text
 from .min_gru import MinGRU
 from .min_lstm import MinLSTM
 
@@ -119,6 +119,8 @@ class MinRNNBlock(nn.Module):
             )
         if state is None:
             state = self.init_state(x.shape[0])
+        elif not torch.jit.is_scripting():
+            check_state_type("MinRNNBlock", state, 2)
         y, last_inputs = self._convolve(self.norm(x), state[0])
         y, h = self.rnn(y, state[1].unsqueeze(0))
         return self._finish(x, y), (last_inputs, h.squeeze(0))
@@ -136,6 +138,8 @@ class MinRNNBlock(nn.Module):
             raise ValueError(
                 f"MinRNNBlock.step: x has shape {shape_text(x)}, expected (B, dim={self.dim})"
             )
+        if not torch.jit.is_scripting():
+            check_state_type("MinRNNBlock.step", state, 2)
         y, last_inputs = self._convolve(self.norm(x).unsqueeze(1), state[0])
         y, h = self.rnn.step(y.squeeze(1), state[1].unsqueeze(0))
         return self._finish(x, y), (last_inputs, h.squeeze(0))
@@ -247,6 +251,8 @@ class MinRNNLM(nn.Module):
             raise ValueError(f"MinRNNLM: ids has shape {shape_text(ids)}, expected (B, T)")
         if state is None:
             state = self.init_state(ids.shape[0])
+        elif not torch.jit.is_scripting():
+            check_state_type("MinRNNLM", state, 2)
         x = self.dropout(self.embedding(ids))
         last_inputs: list[Tensor] = []
         h: list[Tensor] = []
@@ -272,6 +278,8 @@ class MinRNNLM(nn.Module):
         """One token of each sequence, ``(B,)``, to logits ``(B, vocab_size)`` and a state."""
         if ids.dim() != 1:
             raise ValueError(f"MinRNNLM.step: ids has shape {shape_text(ids)}, expected (B,)")
+        if not torch.jit.is_scripting():
+            check_state_type("MinRNNLM.step", state, 2)
         x = self.dropout(self.embedding(ids))
         last_inputs: list[Tensor] = []
         h: list[Tensor] = []
