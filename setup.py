@@ -7,7 +7,8 @@ file runs CMake and puts its results into the Python package. Environment variab
                              nvcc of its major version is found: a toolkit's, or pip's)
     TORCH_CUDA_ARCH_LIST     "8.0;9.0a;12.0+PTX" (default: what torch itself was built for)
     TORCH_EXT_WERROR=1       warnings of our own code are errors
-    MAX_JOBS                 compilations at a time (default: one per core)
+    TORCH_EXT_OBJECTS        a build folder of another torch: what knows no torch is taken from there
+    MAX_JOBS                 compilations and C++ tests at a time (default: one per core)
     CXX, CUDACXX, CUDA_HOME  as usual
 
 For developers:
@@ -64,6 +65,18 @@ def forget_other_nvcc(cache, nvcc):
             shutil.rmtree(cache.parent)
 
 
+def take_objects(other, folder):
+    """The kernels' objects of another build, and what ninja knows of them: it compiles again what differs."""
+    if folder.exists() or not (other / ".ninja_log").exists():
+        return
+    (folder / "CMakeFiles").mkdir(parents=True)
+    for name in (".ninja_log", ".ninja_deps"):
+        shutil.copy2(other / name, folder)
+    for pattern in ("torch_ext_cuda.dir", "torch_ext_kernels.dir", "torch_ext_isa_*.dir"):
+        for objects in (other / "CMakeFiles").glob(pattern):
+            shutil.copytree(objects, folder / "CMakeFiles" / objects.name)
+
+
 class Build(build_ext):
     def run(self):
         tools = self.compile(tests=False)
@@ -96,6 +109,8 @@ class Build(build_ext):
             parts.append(Path(t["cxx"]).name)
         self.folder = ROOT / "build" / "-".join(parts)
         forget_other_nvcc(self.folder / "CMakeCache.txt", t["nvcc"])
+        if other := os.environ.get("TORCH_EXT_OBJECTS"):
+            take_objects(Path(other), self.folder)
         options = {
             "CMAKE_PREFIX_PATH": t["torch_cmake"],
             "CMAKE_CXX_COMPILER": t["cxx"],
@@ -117,8 +132,8 @@ class Build(build_ext):
         generator = "Ninja" if t["ninja"] else "Unix Makefiles"
         defines = [f"-D{name}={value}" for name, value in options.items()]
         run(t["cmake"], "-S", ROOT, "-B", self.folder, "-G", generator, *defines)
-        jobs = os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))
-        run(t["cmake"], "--build", self.folder, "--parallel", jobs)
+        self.jobs = os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))
+        run(t["cmake"], "--build", self.folder, "--parallel", self.jobs)
         return t
 
 
@@ -127,7 +142,8 @@ class CppTests(Build):
 
     def run(self):
         cmake = Path(self.compile(tests=True)["cmake"])
-        run(cmake.with_name("ctest"), "--test-dir", self.folder, "--output-on-failure")
+        ctest = cmake.with_name("ctest")
+        run(ctest, "--test-dir", self.folder, "--output-on-failure", "--parallel", self.jobs)
 
 
 class FreshPython(build_py):

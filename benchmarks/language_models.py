@@ -1,12 +1,14 @@
-"""A Mamba language model beside a transformer of equal size: tokens per second at a context."""
+"""A Mamba language model beside a transformer of equal size, xLSTMs beside the packages' code with
+the same weights: tokens per second at a context."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from measure import Effort, Samples, measure
+from measure import Effort, Samples, first_line, measure
 from operators import TOLERANCES, WrongResult
 from shapes import ModelSizes
 from torch import nn
@@ -182,3 +184,158 @@ def time_models(
             samples = measure(calls, effort)
         yield from rows(samples, "decode", context, 1)
         cache = calls = None
+
+
+# -- xLSTM -----------------------------------------------------------------------------------------
+
+
+class _Ours:
+    """A model as it is timed: a prompt's logits, and a token after it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def prefill(self, ids: torch.Tensor) -> tuple[torch.Tensor, object]:
+        return self.model.prefill(ids)
+
+    def step(self, ids: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
+        logits, state = self.model.step(ids[:, 0], state)
+        return logits[:, None], state
+
+
+class _Transformers(_Ours):
+    def prefill(self, ids: torch.Tensor) -> tuple[torch.Tensor, object]:
+        return self.step(ids, None)
+
+    def step(self, ids: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
+        out = self.model(ids, cache_params=state, use_cache=True)
+        return out.logits, out.cache_params
+
+
+class _Package(_Ours):
+    """The package xlstm reads a prompt in parallel without keeping a state, and goes step by step
+    where it wants one."""
+
+    def prefill(self, ids: torch.Tensor) -> tuple[torch.Tensor, object]:
+        return self.model(ids), None
+
+    def step(self, ids: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
+        return self.model.step(ids, state)
+
+
+def _transformers_twin(ours: nn.Module, dtype: torch.dtype) -> _Ours:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        model = transformers.xLSTMForCausalLM.from_pretrained(folder, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    for module in model.modules():  # its kernels round to bfloat16 otherwise
+        if hasattr(getattr(module, "config", None), "autocast_kernel_dtype"):
+            module.config.autocast_kernel_dtype = name
+    return _Transformers(model.eval())
+
+
+def _package_twin(ours: nn.Module, sizes: ModelSizes, dtype: torch.dtype) -> _Ours:
+    import xlstm
+
+    config = xlstm.xLSTMLMModelConfig(
+        mlstm_block=xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=sizes.heads)),
+        num_blocks=sizes.layers, embedding_dim=sizes.width, vocab_size=sizes.vocab,
+        context_length=max((*sizes.prefill, *sizes.decode)),
+    )  # fmt: skip
+    model = xlstm.xLSTMLMModel(config)
+    model.load_state_dict(ours.state_dict())
+    return _Package(model.to(dtype).eval())
+
+
+def _logits_after(model: _Ours, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits after each of `ids`: those after a prompt, and token by token."""
+    if isinstance(model, _Package):
+        prompt = 0
+        parts, state = [], None
+    else:
+        logits, state = model.prefill(ids[:, :prompt])
+        parts = [logits]
+    for t in range(prompt, ids.shape[1]):
+        logits, state = model.step(ids[:, t : t + 1], state)
+        parts.append(logits)
+    return torch.cat(parts, 1)
+
+
+def time_xlstm_models(
+    sizes: ModelSizes, dtype: torch.dtype, threads: int, effort: Effort, names: list[str]
+) -> Iterator[tuple[str, dict]]:
+    """("xlstm_models", a row) for each model, phase and context; ("not_run", a peer and the reason);
+    ("wrong", a peer whose logits differ). Every model makes the logits of all of a prompt."""
+    torch.manual_seed(0)
+    given = (sizes.vocab, sizes.width, sizes.layers, sizes.heads)
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
+    ids = torch.randint(sizes.vocab, (1, 9))
+    for name, made, peer, make in (
+        ("xLSTMLarge", torch_ext.xLSTMLarge, "transformers xlstm", _transformers_twin),
+        ("xLSTMLM", torch_ext.xLSTMLM, "xlstm", _package_twin),
+    ):
+        # The peers' code in plain PyTorch fails where keys and values have different sizes.
+        options = {"qk_dim_factor": 1.0} if name == "xLSTMLarge" else {}
+        ours = made(*given, **options, dtype=dtype).eval()
+        models = {name: _Ours(ours)}
+        errors = {}
+        with torch.inference_mode():
+            expected = ours(ids)
+        if peer in names:
+            try:
+                twin = make(ours, dtype) if peer != "xlstm" else make(ours, sizes, dtype)
+                models[peer] = twin
+            except Exception as error:  # what a peer does not support, in its own words
+                about = {"peer": peer, "what": "a language model", "reason": first_line(error)}
+                yield "not_run", about
+        for who, model in list(models.items()):
+            try:
+                with torch.inference_mode():
+                    got = _logits_after(model, ids, 4)
+            except Exception as error:
+                if model is models[name]:
+                    raise
+                del models[who]
+                about = {"peer": who, "what": "a language model", "reason": first_line(error)}
+                yield "not_run", about
+                continue
+            errors[who] = ((got - expected).float().norm() / expected.float().norm()).item()
+            if not errors[who] <= tolerance:
+                del models[who]
+                what = f"{who}: logits differ by {errors[who]:.1e} of the norm"
+                yield "wrong", {"what": f"{what} (accepted: {tolerance:.0e})", "threads": threads}
+        for phase, contexts in (("prefill", sizes.prefill), ("decode", sizes.decode)):
+            for context in contexts:
+                prompt = torch.randint(sizes.vocab, (1, context))
+                calls: dict[str, Call] = {}
+                with torch.inference_mode():
+                    for who, model in models.items():
+                        if phase == "prefill":
+                            calls[who] = lambda model=model, prompt=prompt: model.prefill(prompt)
+                            continue
+                        # What it costs does not depend on what the state holds.
+                        start = None if isinstance(model, _Package) else model.prefill(ids)[1]
+                        token = prompt[:, :1]
+                        state = model.step(token, start)[1]
+                        calls[who] = lambda model=model, token=token, state=state: model.step(
+                            token, state
+                        )
+                    samples = measure(calls, effort)
+                for who, sample in samples.items():
+                    row = {
+                        "who": who,
+                        "phase": phase,
+                        "context": context,
+                        "parameters": parameters_of(models[who].model),
+                        "width": sizes.width,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "threads": threads,
+                        **sample.summary(),
+                        "tokens_per_second": (context if phase == "prefill" else 1) / sample.best,
+                        "error": errors[who],
+                    }
+                    yield "xlstm_models", row

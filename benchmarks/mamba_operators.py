@@ -109,7 +109,7 @@ def run_with_gradient(
     return {"y": y.detach(), "final_state": final.detach(), **named}
 
 
-def _in_double(
+def in_double(
     inputs: tuple[torch.Tensor | None, ...], grad: torch.Tensor
 ) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
     return tuple(None if x is None else x.double() for x in inputs), grad.double()
@@ -133,6 +133,11 @@ class MambaChecker:
     """
 
     ENDS = 8  # channels at either end that the loop is run for
+    reduced: tuple[int, ...] = REDUCED_SHAPE
+    tolerances = TOLERANCES
+    draw = staticmethod(make_inputs)
+    run = staticmethod(run_with_gradient)
+    options = staticmethod(options_of)
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -144,7 +149,7 @@ class MambaChecker:
     ) -> float:
         """The largest error, relative to the largest value of its tensor."""
         worst = 0.0
-        for size in (REDUCED_SHAPE, shape):
+        for size in (self.reduced, shape):
             key = (name, size, dtype, variant)
             if key not in self.errors:
                 self.errors[key] = self._check_at(name, operator, size, dtype)
@@ -154,14 +159,15 @@ class MambaChecker:
     def _check_at(
         self, name: str, operator: MambaOperator, shape: Shape, dtype: torch.dtype
     ) -> float:
-        inputs, grad = make_inputs(operator, shape, dtype)
+        inputs, grad = self.draw(operator, shape, dtype)
         key = (name, shape, dtype)
         if key not in self.references:
             self.references[key] = self._reference(name, operator, shape, inputs, grad)
         if self.device != "cpu":
             inputs, grad = on_device(inputs, grad, self.device)
-        got = run_with_gradient(operator, getattr(torch_ext, operator.function), inputs, grad)
-        return _largest_error(name, got, self.references[key], dtype_of(operator, dtype), shape)
+        got = self.run(operator, getattr(torch_ext, operator.function), inputs, grad)
+        tolerance = self.tolerances[dtype_of(operator, dtype)]
+        return largest_error(name, got, self.references[key], tolerance, shape)
 
     def _reference(
         self,
@@ -173,45 +179,54 @@ class MambaChecker:
     ) -> dict[str, torch.Tensor]:
         function = getattr(torch_ext, operator.function)
         loop = getattr(torch_ext, f"{operator.function}_reference")
-        exact, exact_grad = _in_double(inputs, grad)
-        if shape == REDUCED_SHAPE:
-            reference = run_with_gradient(operator, loop, exact, exact_grad)
-            double = run_with_gradient(operator, function, exact, exact_grad)
-            _largest_error(f"{name} in float64", double, reference, torch.float64, shape)
+        exact, exact_grad = in_double(inputs, grad)
+        exactly = self.tolerances[torch.float64]
+        if shape == self.reduced:
+            reference = self.run(operator, loop, exact, exact_grad)
+            double = self.run(operator, function, exact, exact_grad)
+            largest_error(f"{name} in float64", double, reference, exactly, shape)
             return reference
-        reference = run_with_gradient(operator, function, exact, exact_grad)
+        reference = self.run(operator, function, exact, exact_grad)
+        few, y = self.some(operator, shape, exact, reference["y"])
+        with torch.no_grad():
+            expected, _ = loop(*few, **self.options(operator))
+        largest_error(f"{name} in float64", {"y": y}, {"y": expected}, exactly, shape)
+        return reference
+
+    def some(
+        self,
+        operator: MambaOperator,
+        shape: Shape,
+        inputs: tuple[torch.Tensor | None, ...],
+        y: torch.Tensor,
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        """Inputs and y of the channels at either end, which do not meet the others."""
         dim = shape[2]
         chosen = sorted({*range(min(self.ENDS, dim)), *range(max(0, dim - self.ENDS), dim)})
         along = {"u": 2, "delta": 2, "z": 2, "x": 2, "B": None, "C": None}
         few = [
             x if x is None or along.get(n, 0) is None else x.index_select(along.get(n, 0), picked)
-            for n, x in zip(names_of(operator), exact, strict=True)
+            for n, x in zip(names_of(operator), inputs, strict=True)
             for picked in (torch.tensor(chosen),)
         ]
-        with torch.no_grad():
-            y, _ = loop(*few, **options_of(operator))
-        picked = {"y": reference["y"][..., chosen]}
-        _largest_error(f"{name} in float64", picked, {"y": y}, torch.float64, shape)
-        return reference
+        return few, y[..., chosen]
 
 
-def _largest_error(
+def largest_error(
     name: str,
     got: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    shape: Shape,
+    tolerance: float,
+    shape: tuple[int, ...],
 ) -> float:
     worst = 0.0
     for what, reference in expected.items():
-        if what not in got:
-            continue
         error = (got[what].cpu().double() - reference).abs().max() / reference.abs().max()
-        if not error <= TOLERANCES[dtype]:  # also catches NaN
+        if not error <= tolerance:  # also catches NaN
             raise WrongResult(
                 f"{name}: {what} is wrong by {error:.1e} of its largest value at shape "
-                f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} "
-                f"(accepted: {TOLERANCES[dtype]:.0e})"
+                f"{'x'.join(map(str, shape))} {str(got[what].dtype).removeprefix('torch.')} "
+                f"(accepted: {tolerance:.0e})"
             )
         worst = max(worst, float(error))
     return worst
@@ -263,15 +278,16 @@ def make_call(
 class Limits:
     """What the machine can do, asked before and after the calls that it is compared with."""
 
-    def __init__(self, working_sets: set[int], threads: int, seconds: float):
-        self.threads, self.seconds = threads, seconds
+    def __init__(self, working_sets: set[int], threads: int, seconds: float, exps: bool = True):
+        self.threads, self.seconds, self.exps = threads, seconds, exps
         self.bandwidths = {size: Calibration(size, threads, seconds) for size in working_sets}
         self.exp = self.fma = 0.0
 
     def run(self) -> None:
         for bandwidth in self.bandwidths.values():
             bandwidth.run()
-        self.exp = max(self.exp, exp_rate(self.threads, self.seconds))
+        if self.exps:
+            self.exp = max(self.exp, exp_rate(self.threads, self.seconds))
         for _ in range(2):
             rate = calibrate("fma", 2048 * self.threads, False, self.threads, self.seconds)
             self.fma = max(self.fma, rate)

@@ -5,6 +5,7 @@ To add one: an entry in PEERS, and a `Contender` in the comparison that it belon
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -23,15 +24,23 @@ from mamba_operators import (
     options_of,
     step_inputs,
 )
+from matrix_memory_operators import MatrixChecker
+from matrix_memory_operators import make_inputs as make_matrix_inputs
 from measure import Samples, first_line
 from operators import Checker, WrongResult, draw_tensors
 from shapes import (
     MAMBA_OPERATORS,
+    MATRIX_LAYER_PEERS,
+    MATRIX_OPERATORS,
+    MLSTM_CHUNKS,
+    MLSTM_GOALS,
     OPERATORS,
     PAPER_BATCH,
     PAPER_RATIOS,
     PEER_GOALS,
+    XLSTM_HEADS,
     MambaOperator,
+    MatrixShape,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -48,6 +57,8 @@ Call = Callable[[], object]
 LOG_SPACE_TOLERANCE = 1e-2
 LOOP_TOLERANCE = 1e-4
 SCAN_TOLERANCE = 1e-4
+# A divisor may be close to 0, and peers add their eps to other parts of it.
+MATRIX_TOLERANCE = 2e-3
 # Half precision: inputs and results are rounded, and some peers sum in it as well.
 HALF_TOLERANCE = 5e-2
 
@@ -79,6 +90,16 @@ PEERS = {
     "causal-conv1d": Peer(
         "causal_conv1d", "pip install --no-build-isolation causal-conv1d", ("cuda",)
     ),
+    "mlstm_kernels": Peer("mlstm_kernels", "pip install mlstm_kernels", ("cpu",)),
+    "xlstm": Peer("xlstm", "pip install xlstm", ("cpu",)),
+    "transformers mamba2": Peer("transformers.models.mamba2", "pip install transformers", ("cpu",)),
+    "transformers mamba2 compiled": Peer(
+        "transformers.models.mamba2", "pip install transformers", ("cpu",)
+    ),
+    "transformers xlstm": Peer("transformers.models.xlstm", "pip install transformers", ("cpu",)),
+    "transformers xlstm compiled": Peer(
+        "transformers.models.xlstm", "pip install transformers", ("cpu",)
+    ),
     "torch.nn": Peer("torch.nn", "comes with torch"),
     "loops": Peer("torch.nn", "comes with torch"),
     "transformer": Peer("torch.nn", "comes with torch", ("cpu",)),
@@ -106,6 +127,7 @@ class Contender:
     tolerance: float | None  # None: another model, whose results cannot be ours
     same: Callable[[Results], Results] = lambda results: results  # in our order and layout
     note: str = ""
+    goal: float | None = None  # how many times faster ours is to be
 
 
 @dataclass
@@ -155,7 +177,9 @@ def compare(comparison: Comparison, timer, threads: int | None) -> Iterator[tupl
     for contender in comparison.contenders:
         if contender.peer not in variants:
             continue
-        goal = PEER_GOALS.get(what) if contender.peer == "minGRU-pytorch" else None
+        goal = contender.goal
+        if contender.peer == "minGRU-pytorch":
+            goal = PEER_GOALS.get(what)
         yield (
             "peers",
             _row(
@@ -621,6 +645,37 @@ MAMBA_NOTES = {
 }
 
 
+def _layer_call(module: Callable, x: torch.Tensor, grad: torch.Tensor, mode: str) -> Call:
+    """Forward, or with the gradients of x and of the weights, in the order of their names."""
+    parameters = {
+        name.removeprefix("_orig_mod.").replace("__", "."): parameter
+        for name, parameter in module.named_parameters()
+    }
+    weights = [parameters[name] for name in sorted(parameters)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = module(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    def forward() -> Results:
+        with torch.no_grad():
+            return (run(x),)
+
+    def train() -> Results:
+        leaf = x.detach().requires_grad_()
+        out = run(leaf)
+        return (out, *torch.autograd.grad(out, (leaf, *weights), grad))
+
+    return forward if mode == "forward" else train
+
+
+MATRIX_NOTES = {
+    "Mamba2": "Mamba2Mixer, its path without kernels",
+    "mLSTMLayer": "mLSTMLayer, which is quadratic in T",
+    "xLSTMLargeBlock": "xLSTMBlock, native chunkwise",
+}
+
+
 def mamba_comparison(mode: str, time: int, width: int, names: list[str]) -> Comparison:
     """One layer, one row of `time` tokens: forward, or the gradients of input and weights too."""
     torch.manual_seed(0)
@@ -629,36 +684,16 @@ def mamba_comparison(mode: str, time: int, width: int, names: list[str]) -> Comp
     grad = torch.randn(1, time, width)
     _check_mamba(ours, x)
 
-    def call_of(module: Callable) -> Call:
-        parameters = dict(module.named_parameters())
-        inputs = [
-            parameters[name]
-            for name in sorted(
-                parameters, key=lambda n: n.removeprefix("_orig_mod.").replace("__", ".")
-            )
-        ]
-
-        def forward() -> Results:
-            with torch.no_grad():
-                return (module(x),)
-
-        def train() -> Results:
-            leaf = x.detach().requires_grad_()
-            out = module(leaf)
-            return (out, *torch.autograd.grad(out, (leaf, *inputs), grad))
-
-        return forward if mode == "forward" else train
-
     contenders = [
         Contender(
             who,
-            lambda index, who=who: call_of(_make_mamba(who, ours)),
+            lambda index, who=who: _layer_call(_make_mamba(who, ours), x, grad, mode),
             LOOP_TOLERANCE,
             note=MAMBA_NOTES[who],
         )
         for who in names
     ]
-    step = call_of(ours)
+    step = _layer_call(ours, x, grad, mode)
     return Comparison(
         f"Mamba: layer, {mode}, T={time}",
         (1, time, width),
@@ -805,8 +840,6 @@ def mamba_step_comparisons(
 
 def _check_mamba(layer: nn.Module, x: torch.Tensor) -> None:
     """Its first steps against plain PyTorch's loop in float64, all of them against itself there."""
-    import copy
-
     exact = PlainMamba(layer, "loop").double()
     with torch.no_grad():
         difference = _difference(layer(x[:, :128]), exact(x[:, :128].double()))
@@ -815,6 +848,132 @@ def _check_mamba(layer: nn.Module, x: torch.Tensor) -> None:
     if not difference <= LOOP_TOLERANCE:
         raise WrongResult(
             f"Mamba layer is wrong by {difference:.1e} of its norm (accepted: {LOOP_TOLERANCE:.0e})"
+        )
+
+
+# -- matrix memories -------------------------------------------------------------------------------
+
+
+def _mlstm_kernels(chunk: int) -> Callable:
+    """The package's chunks in plain PyTorch, whose gradients are autograd's."""
+    name = "chunkwise--native_autograd"
+    kernel = importlib.import_module("mlstm_kernels.torch").get_mlstm_kernel(name)
+    return functools.partial(kernel, chunk_size=chunk, autocast_kernel_dtype=torch.float32)
+
+
+def mlstm_comparisons(shape: MatrixShape) -> Iterator[Comparison]:
+    """mlstm beside mlstm_kernels in several chunk sizes, each on tensors in its own layout."""
+    operator = MATRIX_OPERATORS["mlstm"]
+    MatrixChecker().check("mlstm", operator, shape, torch.float32, ())
+    inputs, grad = make_matrix_inputs(operator, shape, torch.float32)
+
+    def heads_first(results: Results) -> Results:
+        return tuple(x.transpose(1, 2).contiguous() for x in results)
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch_ext.mlstm(*inputs)[0]
+
+    def make(index: int, chunk: int, mode: str) -> Call:
+        (theirs,) = heads_first((grad,))
+        return _passes(_mlstm_kernels(chunk), heads_first(inputs), theirs, mode)
+
+    for mode in ("forward", "forward+backward"):
+        contenders = []
+        for chunk in MLSTM_CHUNKS:
+            default = chunk == MLSTM_CHUNKS[0]
+            contenders.append(
+                Contender(
+                    "mlstm_kernels" if default else f"mlstm_kernels, chunks of {chunk}",
+                    functools.partial(make, chunk=chunk, mode=mode),
+                    MATRIX_TOLERANCE,
+                    heads_first,
+                    "native chunkwise, exact gradients" + (", its default chunk" * default),
+                    MLSTM_GOALS[mode] if default else None,
+                )
+            )
+        step = _passes(ours, inputs, grad, mode)
+        yield Comparison(
+            f"mlstm: {mode}", shape, "float32", lambda index, step=step: step, contenders
+        )
+
+
+def _make_matrix_layer(who: str, ours: nn.Module, time: int) -> Callable:
+    """The peer's layer with the weights of ours, whose names are the same."""
+    if who.startswith("transformers"):
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # that it has no kernels is what we measure
+    if who.startswith("transformers mamba2"):
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+        config = transformers.Mamba2Config(
+            hidden_size=ours.d_model, num_heads=ours.nheads, head_dim=ours.headdim, n_groups=1,
+            state_size=ours.d_state, num_hidden_layers=1,
+        )  # fmt: skip
+        peer: nn.Module = Mamba2Mixer(config, layer_idx=0)
+    elif who.startswith("transformers xlstm"):
+        from transformers.models.xlstm.modeling_xlstm import xLSTMBlock
+
+        config = transformers.xLSTMConfig(
+            hidden_size=ours.norm_mlstm.weight.numel(), num_heads=XLSTM_HEADS, num_hidden_layers=1,
+            ffn_proj_factor=2.6667, mode="train", chunk_size=min(64, time),
+            autocast_kernel_dtype="float32",
+        )  # fmt: skip
+        peer = xLSTMBlock(config)
+    else:
+        import xlstm
+
+        config = xlstm.mLSTMLayerConfig(
+            embedding_dim=ours.proj_down.out_features, num_heads=XLSTM_HEADS, context_length=time
+        )
+        peer = xlstm.mLSTMLayer(config)
+    peer.load_state_dict(ours.state_dict())
+    return torch.compile(peer) if who.endswith("compiled") else peer
+
+
+def matrix_layer_comparisons(
+    layer: str, time: int, width: int, names: list[str]
+) -> Iterator[Comparison]:
+    """Mamba2, mLSTMLayer or xLSTMLargeBlock, one row of `time` tokens, with the peers' weights."""
+    torch.manual_seed(0)
+    if layer == "Mamba2":
+        ours: nn.Module = torch_ext.Mamba2(width, headdim=min(64, width))
+    elif layer == "mLSTMLayer":
+        ours = torch_ext.mLSTMLayer(embedding_dim=width, num_heads=XLSTM_HEADS, context_length=time)
+    else:
+        ours = torch_ext.xLSTMLargeBlock(
+            embedding_dim=width, num_heads=XLSTM_HEADS, num_blocks=1, vocab_size=1
+        )
+    chosen = [name for name in MATRIX_LAYER_PEERS[layer] if name in names]
+    if not chosen:
+        return
+    x, grad = torch.randn(1, time, width), torch.randn(1, time, width)
+    with torch.no_grad():
+        difference = _difference(ours(x), copy.deepcopy(ours).double()(x.double()))
+    if not difference <= LOOP_TOLERANCE:
+        raise WrongResult(
+            f"{layer} differs from itself in float64 by {difference:.1e} of its norm (accepted: "
+            f"{LOOP_TOLERANCE:.0e})"
+        )
+    for mode in ("forward", "training step"):
+        contenders = [
+            Contender(
+                who,
+                lambda index, who=who, mode=mode: _layer_call(
+                    _make_matrix_layer(who, ours, time), x, grad, mode
+                ),
+                MATRIX_TOLERANCE,
+                note=MATRIX_NOTES[layer],
+            )
+            for who in chosen
+        ]
+        step = _layer_call(ours, x, grad, mode)
+        yield Comparison(
+            f"{layer}: layer, {mode}, T={time}",
+            (1, time, width),
+            "float32",
+            lambda index, step=step: step,
+            contenders,
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shapes import GGML_FMA
+
 
 def duration(seconds: float) -> str:
     if seconds < 1e-3:
@@ -126,9 +128,9 @@ def allocator_line(row: dict) -> str:
     )
 
 
-def mamba_header() -> str:
+def mamba_header(what: str = "Mamba operator", shape: str = "B x T x D") -> str:
     return (
-        f"{'Mamba operator':<33} {'pass':<9} {'B x T x D':<13} {'isa':<7} thr {'best':>9} "
+        f"{what:<33} {'pass':<9} {shape:<18} {'isa':<7} thr {'best':>9} "
         f"{'median':>7} {'ns each':>8} {'GB/s':>6} {'/roof':>6}  bound"
     )
 
@@ -153,7 +155,7 @@ def mamba_beside(row: dict) -> str:
 
 def mamba_line(row: dict) -> str:
     line = (
-        f"{row['operator']:<33} {row['mode']:<9} {'x'.join(map(str, row['shape'])):<13} "
+        f"{row['operator']:<33} {row['mode']:<9} {row['shape_name']:<18} "
         f"{row['isa']:<7} {row['threads']:>3} {duration(row['seconds_min']):>9} "
         f"{'+' + percent(row['seconds_median'] / row['seconds_min'] - 1):>7} "
         f"{row['nanoseconds_per_element']:>8.3f} {row['gigabytes_per_second']:>6.1f} "
@@ -163,14 +165,33 @@ def mamba_line(row: dict) -> str:
         line += f", {mamba_share(row)}"
     if not row["meets_goal"]:
         line += f", below the goal of {percent(row['goal'])}"
+    if "ggml" in row:
+        line += f", {beside_ggml(row['ggml'])}"
     beside = mamba_beside(row)
     return f"{line}, {beside}" if beside else line
+
+
+def beside_ggml(ggml: dict) -> str:
+    text = (
+        f"{ratio(ggml['ratio'])} ggml's {ggml['nanoseconds_elsewhere']:g} ns, measured elsewhere, "
+        f"scaled to {ggml['nanoseconds_scaled']:.3f} by the multiply-add rate"
+    )
+    return text if ggml["meets_goal"] else f"{text} (goal {ggml['goal']:g}x)"
+
+
+def matrix_step_line(row: dict) -> str:
+    return (
+        f"{row['function']:<24} {row['shape_name']:<18} B = {row['batch']:<3} {row['dtype']:<9} "
+        f"{count(row['threads']):<9} {duration(row['seconds_min']):>9}: "
+        f"{row['gigabytes_per_second']:.1f} GB/s, {percent(row['fraction_of_copy'])} of copying "
+        f"{mebibytes(row['state_bytes'])} of state"
+    )
 
 
 def scaling_line(row: dict) -> str:
     scaling = row["scaling"]
     line = (
-        f"{row['operator']:<33} {row['mode']:<9} {'x'.join(map(str, row['shape'])):<13} "
+        f"{row['operator']:<33} {row['mode']:<9} {row['shape_name']:<18} "
         f"{row['isa']:<7} {count(row['threads'])}: {scaling['ratio']:.2f}x as fast as one"
     )
     return line if scaling["meets_goal"] else f"{line}, goal {scaling['goal']:g}x"
@@ -230,7 +251,7 @@ def gpu_mamba_step_line(row: dict) -> str:
 
 def model_line(row: dict) -> str:
     return (
-        f"{row['who']:<12} {row['parameters'] / 1e6:>6.1f}M {row['dtype']:<9} {row['phase']:<8} "
+        f"{row['who']:<24} {row['parameters'] / 1e6:>6.1f}M {row['dtype']:<9} {row['phase']:<8} "
         f"{row['context']:>7} tokens of context: {rate(row['tokens_per_second'])} tokens/s "
         f"({duration(row['seconds_min'])}, median "
         f"+{percent(row['seconds_median'] / row['seconds_min'] - 1)})"
@@ -303,13 +324,13 @@ def summary(result: dict) -> str:
                 f"{len(short)} cannot, however fast: their exponentials alone take too long for "
                 "it (see /roof)."
             )
-    if result["mamba"]:
-        goals = [row["meets_goal"] for row in result["mamba"] if row["goal"]]
-        for key in ("beside", "scaling"):
-            held = [row[key] for row in result["mamba"] if row.get(key)]
+    for kind, whose in (("mamba", "Mamba's operators"), ("matrix", "the matrix memories")):
+        goals = [row["meets_goal"] for row in result[kind] if row["goal"]]
+        for key in ("beside", "scaling", "ggml"):
+            held = [row[key] for row in result[kind] if row.get(key)]
             goals += [x["meets_goal"] for x in held if x.get("at_most") or x.get("goal")]
         if goals:
-            lines.append(f"{sum(goals)} of {len(goals)} goals of Mamba's operators are reached.")
+            lines.append(f"{sum(goals)} of {len(goals)} goals of {whose} are reached.")
     if goals := [row["meets_goal"] for row in result["mamba_steps"] if row["goal"]]:
         lines.append(f"{sum(goals)} of {len(goals)} goals of its step are reached.")
     if result["wrong"]:
@@ -390,9 +411,12 @@ def markdown(result: dict) -> str:
     if on_gpu(result):
         parts += _gpu_mamba_table(result) + _steps_table(result) + _gpu_mamba_steps_table(result)
     else:
-        parts += _mamba_table(result) + _steps_table(result) + _mamba_steps_table(result)
+        parts += _mamba_table(result["mamba"]) + _steps_table(result) + _mamba_steps_table(result)
+        parts += _mamba_table(result["matrix"], MATRIX_INTRO, "B x T x H x K x V (x G)")
+        parts += _matrix_steps_table(result)
     parts += _memory_table(result) + _peers_table(result)
-    parts += _models_table(result) + _long_table(result)
+    parts += _models_table(result["models"], MODELS_INTRO) + _long_table(result)
+    parts += _models_table(result["xlstm_models"], XLSTM_INTRO)
     if result["paper"]:
         batch, _, width = result["paper"][0]["shape"]
         parts.append(
@@ -412,18 +436,25 @@ def markdown(result: dict) -> str:
     return "\n".join(parts)
 
 
-def _mamba_table(result: dict) -> list[str]:
-    rows = result["mamba"]
+MAMBA_INTRO = (
+    "Mamba's operators: time per (batch, time, channel, state) of the scan and per (batch, time, "
+    "channel) of the convolution; share of the scan's roof (the larger of bytes / triad and "
+    "exponentials / exp rate + other operations / multiply-add rate) and of copy bandwidth for "
+    "the convolution, with the share of its roof behind it:\n"
+)
+MATRIX_INTRO = (
+    "Matrix memories: time per (batch, time, head, K, V); share of the roof (the larger of bytes / "
+    "triad and multiply-adds / multiply-add rate; chunks of 64 steps, or step by step where that "
+    "needs fewer):\n"
+)
+
+
+def _mamba_table(rows: list[dict], intro: str = MAMBA_INTRO, shape: str = "B x T x D") -> list[str]:
     if not rows:
         return []
     isas = list(dict.fromkeys(row["isa"] for row in rows))
-    parts = [
-        "Mamba's operators: time per (batch, time, channel, state) of the scan and per (batch, time, "
-        "channel) of the convolution; share of the scan's roof (the larger of bytes / triad and "
-        "exponentials / exp rate + other operations / multiply-add rate) and of copy bandwidth for "
-        "the convolution, with the share of its roof behind it:\n"
-    ]
-    head = ["operator", "pass", "B x T x D", "dtype", "threads"]
+    parts = [intro]
+    head = ["operator", "pass", shape, "dtype", "threads"]
     head += [f"{isa}: time, ns each, share" for isa in isas]
     head += ["beside", "speed-up by threads"]
     parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -448,12 +479,47 @@ def _mamba_table(result: dict) -> list[str]:
             text += f"**{mamba_share(row)}**"
             if row["goal_of"] == "copy":
                 text += f" ({percent(row['fraction_of_roof'])} of the roof)"
+            if "ggml" in row:
+                text += f"; {ratio(row['ggml']['ratio'])} ggml"
             cells.append(text)
         first = next(iter(by_isa.values()))
         beside = [f"{r['beside']['ratio']:.2f}x" for r in by_isa.values() if r.get("beside")]
         words = f"{', '.join(beside)} the time of {first['beside']['what']}" if beside else ""
         scaling = [f"{r['scaling']['ratio']:.2f}x" for r in by_isa.values() if r.get("scaling")]
         parts.append("| " + " | ".join((*key, *cells, words, ", ".join(scaling))) + " |")
+    if any("ggml" in row for row in rows):
+        parts += [
+            "",
+            "ggml's scan of Mamba-2 was measured elsewhere (float32, AVX-512, "
+            f"{GGML_FMA:g} ns per multiply-add of a lane on one core); its time is scaled by this "
+            "machine's multiply-add rate.",
+        ]
+    return [*parts, ""]
+
+
+def _matrix_steps_table(result: dict) -> list[str]:
+    rows = result["matrix_steps"]
+    if not rows:
+        return []
+    parts = [
+        "One token through a matrix memory, in place: time, and share of the bandwidth of a copy of "
+        "as many bytes as its state is (read and written); the call from Python is part of it:\n",
+        "| function | H x K x V | dtype | threads | B | state | time | GB/s | share of copy |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows:
+        cells = (
+            f"`{row['function']}`",
+            shape_text(row["shape"][2:5]),
+            row["dtype"],
+            row["threads"],
+            row["batch"],
+            mebibytes(row["state_bytes"]),
+            duration(row["seconds_min"]),
+            f"{row['gigabytes_per_second']:.1f}",
+            f"**{percent(row['fraction_of_copy'])}**",
+        )
+        parts.append("| " + " | ".join(map(str, cells)) + " |")
     return [*parts, ""]
 
 
@@ -541,16 +607,22 @@ def _gpu_mamba_steps_table(result: dict) -> list[str]:
     return [*parts, ""]
 
 
-def _models_table(result: dict) -> list[str]:
-    rows = result["models"]
+MODELS_INTRO = (
+    "Language models of equal size ({sizes} parameters), one sequence, {threads}, tokens per second. "
+    "The transformer is written plainly with torch's scaled_dot_product_attention and a key-value "
+    "cache:\n"
+)
+XLSTM_INTRO = (
+    "xLSTM language models, ours (xLSTMLM, xLSTMLarge) beside the packages' with the same weights "
+    "({sizes} parameters), one sequence, {threads}, tokens per second:\n"
+)
+
+
+def _models_table(rows: list[dict], intro: str) -> list[str]:
     if not rows:
         return []
     sizes = dict.fromkeys(f"{row['who']} {row['parameters'] / 1e6:.0f}M" for row in rows)
-    parts = [
-        f"Language models of equal size ({', '.join(sizes)} parameters), one sequence, "
-        f"{count(rows[0]['threads'])}, tokens per second. The transformer is written plainly with "
-        "torch's scaled_dot_product_attention and a key-value cache:\n"
-    ]
+    parts = [intro.format(sizes=", ".join(sizes), threads=count(rows[0]["threads"]))]
     contexts = sorted({row["context"] for row in rows})
     head = ["model", "dtype", "phase", *(f"{context} tokens" for context in contexts)]
     parts += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -695,6 +767,8 @@ def draw(result: dict, folder: Path, name: str) -> list[Path]:
         for dtype in dict.fromkeys(row["dtype"] for row in result["mamba"]):
             suffix = "" if dtype == "float32" else f"-{dtype}"
             written.append(draw_mamba(result, folder / f"{name}-mamba{suffix}.png", dtype))
+    if result["matrix"]:
+        written.append(draw_mamba(result, folder / f"{name}-matrix.png", kind="matrix"))
     if result["models"] or result["long"]:
         written.append(draw_models(result, folder / f"{name}-models.png"))
     if result["peers"] or result["paper"]:
@@ -891,18 +965,20 @@ def draw_ratios(result: dict, path: Path) -> Path:
     return path
 
 
-def draw_mamba(result: dict, path: Path, dtype: str | None = None) -> Path:
+def draw_mamba(result: dict, path: Path, dtype: str | None = None, kind: str = "mamba") -> Path:
     """Shares of the roof, with a tick at each bar's goal where the goal is about the roof."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in result["mamba"] if dtype in (None, row["dtype"])]
+    rows = [row for row in result[kind] if dtype in (None, row["dtype"])]
     gpu = on_gpu(result)
     threads = sorted({row["threads"] for row in rows})
     isas = list(dict.fromkeys(row["isa"] for row in rows))
     bars = list(dict.fromkeys((row["operator"], row["mode"], row["shape_name"]) for row in rows))
     order = list(dict.fromkeys(row["operator"] for row in rows))
     bars.sort(key=lambda bar: (order.index(bar[0]), bar[2], bar[1] == "backward"))
-    shapes = {bar[2] for bar in bars if bar[0].startswith("causal_conv1d")}
+    shapes: dict[str, set[str]] = {}  # of each function
+    for operator, _, shape_name in bars:
+        shapes.setdefault(operator.partition("[")[0], set()).add(shape_name)
     height = 0.78 / len(isas)
     figure, axes = plt.subplots(
         1,
@@ -943,8 +1019,8 @@ def draw_mamba(result: dict, path: Path, dtype: str | None = None) -> Path:
         ax.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
     labels = []
     for operator, mode, shape in bars:
-        several = len(shapes) > 1 and operator.startswith("causal_conv1d")
-        where = f", {shape}" if gpu or several else ""
+        several = len(shapes[operator.partition("[")[0]]) > 1
+        where = f", {shape}" if gpu or several or kind == "matrix" else ""
         labels.append(f"{operator}, {mode}{where}")
     axes[0][0].set_yticks(range(len(bars)), labels, fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=_color(isa, isas)) for isa in isas]
@@ -964,6 +1040,11 @@ def draw_mamba(result: dict, path: Path, dtype: str | None = None) -> Path:
             f"Mamba's operators: share of the floor, {dtype}, 16 states\n(100 % = its special "
             "functions and instructions at this GPU's rates;\n*: its bytes at copy bandwidth take "
             "longer)"
+        )
+    if kind == "matrix":
+        title = (
+            "Matrix memories: share of this machine's roof, B x T x H x K x V (x G)\n(100 % = their "
+            "multiply-adds at the float32 multiply-add rate; *: their bytes take longer)"
         )
     figure.suptitle(
         title,

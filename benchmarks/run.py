@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Times the fused operators against the machine's own limits and against peers.
 
-    python benchmarks/run.py                 everything, about 15 minutes on two cores
+    python benchmarks/run.py                 everything, about 20 minutes on two cores
     python benchmarks/run.py --op mamba      Mamba's operators, layer and language models alone
+    python benchmarks/run.py --op matrix     the same of the matrix memories: mLSTM, SSD and others
     python benchmarks/run.py --device cuda   on a GPU: operators, steps, layers, peers
     python benchmarks/run.py --quick         small shapes, seconds: only to see that it works
     python benchmarks/run.py --op min_gru --shapes 8x2048x1024 --threads 1 --peers none
@@ -38,11 +39,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         GPU_SHAPES,
         GROUPS,
         MAMBA_OPERATORS,
+        MATRIX_OPERATORS,
         MODES,
         OPERATORS,
         SHAPES,
+        is_matrix_shape,
     )
 
+    known = (*OPERATORS, *MAMBA_OPERATORS, *MATRIX_OPERATORS)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,11 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--op",
         nargs="+",
-        choices=(*OPERATORS, *MAMBA_OPERATORS, *GROUPS),
+        choices=(*known, *GROUPS),
         default=None,
         metavar="OP",
-        help=f"some of {', '.join((*OPERATORS, *MAMBA_OPERATORS))}; or {', '.join(GROUPS)} for all "
-        "of a kind, its layers and models too",
+        help=f"some of {', '.join(known)}; or {', '.join(GROUPS)} for all of a kind, its layers and "
+        "models too",
     )
     add("--mode", nargs="+", choices=MODES, default=None, metavar="MODE", help=" ".join(MODES))
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -64,8 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="*",
         default=None,
         metavar="SHAPE",
-        help=f"names of the table ({', '.join(SHAPES | GPU_SHAPES)}) or BxTxD; "
-        "none: no operator is timed",
+        help=f"names of the table ({', '.join(SHAPES | GPU_SHAPES)}) or BxTxD, "
+        "for matrix memories BxTxHxKxV or BxTxHxKxVxG; none: no operator is timed",
     )
     add("--threads", nargs="+", type=int, default=None, metavar="N", help="default: 1 2")
     add("--isa", nargs="+", default=None, metavar="ISA", help="default: avx512 avx2, as supported")
@@ -93,11 +97,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-plots", action="store_true")
     args = parser.parse_args(argv)
-    groups = GROUPS if args.device == "cpu" else GROUPS | {"mamba": GPU_MAMBA_OPERATORS}
+    groups = GROUPS
+    if args.device != "cpu":  # matrix memories are timed on a CPU
+        groups = GROUPS | {"mamba": GPU_MAMBA_OPERATORS, "matrix": ()}
     chosen = args.op or list(GROUPS)
     chosen = [name for op in chosen for name in groups.get(op, (op,))]
     args.op = [name for name in dict.fromkeys(chosen) if name in OPERATORS]
     args.mamba = [name for name in dict.fromkeys(chosen) if name in MAMBA_OPERATORS]
+    args.matrix = [name for name in dict.fromkeys(chosen) if name in MATRIX_OPERATORS]
+    if args.matrix and args.device != "cpu":
+        parser.error("--device cuda: matrix memories are timed on a CPU alone")
+    args.matrix_shapes = None
+    if args.shapes is not None:
+        args.matrix_shapes = [name for name in args.shapes if is_matrix_shape(name)]
+        args.shapes = [name for name in args.shapes if not is_matrix_shape(name)]
+        if args.shapes and not args.matrix_shapes and not args.op and not args.mamba:
+            parser.error("--shapes: matrix memories take BxTxHxKxV or BxTxHxKxVxG")
     args.mode = args.mode or list(DEFAULT_MODES[args.device])
     args.dtype = args.dtype or list(DEFAULT_DTYPES[args.device])
     args.name = args.name or args.device
@@ -278,6 +293,104 @@ def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict)
         print(scaling_line(row))
 
 
+def time_matrix_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from mamba_operators import add_scaling
+    from matrix_memory_operators import MatrixChecker, make_inputs, time_operators
+    from measure import Effort, set_threads
+    from operators import WrongResult
+    from report import mamba_header, mamba_line, not_run_line, scaling_line
+    from shapes import MATRIX_OPERATORS, MATRIX_SHAPES, QUICK_MATRIX_SHAPE, parse_matrix_shape
+
+    from torch_ext import _C
+
+    modes = mamba_modes(args)
+    if not modes:
+        return
+    effort = Effort(settings["seconds"] / 3, rounds=5, sample_seconds=0.02)
+    if args.quick:
+        effort = Effort(settings["seconds"] / 10, rounds=3, sample_seconds=0.002)
+    print("\n" + mamba_header("matrix memory", "B x T x H x K x V"))
+    for function in MATRIX_SHAPES:
+        shapes = [QUICK_MATRIX_SHAPE] if args.quick else MATRIX_SHAPES[function]
+        shapes = shapes if args.matrix_shapes is None else args.matrix_shapes
+        everything = {name: MATRIX_OPERATORS[name] for name in args.matrix}
+        everything = {name: op for name, op in everything.items() if op.function == function}
+        for shape_name, dtype_name in itertools.product(shapes, args.dtype if everything else ()):
+            if dtype_name == "float64":
+                reason = "the machine's rates are calibrated for float32"
+                about = {"peer": "torch_ext", "what": f"{function} in float64", "reason": reason}
+                result["not_run"].append(about)
+                print(not_run_line(about))
+                continue
+            chosen = {  # variants are compared with float32
+                name: op
+                for name, op in everything.items()
+                if dtype_name == "float32" or op.dtype is None
+            }
+            shape, dtype = parse_matrix_shape(shape_name), getattr(torch, dtype_name)
+            checker, errors = MatrixChecker(), {}
+            for threads, isa in itertools.product(settings["threads"], settings["isas"]):
+                set_threads(threads, settings["cpus"])
+                _C.force_isa(isa)
+                right = {}  # what may be timed
+                for name, operator in chosen.items():
+                    try:
+                        errors[name] = checker.check(name, operator, shape, dtype, (threads, isa))
+                        right[name] = operator
+                    except WrongResult as wrong:
+                        print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
+                        about = {"what": str(wrong), "isa": isa, "threads": threads}
+                        result["wrong"].append(about)
+                for row in time_operators(
+                    right, modes, shape_name, shape, dtype, threads, isa, effort,
+                    settings["calibration_seconds"],
+                ):  # fmt: skip
+                    result["matrix"].append(row | {"error": errors[row["operator"]]})
+                    print(mamba_line(result["matrix"][-1]), flush=True)
+            make_inputs.cache_clear()
+    _C.force_isa("")
+    for row in add_scaling(result["matrix"]):
+        print(scaling_line(row))
+
+
+def time_matrix_steps(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import torch
+    from matrix_memory_operators import time_step
+    from measure import Effort, set_threads
+    from operators import WrongResult
+    from report import matrix_step_line
+    from shapes import (
+        MATRIX_OPERATORS,
+        MATRIX_SHAPES,
+        MATRIX_STEP_BATCHES,
+        QUICK_MATRIX_SHAPE,
+        parse_matrix_shape,
+    )
+
+    print("\nOne token through a matrix memory, in place")
+    effort = Effort(settings["seconds"] / 2, rounds=5, sample_seconds=0.005)
+    functions = dict.fromkeys(MATRIX_OPERATORS[name].function for name in args.matrix)
+    for name, dtype_name, batch, threads in itertools.product(
+        functions, args.dtype, MATRIX_STEP_BATCHES, settings["threads"]
+    ):
+        set_threads(threads, settings["cpus"])
+        shapes = (QUICK_MATRIX_SHAPE,) if args.quick else MATRIX_SHAPES[name]
+        shape_name = (args.matrix_shapes or shapes)[0]
+        given = (shape_name, parse_matrix_shape(shape_name), batch, getattr(torch, dtype_name))
+        try:
+            row = time_step(
+                name, MATRIX_OPERATORS[name], *given, threads, effort,
+                settings["calibration_seconds"],
+            )  # fmt: skip
+        except WrongResult as wrong:
+            print(f"NOT TIMED, {wrong}", flush=True)
+            result["wrong"].append({"what": str(wrong), "threads": threads})
+            continue
+        result["matrix_steps"].append(row)
+        print(matrix_step_line(row), flush=True)
+
+
 def time_mamba_steps(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
     from mamba_operators import time_step
@@ -328,6 +441,33 @@ def time_models(args: argparse.Namespace, settings: dict, result: dict) -> None:
         except WrongResult as wrong:
             print(f"NOT TIMED, {wrong}", flush=True)
             result["wrong"].append({"what": str(wrong), "threads": threads})
+
+
+def time_xlstm_models(args: argparse.Namespace, settings: dict, result: dict) -> None:
+    import language_models
+    import torch
+    from measure import Effort, set_threads
+    from peers import why_not
+    from report import count, model_line, not_run_line
+    from shapes import QUICK_XLSTM_SIZES, XLSTM_SIZES
+
+    sizes = QUICK_XLSTM_SIZES if args.quick else XLSTM_SIZES
+    threads = max(settings["threads"])
+    set_threads(threads, settings["cpus"])
+    effort = Effort(settings["seconds"], rounds=3 if args.quick else 5, sample_seconds=0.01)
+    print(f"\nxLSTM language models with the same weights, one sequence, {count(threads)}")
+    names = [name for name in args.peers if why_not(name, "cpu") is None]
+    for dtype_name in args.dtype:
+        for kind, row in language_models.time_xlstm_models(
+            sizes, getattr(torch, dtype_name), threads, effort, names
+        ):
+            result[kind].append(row)
+            if kind == "xlstm_models":
+                print(model_line(row), flush=True)
+            elif kind == "not_run":
+                print(not_run_line(row), flush=True)
+            else:
+                print(f"NOT TIMED, {row['what']}", flush=True)
 
 
 def time_long_input(args: argparse.Namespace, settings: dict, result: dict) -> None:
@@ -516,6 +656,9 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
             if chosen := [name for name in names if name in beside]:
                 comparison = (mamba_comparison(mode, length, width, chosen) for _ in range(1))
                 run(comparison, make_timer(args, settings))
+    if args.matrix:
+        for comparisons in matrix_comparisons(args, names):
+            run(comparisons, make_timer(args, settings))
     if "loops" in names and args.op:
         times = QUICK_PAPER_TIMES if args.quick else PAPER_TIMES
         try:
@@ -524,6 +667,29 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
                 print(peer_line(row), flush=True)
         except WrongResult as wrong:
             failed(wrong)
+
+
+def matrix_comparisons(args: argparse.Namespace, names: list[str]) -> Iterator[Iterator]:
+    """mlstm beside mlstm_kernels; layers beside those with the same weights."""
+    from peers import matrix_layer_comparisons, mlstm_comparisons
+    from shapes import (
+        MATRIX_LAYERS_TIMED,
+        MLSTM_SHAPE,
+        QUICK_MATRIX_TIME,
+        QUICK_MATRIX_WIDTH,
+        QUICK_MLSTM_SHAPE,
+        parse_matrix_shape,
+    )
+
+    if "float32" not in args.dtype:
+        return
+    if "mlstm" in args.matrix and "mlstm_kernels" in names:
+        shape = QUICK_MLSTM_SHAPE if args.quick else MLSTM_SHAPE
+        yield mlstm_comparisons(parse_matrix_shape(shape))
+    for layer, steps, width in MATRIX_LAYERS_TIMED if "layer" in args.mode else ():
+        if ("ssd" if layer == "Mamba2" else "mlstm") in args.matrix:
+            sizes = (QUICK_MATRIX_TIME, QUICK_MATRIX_WIDTH) if args.quick else (steps, width)
+            yield matrix_layer_comparisons(layer, *sizes, names)
 
 
 def compare_mamba_on_gpu(
@@ -784,7 +950,7 @@ def make_settings(args: argparse.Namespace, cpus: list[int]) -> dict:
 def new_result() -> dict:
     lists = ("arithmetic", "operators", "steps", "memory", "wrong", "not_run")
     lists += ("default_allocator", "alone", "peers", "paper")
-    lists += ("mamba", "mamba_steps", "models", "long")
+    lists += ("mamba", "mamba_steps", "models", "long", "matrix", "matrix_steps", "xlstm_models")
     return {"machine": {}, "settings": {}, **{name: [] for name in lists}}
 
 
@@ -797,17 +963,23 @@ def run_all(args: argparse.Namespace, settings: dict, result: dict) -> None:
             time_default_allocator(args, settings, result)
     if args.mamba and settings["shapes"]:
         (time_mamba_operators if on_cpu else time_mamba_operators_on_gpu)(args, settings, result)
+    if args.matrix and (settings["shapes"] or args.matrix_shapes):
+        time_matrix_operators(args, settings, result)
     if "step" in args.mode and args.op:
         time_steps(args, settings, result)
     if "step" in args.mode and args.mamba:
         (time_mamba_steps if on_cpu else time_mamba_steps_on_gpu)(args, settings, result)
-    if "memory" in args.mode:
+    if "step" in args.mode and args.matrix:
+        time_matrix_steps(args, settings, result)
+    if "memory" in args.mode and (args.op or args.mamba):
         time_memory(args, settings, result)
     if args.peers or "layer" in args.mode:
         time_peers(args, settings, result)
     if "model" in args.mode and args.mamba and on_cpu:
         time_models(args, settings, result)
         time_long_input(args, settings, result)
+    if "model" in args.mode and args.matrix:
+        time_xlstm_models(args, settings, result)
 
 
 def save(result: dict, args: argparse.Namespace) -> list[Path]:

@@ -271,8 +271,6 @@ MAMBA_OPERATORS = {
         "causal_conv1d", dtype="bfloat16", beside="causal_conv1d", at_most=1.0
     ),
 }
-# What `--op` also takes, and stands for.
-GROUPS = {"diagonal": DEFAULT_OPERATORS, "mamba": tuple(MAMBA_OPERATORS)}
 
 MAMBA_SHAPES = {
     _SCAN: ("1x2048x1536",),
@@ -371,3 +369,126 @@ LONG_VOCAB = 256
 QUICK_MAMBA_SHAPE = "1x128x96"
 QUICK_MAMBA_WIDTH = 32
 QUICK_MAMBA_TIME = 32
+
+
+# -- matrix memories -------------------------------------------------------------------------------
+
+# B, T, H, K, V, G: rows, steps, heads, a head's keys and values, and the groups of heads that share
+# queries and keys.
+MatrixShape = tuple[int, int, int, int, int, int]
+MATRIX_CHUNK = 64  # steps that are taken together, as products of matrices
+
+
+@dataclass(frozen=True)
+class MatrixOperator:
+    function: str
+    gates: int = 0  # numbers per step and head beside queries, keys and values
+    dtype: str | None = None  # None: what is asked for
+    beside: str | None = None  # as in MambaOperator
+    at_most: float | None = None
+
+    def operations(self, mode: str, shape: MatrixShape) -> float:
+        """Vector instructions for one step of one head, of which a core starts as many as it starts
+        multiply-adds, in the form that needs fewer.
+
+        Chunk by chunk they are products: q C and k v^T, and among the steps of a chunk, half of
+        which come before a step, q k^T and its product with v. Heads of a group share q k^T. The
+        backward has twice as many of the first kind, and of the second q k^T again and the
+        gradients of q, k, v and of the weights between. Step by step an element of the state is
+        decayed, added to and read: 3, and 8 in the backward with the states given.
+        """
+        _, _, H, K, V, G = shape
+        inside = MATRIX_CHUNK // 2
+        if mode == "forward":
+            return min(2 * K * V + inside * (K * G / H + V), 3 * K * V)
+        return min(4 * K * V + inside * (K * (2 + G / H) + 2 * V), 8 * K * V)
+
+    def bytes(self, mode: str, shape: MatrixShape, itemsize: int) -> int:
+        """Inputs and h; backward the inputs, the gradient of h, and gradients of the inputs."""
+        B, T, H, K, V, G = shape
+        inputs = 2 * G * K + H * V + self.gates * H
+        step = inputs + H * V if mode == "forward" else 2 * inputs + H * V
+        return B * T * step * itemsize
+
+
+def matrix_variants(function: str, gates: int) -> dict[str, MatrixOperator]:
+    return {
+        function: MatrixOperator(function, gates),
+        f"{function}[bfloat16]": MatrixOperator(function, gates, "bfloat16", function, 1.0),
+    }
+
+
+MATRIX_OPERATORS = (
+    matrix_variants("mlstm", 2)
+    | matrix_variants("ssd", 1)
+    | matrix_variants("retention", 0)
+    | matrix_variants("linear_attention", 0)
+)
+# What `--op` also takes, and stands for.
+GROUPS = {
+    "diagonal": DEFAULT_OPERATORS,
+    "mamba": tuple(MAMBA_OPERATORS),
+    "matrix": tuple(MATRIX_OPERATORS),
+}
+# Where xLSTM's operators are compared with others; Mamba-2's shape; small states.
+MLSTM_SHAPE = "1x1024x4x128x256"
+MATRIX_SHAPES = {
+    "mlstm": (MLSTM_SHAPE, "1x2048x8x64x64"),
+    "ssd": ("1x512x24x128x64x1", "1x2048x24x128x64x1"),
+    "retention": ("1x1024x8x64x128",),
+    "linear_attention": ("1x2048x8x64x64",),
+}
+MATRIX_GOALS = {"forward": 0.65, "backward": 0.50}  # of the roof, every operator and dtype
+MATRIX_STEP_BATCHES = (1, 32)
+# ggml's Mamba-2 scan (float32, AVX-512) in ns per (step, head, K, V) by shape and threads; and what
+# a multiply-add of one lane took on one core there. It was not measured in the run that names it.
+GGML_SSD = {
+    ("1x512x24x128x64x1", 1): 0.127,
+    ("1x2048x24x128x64x1", 1): 0.131,
+    ("1x2048x24x128x64x1", 2): 0.065,
+}
+GGML_FMA = 0.0114
+GGML_GOAL = 3.0
+
+# Passes of mlstm beside mlstm_kernels' plain PyTorch with exact gradients, at MLSTM_SHAPE: how many
+# times faster than with its default chunk.
+MLSTM_GOALS = {"forward": 2.5, "forward+backward": 5.0}
+MLSTM_CHUNKS = (64, 32, 128, 256)  # the first is the default
+# Layers: steps, width; and who takes part.
+MATRIX_LAYERS_TIMED = (
+    ("Mamba2", 256, 768),  # transformers' memory is gigabytes for each chunk of 256
+    ("mLSTMLayer", 1024, 512),
+    ("xLSTMLargeBlock", 1024, 512),
+)
+MATRIX_LAYER_PEERS = {
+    "Mamba2": ("transformers mamba2", "transformers mamba2 compiled"),
+    "mLSTMLayer": ("xlstm",),
+    "xLSTMLargeBlock": ("transformers xlstm", "transformers xlstm compiled"),
+}
+XLSTM_HEADS = 4
+XLSTM_SIZES = ModelSizes(512, 8, XLSTM_HEADS, 50304, (1024,), (1024,))
+QUICK_XLSTM_SIZES = ModelSizes(64, 2, XLSTM_HEADS, 128, (32,), (32,))
+
+QUICK_MATRIX_SHAPE = "1x70x2x16x24"
+QUICK_MLSTM_SHAPE = "1x256x2x16x32"  # a multiple of the peer's chunks
+QUICK_MATRIX_WIDTH = 64
+QUICK_MATRIX_TIME = 32
+
+
+def parse_matrix_shape(name: str) -> MatrixShape:
+    """ "1x1024x4x128x256" as B, T, H, K, V and G, which is H if it is not there."""
+    try:
+        sizes = tuple(int(size) for size in name.split("x"))
+        batch, time, heads, K, V, groups = sizes if len(sizes) == 6 else (*sizes, sizes[2])
+        if heads % groups:
+            raise ValueError
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise SystemExit(
+            f"run.py: unknown shape {name!r}: matrix memories take BxTxHxKxV or BxTxHxKxVxG, where "
+            "G divides H"
+        ) from None
+    return batch, time, heads, K, V, groups
+
+
+def is_matrix_shape(name: str) -> bool:
+    return name.count("x") >= 4

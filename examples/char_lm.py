@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Trains a language model of characters (torch_ext.MinRNNLM, MambaLM) on a text; it then writes.
+"""Trains a language model of characters (MinRNNLM, MambaLM, xLSTMLM) on a text; it then writes.
 
     python char_lm.py                       an excerpt of Shakespeare, which comes with this script
     python char_lm.py my_book.txt --layer min_lstm --steps 2000
+    python char_lm.py --layer mlstm --steps 300
     python char_lm.py --layer mamba --steps 200 --compare-reference curves.png
     python char_lm.py --steps 50            a quick look
 
@@ -11,6 +12,9 @@ detached, from piece to piece (truncated backpropagation through time). The last
 is never trained on: there the model's bits per character are compared with those of a 2-gram
 model, which predicts each character from the two before it. In the end the model writes, one
 character per `step`, with a state whose size does not grow with the text.
+
+The layers mlstm, retention and linear_attention stand in MinRNNLM's blocks in the place of MinGRU,
+mamba and mamba2 are MambaLM's, and xlstm is the paper's language model of mLSTM blocks.
 
 With --compare-reference the same model learns twice more: once on the operators' references, plain
 PyTorch loops over time, which must give the same curve but for rounding; and once from another
@@ -45,14 +49,19 @@ try:
 except ImportError as error:
     sys.exit(f"char_lm: {error}. It needs torch and torch_ext; the README says how to install them")
 
-Model = torch_ext.MinRNNLM | torch_ext.MambaLM
+Model = torch_ext.MinRNNLM | torch_ext.MambaLM | torch_ext.xLSTMLM
 
 
 # The operators that each layer calls, which is in the module of torch_ext of the same name.
 OPERATORS = {
     "min_gru": ["min_gru"],
     "min_lstm": ["min_lstm"],
+    "mlstm": ["mlstm"],
+    "retention": ["retention"],
+    "linear_attention": ["linear_attention"],
+    "xlstm": ["causal_conv1d", "mlstm"],
     "mamba": ["causal_conv1d", "selective_scan"],
+    "mamba2": ["causal_conv1d", "ssd"],
 }
 
 
@@ -62,13 +71,111 @@ def on_references(layer: str) -> Any:
     return unittest.mock.patch.multiple(sys.modules[f"torch_ext.{layer}"], **references)
 
 
+class Mixer(nn.Module):
+    """A layer with two states in the clothes of MinGRU: they travel as one, (1, B, numbers)."""
+
+    def __init__(self, layer: nn.Module, shapes: list[list[int]]):
+        super().__init__()
+        self.layer = layer
+        self.shapes = shapes  # of the states, without B
+        self.sizes = [math.prod(shape) for shape in shapes]
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer.prefill(x, self.apart(state))
+        return y, self.together(after)
+
+    @torch.jit.export
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.together(self.layer.init_state(batch_size))
+
+    @torch.jit.export
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer.step(x, self.apart(state))
+        return y, self.together(after)
+
+    def together(self, state: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat([part.flatten(1) for part in state], 1).unsqueeze(0)
+
+    def apart(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = state[0].split(self.sizes, 1)
+        return first.unflatten(1, self.shapes[0]), second.unflatten(1, self.shapes[1])
+
+
+class LinearAttention(Mixer):
+    """It is a mean over all that came before, so its input, the last few steps, goes beside it."""
+
+    def __init__(self, dim: int, heads: int):
+        layer = torch_ext.LinearAttention(dim, heads)
+        super().__init__(layer, [list(part.shape[1:]) for part in layer.init_state(1)])
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer.prefill(x, self.apart(state))
+        return x + y, self.together(after)
+
+    @torch.jit.export
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer.step(x, self.apart(state))
+        return x + y, self.together(after)
+
+
+class Retention(Mixer):
+    """It has one state."""
+
+    def __init__(self, dim: int, heads: int):
+        layer = torch_ext.Retention(dim, heads)
+        super().__init__(layer, [list(layer.init_state(1).shape[1:])])
+
+    def together(self, state: Tensor) -> Tensor:
+        return state.flatten(1).unsqueeze(0)
+
+    def apart(self, state: Tensor) -> Tensor:
+        return state[0].unflatten(1, self.shapes[0])
+
+
+class MLSTM(Mixer):
+    """It has three, (1, B, ...), and nn.LSTM's way to be called."""
+
+    def __init__(self, dim: int, heads: int):
+        layer = torch_ext.MLSTM(dim, 2 * dim, batch_first=True, num_heads=heads, qk_size=dim)
+        super().__init__(layer, [list(part.shape[2:]) for part in layer.init_state(1)])
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer(x, self.apart(state))
+        return y, self.together(after)
+
+    def together(self, state: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torch.cat([part.flatten(2) for part in state], 2)
+
+    def apart(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        C, n, m = state.split(self.sizes, 2)
+        C, n = C.unflatten(2, self.shapes[0]), n.unflatten(2, self.shapes[1])
+        return C, n, m.unflatten(2, self.shapes[2])
+
+
+# Layers in MinGRU's place, and whether their own last projection leads back to the block's width.
+MIXERS = {"mlstm": (MLSTM, False), "retention": (Retention, True)}
+MIXERS["linear_attention"] = (LinearAttention, True)
+
+
 def make_model(characters: int, args: argparse.Namespace, seed: int) -> Model:
     torch.manual_seed(seed)
+    size = (characters, args.dim, args.layers)
+    if args.layer == "xlstm":
+        return torch_ext.xLSTMLM(*size, num_heads=args.heads, dropout=args.dropout)
     if args.layer == "mamba":
-        return torch_ext.MambaLM(characters, args.dim, args.layers, pad_vocab_size_multiple=1)
-    return torch_ext.MinRNNLM(
-        characters, args.dim, args.layers, layer=args.layer, dropout=args.dropout
-    )
+        return torch_ext.MambaLM(*size, pad_vocab_size_multiple=1)
+    if args.layer == "mamba2":
+        options = {"layer": "Mamba2", "d_state": 64, "headdim": 2 * args.dim // args.heads}
+        return torch_ext.MambaLM(*size, pad_vocab_size_multiple=1, ssm_cfg=options)
+    if args.layer not in MIXERS:
+        return torch_ext.MinRNNLM(*size, layer=args.layer, dropout=args.dropout)
+    model = torch_ext.MinRNNLM(*size, dropout=args.dropout)
+    make, projects = MIXERS[args.layer]
+    for block in model.layers:
+        block.rnn = make(args.dim, args.heads)
+        if projects:
+            block.down = nn.Identity()
+    return model
 
 
 def detached(state: Any) -> Any:
@@ -297,6 +404,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layer", choices=list(OPERATORS), default="min_gru", help="recurrent layer")
     add("--dim", type=positive, default=128, help="width of the model")
     add("--layers", type=positive, default=2, help="number of blocks")
+    add("--heads", type=positive, default=4, help="of layers whose state is a matrix per head")
     add("--dropout", type=float, help="in training; 0.1 if not given, and none in Mamba")
     add("--steps", type=positive, default=800, help="updates of the weights")
     add("--batch", type=positive, default=8, help="tracks read at once")
@@ -315,12 +423,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="train on the operators' references as well, and draw the learning curves",
     )
     args = parser.parse_args(arguments)
+    mamba = args.layer in ("mamba", "mamba2")
     if args.dropout is None:
-        args.dropout = 0.0 if args.layer == "mamba" else 0.1
+        args.dropout = 0.0 if mamba else 0.1
     if not 0 <= args.dropout < 1:
         parser.error(f"argument --dropout: {args.dropout} is not in [0, 1)")
-    if args.dropout and args.layer == "mamba":
+    if args.dropout and mamba:
         parser.error("argument --dropout: Mamba has none")
+    headless = args.layer in ("min_gru", "min_lstm", "mamba")
+    if not headless and args.dim % (2 * args.heads):
+        parser.error(
+            f"argument --dim: {args.dim} is not a multiple of {2 * args.heads}, twice --heads"
+        )
     return args
 
 

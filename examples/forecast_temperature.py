@@ -3,6 +3,7 @@
 
     python forecast_temperature.py                           Seattle and San Francisco
     python forecast_temperature.py --csv my.csv --date time --value temp
+    python forecast_temperature.py --layer mlstm
     python forecast_temperature.py --layer nn.LSTM --hidden 64
     python forecast_temperature.py --epochs 1 --no-compare   a quick look
 
@@ -48,6 +49,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HISTORY = 168  # hours that a forecast may look back on when no state is given
 HORIZON = 24  # hours forecast
@@ -140,48 +142,90 @@ class TorchLSTM(nn.Module):
         return y[:, 0], state
 
 
-class MambaBlock(nn.Module):
-    """torch_ext.Mamba, a norm before and a residual around it.
+class MatrixState(nn.Module):
+    """torch_ext.MLSTM; its three states travel as one, (layers, B, numbers)."""
 
-    Its two states travel as one, (B, d_inner * (d_conv - 1 + d_state)).
+    def __init__(self, layer: torch_ext.MLSTM):
+        super().__init__()
+        self.layer = layer
+        self.shapes = [list(part.shape[2:]) for part in layer.init_state(1)]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = self.init_state(x.size(0))
+        y, after = self.layer(x, self._apart(state))
+        return y, self._together(after)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self._together(self.layer.init_state(batch_size))
+
+    def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = self.layer.step(x_t, self._apart(state))
+        return y, self._together(after)
+
+    def _together(self, state: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torch.cat([part.flatten(2) for part in state], 2)
+
+    def _apart(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        C, n, m = state.split(self.sizes, 2)
+        C, n = C.unflatten(2, self.shapes[0]), n.unflatten(2, self.shapes[1])
+        return C, n, m.unflatten(2, self.shapes[2])
+
+
+class Block(nn.Module):
+    """A layer with two states, a norm before and a residual around it.
+
+    Its states travel as one, (B, numbers).
     """
 
-    def __init__(self, size: int, dropout: float):
+    def __init__(self, layer: nn.Module, size: int, dropout: float):
         super().__init__()
         self.norm = nn.RMSNorm(size)
-        self.mamba = torch_ext.Mamba(size)
+        self.layer = layer
         self.dropout = nn.Dropout(dropout)
+        state = layer.init_state(1)
+        parts = [state] if isinstance(state, Tensor) else state
+        self.shapes = [list(part.shape[1:]) for part in parts]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        y, after = self.mamba.prefill(self.norm(x), self._apart(state))
+        y, after = self.layer.prefill(self.norm(x), self._apart(state))
         return x + self.dropout(y), self._together(after)
 
     @torch.jit.export
     def init_state(self, batch_size: int) -> Tensor:
-        return self._together(self.mamba.init_state(batch_size))
+        return self._together(self.layer.init_state(batch_size))
 
     @torch.jit.export
     def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        y, after = self.mamba.step(self.norm(x_t), self._apart(state))
+        y, after = self.layer.step(self.norm(x_t), self._apart(state))
         return x_t + self.dropout(y), self._together(after)
 
     def _together(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.cat([state[0], state[1]], -1).flatten(1)
+        return torch.cat([part.flatten(1) for part in state], 1)
 
     def _apart(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        parts = state.unflatten(1, [self.mamba.d_inner, -1])
-        return parts[..., : self.mamba.d_conv - 1], parts[..., self.mamba.d_conv - 1 :]
+        first, second = state.split(self.sizes, 1)
+        return first.unflatten(1, self.shapes[0]), second.unflatten(1, self.shapes[1])
 
 
-class MambaStack(nn.Module):
-    """Blocks of Mamba with the constructor of nn.GRU, as far as Forecaster needs it."""
+class RetentionBlock(Block):
+    """The same around torch_ext.Retention, which has one state."""
 
-    def __init__(
-        self, size: int, hidden: int, num_layers: int, *, batch_first: bool, dropout: float
-    ):
+    def _together(self, state: Tensor) -> Tensor:
+        return state.flatten(1)
+
+    def _apart(self, state: Tensor) -> Tensor:
+        return state.unflatten(1, self.shapes[0])
+
+
+class Stack(nn.Module):
+    """Blocks, the states of which travel stacked."""
+
+    def __init__(self, blocks: list[nn.Module]):
         super().__init__()
-        assert size == hidden and batch_first
-        self.blocks = nn.ModuleList(MambaBlock(size, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if state is None:
@@ -205,14 +249,52 @@ class MambaStack(nn.Module):
         return x_t, torch.stack(states)
 
 
+HEADS = 4  # of layers whose state is a matrix per head
+
+
+def mlstm(size: int, hidden: int, num_layers: int, **options: Any) -> nn.Module:
+    return torch_ext.MLSTM(size, hidden, num_layers, num_heads=HEADS, **options)
+
+
+def stack(
+    block: Callable[..., nn.Module], layer: Callable[[int], nn.Module]
+) -> Callable[..., nn.Module]:
+    """Blocks around a layer with the constructor of nn.GRU, as far as Forecaster needs it."""
+
+    def make(
+        size: int, hidden: int, num_layers: int, *, batch_first: bool, dropout: float
+    ) -> nn.Module:
+        assert size == hidden and batch_first
+        return Stack([block(layer(size), size, dropout) for _ in range(num_layers)])
+
+    return make
+
+
+def mamba2(size: int) -> nn.Module:
+    return torch_ext.Mamba2(size, d_state=16, headdim=2 * size // HEADS)
+
+
+def retention(size: int) -> nn.Module:
+    return torch_ext.Retention(size, HEADS)
+
+
+def linear_attention(size: int) -> nn.Module:
+    return torch_ext.LinearAttention(size, HEADS)
+
+
 # A new layer of torch_ext with one state tensor is one more line here.
 LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "min_gru": (torch_ext.MinGRU, OneState),
     "min_lstm": (torch_ext.MinLSTM, OneState),
-    "mamba": (MambaStack, OneState),
+    "mlstm": (mlstm, MatrixState),
+    "mamba": (stack(Block, torch_ext.Mamba), OneState),
+    "mamba2": (stack(Block, mamba2), OneState),
+    "retention": (stack(RetentionBlock, retention), OneState),
+    "linear_attention": (stack(Block, linear_attention), OneState),
     "nn.GRU": (nn.GRU, TorchGRU),
     "nn.LSTM": (nn.LSTM, TorchLSTM),
 }
+MATRICES = ("mlstm", "mamba2", "retention", "linear_attention")  # whose width the heads share
 
 
 # --------------------------------------------------------------------------------------------------
@@ -924,6 +1006,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.lr <= 0:
         parser.error(f"argument --lr: {args.lr} is not positive")
+    if args.layer in MATRICES and args.hidden % (2 * HEADS):
+        parser.error(f"argument --hidden: {args.hidden} is not a multiple of {2 * HEADS}")
     return args
 
 

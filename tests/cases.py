@@ -3,8 +3,10 @@ added here inherits them all, and test_registration.py fails while one is regist
 
 To add a recurrence: a `Case` at the end of this file, a small layer that a consumer would write
 around it, its formula in numpy and a table worked out by hand in oracle.py. What is no diagonal
-recurrence is among `OTHERS`, on which those suites run that ask for `cases=ALL`; what the other
-suites demand of it has a file of its own, tests/test_NAME.py.
+recurrence is among `OTHERS`, and what has a matrix for a state among `MATRICES`, on which those
+suites run that ask for `cases=ALL`; what the other suites demand of it has a file of its own,
+tests/test_NAME.py (of all matrix memories, tests/test_matrix_memory.py, and of their references,
+tests/test_matrix_memory_references.py).
 """
 
 from collections.abc import Callable
@@ -118,13 +120,32 @@ class Case:
         """The dispatcher's operators that belong to this case."""
         return {f"torch_ext::{self.name}{tail}" for tail in ("", "_backward", "_step", "_step_")}
 
+    def promised(self, x, given):
+        """The dtype whose precision `x`, made from `given`, has."""
+        return x.dtype
+
+    def by_torch(self, options):
+        """Whether torch's own operators make something of the inputs. Where they cut them for their
+        threads, the last bit may be another one."""
+        return False
+
     # What the leaves are: those that run over time, parameters, the state. A class below for each
     # operator that has more than the first and the last.
     @property
     def names(self):
         return (*self.arguments, "initial_state")
 
+    states = ("initial_state",)  # the last of the names
+    carrier = property(lambda self: self.arguments[0])  # what reaches both h and the final state
     optional = ()  # names of leaves that may be None, besides the state
+    free = frozenset()  # (name, dimension) that no other argument has: it is what it is
+    channel = "D"  # the dimension whose elements do not see each other
+    output = "BTD"  # the dimensions of h
+    slack = 1  # of what `close` allows: sums of many products that cancel are off by more roundings
+    fast = False  # finite differences along a random direction, not of every element
+    thin = False  # options but the first in one dtype alone
+    loose = False  # made of several operators: an output may not depend on a leaf
+    longest = 257  # steps, where a slow reference takes part
     words = ("identity", "g")  # what `activation` may be, where there is one
     sizes: ClassVar = {}  # of dimensions other than B, T and D
 
@@ -132,8 +153,20 @@ class Case:
         """The dimensions of a leaf, a letter each."""
         return "BD" if name == "initial_state" else "BTD"
 
+    @property
+    def ends(self):
+        """The dimensions of h and of the final states."""
+        return (self.output, *map(self.letters, self.states))
+
+    def extents(self, B, T, D):
+        return {"B": B, "T": T, "D": D} | self.sizes
+
     def shape(self, name, B, T, D):
-        return tuple(({"B": B, "T": T, "D": D} | self.sizes)[d] for d in self.letters(name))
+        return tuple(self.extents(B, T, D)[d] for d in self.letters(name))
+
+    def output_shape(self, B, T, D):
+        """Of h; of a step's, where T is None."""
+        return tuple(self.extents(B, T, D)[d] for d in self.output if d != "T" or T is not None)
 
     def also(self, name, dtype):
         """The dtypes that a leaf may have beside inputs of this one, besides it."""
@@ -144,16 +177,22 @@ class Case:
         number)."""
         out = []
         for name in self.names:
-            if name != "initial_state":
-                out.append(self.sample(name, self.shape(name, B, T, D), dtype, generator))
+            if name not in self.states:
+                kind = self.leaf_dtype(name, dtype)
+                out.append(self.sample(name, self.shape(name, B, T, D), kind, generator))
             elif state is not False and state is not None:
-                shape = self.state_shape(B if state is True else state, D)
-                out.append(self.sample("state", shape, self.state_dtype(dtype), generator))
+                shape = self.shape(name, B if state is True else state, None, D)
+                label = "state" if name == "initial_state" else name
+                out.append(self.sample(label, shape, self.state_dtype(dtype), generator))
         return [x.to(device).requires_grad_(grad) for x in out]
 
     def sample(self, argument, shape, dtype, generator):
         x = self.draw(argument, shape, generator, WIDE.get(dtype, torch.float64))
         return x.to(dtype)
+
+    def leaf_dtype(self, name, dtype):
+        """Of a leaf that is no state."""
+        return dtype
 
     def named(self, leaves):
         """As keywords; the state may be missing."""
@@ -167,8 +206,8 @@ class Case:
 
     @property
     def inputs(self):
-        """The number of leaves other than the state."""
-        return len(self.names) - 1
+        """The number of leaves other than states."""
+        return len(self.names) - len(self.states)
 
     def state_dtype(self, dtype):
         return state_dtype(dtype)
@@ -191,6 +230,11 @@ class Case:
             return function(*leaves[:n], leaves[n] if len(leaves) > n else None, **options)
 
         return bound
+
+    def constant(self, options):
+        """The final states, by their place among the outputs, that do not depend on any leaf where
+        no initial state is given."""
+        return ()
 
     def bind_step(self, function=None, **options):
         """f(*inputs, state) -> (h, state)."""
@@ -290,6 +334,156 @@ class SelectiveScanCase(Case):
         return self.ordered(torch_ext.selective_scan_step_)
 
 
+class MatrixCase(Case):
+    """A matrix memory: what other cases have of channels, this has of heads. Its functions take
+    and give the leaves by name; of several states, which are a tuple, each is a leaf."""
+
+    dims: ClassVar = {}
+    sizes: ClassVar = {"K": 3, "V": 2}
+    carrier = "v"
+    own_heads = False  # of queries and keys: or all heads have the same ones
+    channel = "H"
+    output = "BTHV"
+    slack = 8
+    fast = thin = loose = True
+    longest = 70
+
+    @property
+    def names(self):
+        return tuple(self.dims)
+
+    def promised(self, x, given):
+        """float32 states and gradients are sums of products of 16 bits where the machine has them."""
+        products = given.dtype is torch.bfloat16 or (given.dtype in HALF and given.is_cuda)
+        return given.dtype if products else x.dtype
+
+    def letters(self, name):
+        return self.dims[name]
+
+    def extents(self, B, T, D):
+        groups = max(D, 1) if self.own_heads else 1
+        return {"B": B, "T": T, "H": D, "G": groups} | self.sizes
+
+    def state_shape(self, rows, D):
+        return self.shape(self.states[0], rows, None, D)
+
+    def flat(self, function):
+        """Of the leaves, by place or by name, and what may follow them; gives as many outputs."""
+        step = "_step" in function.__name__
+        states = ["state" if step and x == "initial_state" else x for x in self.states]
+        names = [*self.names[: self.inputs], *states, "state_indices" if step else "cu_seqlens"]
+        keyword = "state" if step else "initial_state"
+
+        def of_leaves(*leaves, **options):
+            given = dict(zip(names, leaves, strict=False)) | options
+            parts = [given.pop(name, None) for name in states]
+            state = parts[0] if len(parts) == 1 else tuple(parts)
+            if all(x is None for x in parts):
+                state = None
+            out = function(**given, **{keyword: state})
+            if isinstance(out, Tensor):
+                return out
+            return (out[0], *out[1]) if len(parts) > 1 else out
+
+        return of_leaves
+
+    @property
+    def function(self):
+        return self.flat(getattr(torch_ext, self.name))
+
+    @property
+    def reference(self):
+        return self.flat(getattr(torch_ext, self.name + "_reference"))
+
+    @property
+    def step(self):
+        return self.flat(getattr(torch_ext, self.name + "_step"))
+
+    @property
+    def step_(self):
+        return self.flat(getattr(torch_ext, self.name + "_step_"))
+
+    def bind(self, function=None, **options):
+        function = function or self.function
+        return lambda *leaves: function(*leaves, **options)
+
+    @property
+    def operators(self):
+        """It has no backward of its own: that of matrix_memory, which it calls."""
+        return {f"torch_ext::{self.name}{tail}" for tail in ("", "_step", "_step_")}
+
+    def sample(self, argument, shape, dtype, generator):
+        x = self.draw(argument, shape, generator, torch.float64)
+        if argument == "q":  # a sign for all of them, or what divides is what is left of a sum
+            x = x * (1 if torch.rand((), generator=generator) < 0.5 else -1)
+        return x.to(dtype)
+
+
+class MLSTMCase(MatrixCase):
+    dims: ClassVar = {
+        "q": "BTGK", "k": "BTGK", "v": "BTHV", "i": "BTH", "f": "BTH",
+        "C": "BHKV", "n": "BHK", "m": "BH",
+    }  # fmt: skip
+    states = ("C", "n", "m")
+    own_heads = True
+    free = frozenset({("v", "H"), ("v", "V")})
+
+    def also(self, name, dtype):
+        return (torch.float32,) if dtype in HALF and name in ("i", "f") else ()
+
+    def by_torch(self, options):
+        return options.get("input_gate") == "sigmoid"
+
+    def constant(self, options):
+        if options.get("input_gate") != "sigmoid":
+            return ()
+        return (3,) if options.get("normalize", True) else (2, 3)
+
+
+class LinearAttentionCase(MatrixCase):
+    dims: ClassVar = {"q": "BTGK", "k": "BTGK", "v": "BTHV", "S": "BHKV", "z": "BHK"}
+    states = ("S", "z")
+    free = frozenset({("v", "H"), ("v", "V")})
+
+    def by_torch(self, options):
+        return options.get("feature_map", "elu") == "elu"
+
+    def constant(self, options):
+        return () if options.get("normalize", True) else (2,)
+
+
+class RetentionCase(MatrixCase):
+    dims: ClassVar = {
+        "q": "BTGK", "k": "BTGK", "v": "BTHV", "decay": "H", "initial_state": "BHKV",
+    }  # fmt: skip
+    optional = ("decay",)
+    own_heads = True
+    free = frozenset({("v", "H"), ("v", "V")})
+
+    def also(self, name, dtype):
+        return (torch.float32,) if dtype in HALF and name == "decay" else ()
+
+
+class SSDCase(MatrixCase):
+    """C is first here: it is what the others are measured by."""
+
+    dims: ClassVar = {
+        "C": "BTGN", "B": "BTGN", "x": "BTHP", "dt": "BTH", "z": "BTHP",
+        "A": "H", "D": "H", "dt_bias": "H", "initial_state": "BHPN",
+    }  # fmt: skip
+    sizes: ClassVar = {"N": 3, "P": 2}
+    output = "BTHP"
+    carrier = "x"
+    optional = ("D", "z", "dt_bias")
+    free = frozenset({("x", "H"), ("x", "P")})
+
+    def by_torch(self, options):  # softplus and silu
+        return True
+
+    def also(self, name, dtype):
+        return (torch.float32,) if dtype in HALF and name in ("dt", "A", "D", "dt_bias") else ()
+
+
 def normal(argument, shape, generator, dtype):
     return torch.randn(shape, generator=generator, dtype=dtype)
 
@@ -327,6 +521,27 @@ def draw_selective_scan(argument, shape, generator, dtype):
     if argument == "A" and not dtype.is_complex:
         return -torch.exp(2 * x - 1).clamp_min(0.02)
     return x.abs() if argument in ("delta", "delta_bias") else x
+
+
+def draw_positive(argument, shape, generator, dtype):
+    """Queries, keys and normalisers that add up, and never to 0; gates that forget at once and that
+    keep for hundreds of steps."""
+    x = normal(argument, shape, generator, dtype)
+    if argument in ("q", "k", "n", "z", "delta"):
+        return x.abs() + 0.1
+    return {"i": 2 * x, "f": 3 * x + 3}.get(argument, x)
+
+
+def draw_retention(argument, shape, generator, dtype):
+    x = normal(argument, shape, generator, dtype)
+    return torch.sigmoid(3 * x + 1) if argument == "decay" else x
+
+
+def draw_ssd(argument, shape, generator, dtype):
+    x = normal(argument, shape, generator, dtype)
+    if argument == "A":
+        return -torch.exp(2 * x - 1).clamp_min(0.02)
+    return x.abs() if argument in ("dt", "dt_bias", "delta") else x
 
 
 class Layer(nn.Module):
@@ -406,6 +621,105 @@ class SelectiveScanLayer(nn.Module):
         return self.out(y), before[..., 0] + 2 * before[..., 1]
 
 
+class MatrixLayer(nn.Module):
+    """Two heads, whose states are made of a state (B, size) as the other layers have it."""
+
+    def __init__(self, size: int = 4):
+        super().__init__()
+        self.inp = nn.Linear(size, self.width)
+        self.out = nn.Linear(4, size)
+
+    def matrix(self, state: Tensor) -> Tensor:
+        """(B, 2, 3, 2), of its first four numbers."""
+        heads = state[:, :4].reshape(-1, 2, 1, 2)
+        return torch.cat([heads, -heads, heads / 2], 2)
+
+    def vector(self, final: Tensor) -> Tensor:
+        """(B, 4), of such a state."""
+        return (final[:, :, 0] + 2 * final[:, :, 1] - final[:, :, 2]).flatten(1)
+
+
+class MLSTMLayer(MatrixLayer):
+    width = 20
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v, i, f = self.inp(x).split([6, 6, 4, 2, 2], -1)
+        q = torch.sigmoid(q).unflatten(-1, (2, 3))
+        k = torch.sigmoid(k).unflatten(-1, (2, 3))
+        before: tuple[Tensor, Tensor, Tensor] | None = None
+        if state is not None:
+            C = self.matrix(state)
+            before = (C, C.abs().sum(-1), state[:, :2])
+        h, (C, n, m) = torch_ext.mlstm(q, k, v.unflatten(-1, (2, 2)), i, f, before, eps=0.01)
+        return self.out(h.flatten(2)), self.vector(C) + torch.cat([n.sum(-1), m], 1)
+
+
+class LinearAttentionLayer(MatrixLayer):
+    width = 10
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = self.inp(x).split([3, 3, 4], -1)
+        before: tuple[Tensor, Tensor] | None = None
+        if state is not None:
+            S = self.matrix(state)
+            before = (S, S.abs().sum(-1))
+        h, (S, z) = torch_ext.linear_attention(
+            q.unsqueeze(2), k.unsqueeze(2), v.unflatten(-1, (2, 2)), before, 0.5, eps=0.1
+        )
+        return self.out(h.flatten(2)), self.vector(S) + z.sum(-1).repeat(1, 2)
+
+
+class RetentionLayer(MatrixLayer):
+    width = 16
+
+    def __init__(self, size: int = 4):
+        super().__init__(size)
+        self.decay = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = self.inp(x).split([6, 6, 4], -1)
+        before: Tensor | None = None
+        if state is not None:
+            before = self.matrix(state)
+        h, after = torch_ext.retention(
+            q.unflatten(-1, (2, 3)),
+            k.unflatten(-1, (2, 3)),
+            v.unflatten(-1, (2, 2)),
+            torch.sigmoid(self.decay),
+            before,
+        )
+        return self.out(h.flatten(2)), self.vector(after)
+
+
+class SSDLayer(MatrixLayer):
+    width = 16
+
+    def __init__(self, size: int = 4):
+        super().__init__(size)
+        self.A = nn.Parameter(-torch.rand(2))
+        self.D = nn.Parameter(torch.randn(2))
+        self.bias = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, z, B, C, dt = self.inp(x).split([4, 4, 3, 3, 2], -1)
+        before: Tensor | None = None
+        if state is not None:
+            before = self.matrix(state).transpose(2, 3)
+        y, after = torch_ext.ssd(
+            u.unflatten(-1, (2, 2)),
+            dt,
+            self.A,
+            B.unsqueeze(2),
+            C.unsqueeze(2),
+            self.D,
+            z.unflatten(-1, (2, 2)),
+            self.bias,
+            before,
+            True,
+        )
+        return self.out(y.flatten(2)), self.vector(after.transpose(2, 3))
+
+
 CASES = (
     Case("linear_scan", ("a", "b"), draw_scan, LinearScanLayer, dtypes=REAL + COMPLEX),
     Case(
@@ -446,7 +760,43 @@ OTHERS = (
         ({"delta_softplus": False}, {"delta_softplus": True}),
     ),
 )
-ALL = CASES + OTHERS
+MATRICES = (
+    MLSTMCase(
+        "mlstm",
+        ("q", "k", "v", "i", "f"),
+        draw_positive,
+        MLSTMLayer,
+        (
+            {"input_gate": "exp", "normalize": True},
+            {"input_gate": "sigmoid", "normalize": True},
+            {"input_gate": "sigmoid", "normalize": False},
+        ),
+        REAL,
+    ),
+    LinearAttentionCase(
+        "linear_attention",
+        ("q", "k", "v"),
+        draw_positive,
+        LinearAttentionLayer,
+        ({"normalize": True}, {"normalize": False}),
+        REAL,
+    ),
+    RetentionCase("retention", ("q", "k", "v"), draw_retention, RetentionLayer),
+    SSDCase(
+        "ssd",
+        ("C", "B", "x", "dt", "z"),
+        draw_ssd,
+        SSDLayer,
+        ({"dt_softplus": False}, {"dt_softplus": True}),
+    ),
+)
+DIRECT = CASES + OTHERS  # each with a backward operator of its own
+ALL = DIRECT + MATRICES
+# What a matrix memory's operators call: no function of users, but it has all kernels and derivatives.
+INNER = {f"torch_ext::matrix_memory{tail}" for tail in ("", "_backward", "_step_")}
+
+# Of the matrix memories, whose kernels are the same, one.
+IN_EVERYTHING = CASES + OTHERS + MATRICES[:1]
 
 
 class Everything(nn.Module):
@@ -455,7 +805,7 @@ class Everything(nn.Module):
 
     def __init__(self, size: int = 4):
         super().__init__()
-        self.layers = nn.ModuleList([case.layer(size) for case in ALL])
+        self.layers = nn.ModuleList([case.layer(size) for case in IN_EVERYTHING])
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
@@ -573,7 +923,10 @@ def over(dtypes=None, variants=True, cases=CASES):
     values = []
     for case in cases:
         for options in case.variants if variants else [None]:
-            for dtype in case.dtypes if dtypes == "all" else dtypes or [None]:
+            mine = list(case.dtypes) if dtypes == "all" else list(dtypes or [None])
+            if case.thin and options and options != case.variants[0] and len(mine) > 1:
+                mine = [torch.float32] if torch.float32 in mine else mine[:1]
+            for dtype in mine:
                 if dtype is not None and dtype not in case.dtypes:
                     continue
                 row = [case] + [options] * variants + [dtype] * (dtypes is not None)
@@ -592,14 +945,14 @@ def cotangents(outputs, generator):
     return out
 
 
-def gradients(f, leaves, through=(0, 1), weights=None, generator=None, unused=False):
-    """Gradients of every leaf that asks for one, through these outputs of f, under these
-    cotangents.
+def gradients(f, leaves, through=None, weights=None, generator=None, unused=False):
+    """Gradients of every leaf that asks for one, through these outputs of f or all, under these
+    cotangents. An output may depend on no leaf that asks for one.
 
     A leaf that is cut off is an error, or, where `unused` allows that (a reference that never
     touches it because there is no step), has gradient zero."""
     outputs = f(*leaves)
-    outputs = [outputs[i] for i in through]
+    outputs = [outputs[i] for i in through or range(len(outputs))]
     weights = cotangents(outputs, generator) if weights is None else weights
     pairs = [p for p in zip(outputs, weights, strict=True) if p[0].requires_grad or not unused]
     wanted = [x for x in leaves if x.requires_grad]

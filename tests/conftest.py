@@ -102,9 +102,25 @@ def child_environment():
     return dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, path)))
 
 
+# ---- several processes: pytest -n 2 --dist loadgroup, as run.sh does ----
+ONE_AT_A_TIME = {"test_more_elements_than_int32": "memory"}  # groups of tests, by their names
+
+
+def group(item):
+    """Tests of one group go to one process, one after the other."""
+    if item.path.name == "test_cuda.py":
+        return "gpu"
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    if any(fixture[-1].scope == "module" for fixture in fixtures):
+        return item.path.name  # what the fixture takes long to make is made once
+    return ONE_AT_A_TIME.get(item.originalname)
+
+
 # ---- the table of consumers ----
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if config.pluginmanager.hasplugin("xdist") and (name := group(item)):
+            item.add_marker(pytest.mark.xdist_group(name))
         mark = item.get_closest_marker("consumer")
         if mark:
             case = getattr(item, "callspec", None) and item.callspec.params.get("case")

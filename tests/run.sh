@@ -3,6 +3,8 @@
 #
 #   bash tests/run.sh [options of pytest, e.g. -x -k min_gru, or file names in tests/]
 #
+#   MAX_JOBS=n             processes at a time (default: one per core, of pytest at most 4); -n 0 among pytest's
+#                          options runs all its tests in one, as debuggers want it
 #   TORCH_EXT_SKIP_CPP=1   without the C++ tests, which need GoogleTest (apt-get install libgtest-dev)
 #
 # Variables that choose the environment: see cmake/environment.sh.
@@ -24,7 +26,7 @@ prepare_environment test
 failed=
 say "Python tests"
 cd "$root/tests" # not the root, whose torch_ext/ would hide the installed package
-"$python" -m pytest "$@" || failed="Python tests"
+"$python" -m pytest -n "${MAX_JOBS:-auto}" --maxprocesses 4 --dist loadgroup "$@" || failed="Python tests"
 
 if [ "$cpp" ]; then
   say "C++ tests"

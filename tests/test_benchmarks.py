@@ -309,9 +309,18 @@ def test_a_run_on_the_cpu(tmp_path, child_environment):
 # ---- Mamba ----
 def test_operators_of_a_kind():
     from run import parse
-    from shapes import DEFAULT_OPERATORS, GPU_MAMBA_OPERATORS, MAMBA_OPERATORS
+    from shapes import DEFAULT_OPERATORS, GPU_MAMBA_OPERATORS, MAMBA_OPERATORS, MATRIX_OPERATORS
 
     everything = parse([])
+    assert everything.matrix == list(MATRIX_OPERATORS) and everything.matrix_shapes is None
+    matrix = parse(["--op", "matrix", "--shapes", "1x9x2x3x4", "2x3x4"])
+    assert matrix.op == matrix.mamba == [] and matrix.matrix == list(MATRIX_OPERATORS)
+    assert matrix.matrix_shapes == ["1x9x2x3x4"] and matrix.shapes == ["2x3x4"]
+    assert parse(["--op", "ssd"]).matrix == ["ssd"]
+    assert parse(["--device", "cuda"]).matrix == []
+    for wrong in (["--shapes", "2x3x4"], ["--device", "cuda"]):
+        with pytest.raises(SystemExit):
+            parse(["--op", "mlstm", *wrong])
     assert everything.op == list(DEFAULT_OPERATORS) and everything.mamba == list(MAMBA_OPERATORS)
     mamba = parse(["--op", "mamba"])
     assert mamba.op == [] and mamba.mamba == list(MAMBA_OPERATORS)
@@ -961,3 +970,130 @@ def test_the_sanitized_calls_are_right(monkeypatch):
     number = 4 * (5 * 5 + len(exercise.WINDOWS) * 4 + len(exercise.SCANS)) - 2  # no complex halves
     assert len(results) == number
     assert all(error <= tolerance for _, error, tolerance in results)
+
+
+# ---- matrix memories ----
+def test_matrix_memories_on_the_cpu(tmp_path, monkeypatch):
+    """Operators, steps, layers and language models, small, with a stand-in for mlstm_kernels."""
+    import peers
+    import report
+    import run
+    from measure import Machine
+
+    import torch_ext
+
+    def kernel(q, k, v, i, f):
+        turned = (x.transpose(1, 2) for x in (q, k, v, i, f))
+        return torch_ext.mlstm(*turned)[0].transpose(1, 2)
+
+    absent = {"xlstm", "transformers xlstm"}
+    monkeypatch.setattr(peers, "_mlstm_kernels", lambda chunk: kernel)
+    monkeypatch.setattr(peers, "why_not", lambda name, _: "not here" if name in absent else None)
+    args = run.parse(["--quick", "--op", "matrix", "--threads", "1", "--peers", "mlstm_kernels"])
+    args.peers += sorted(absent)
+    args.out = tmp_path
+    settings = run.make_settings(args, [0]) | {"freed_memory_kept": False, "seconds": 0.001}
+    settings |= {"isas": settings["isas"][:1], "calibration_seconds": 0.0005}
+    result = run.new_result()
+    run.run_all(args, settings, result)
+    assert not result["wrong"] and not result["operators"] and not result["mamba"]
+    assert {row["peer"] for row in result["not_run"]} == absent
+
+    functions = ("mlstm", "ssd", "retention", "linear_attention")
+    names = {f"{name}{dtype}" for name in functions for dtype in ("", "[bfloat16]")}
+    rows = result["matrix"]
+    assert {(row["operator"], row["mode"]) for row in rows} == {
+        (name, mode) for name in names for mode in ("forward", "backward")
+    }
+    assert len(rows) == 2 * len(names)
+    for row in rows:
+        assert row["fraction_of_roof"] > 0 and row["goal"] is None and "ggml" not in row
+        assert row["error"] < (6e-2 if row["dtype"] == "bfloat16" else 5e-4)
+        arithmetic = row["operations"] / row["fma_per_nanosecond"] * 1e-9
+        assert row["arithmetic_seconds"] == pytest.approx(arithmetic)
+        held = row["beside"]["what"] if "beside" in row else None
+        assert (held is None) == (row["operator"] in functions and row["mode"] == "forward")
+    steps = {(row["function"], row["batch"]) for row in result["matrix_steps"]}
+    assert steps == {(f"{name}_step_", batch) for name in functions for batch in (1, 32)}
+    assert len(result["peers"]) == 2 * 4 and all(row["ratio"] > 0 for row in result["peers"])
+    assert [row["goal"] for row in result["peers"]] == [2.5, None, None, None, 5, None, None, None]
+    models = {(row["who"], row["phase"]) for row in result["xlstm_models"]}
+    assert models == {
+        (who, phase) for who in ("xLSTMLarge", "xLSTMLM") for phase in ("prefill", "decode")
+    }
+
+    result["machine"] = Machine([0]).describe()
+    result["settings"] = {"minutes": 0.1}
+    assert "cpu.json" in {path.name for path in run.save(result, args)}
+    text = report.markdown(result)
+    assert "Matrix memories" in text and "`ssd[bfloat16]`" in text and "xLSTMLarge" in text
+    assert "`mlstm_step_`" in text and "mlstm_kernels, chunks of 32" in text
+    assert report.summary(result)
+
+
+def test_what_matrix_memories_must_compute():
+    """The counts of the design: multiply-adds per (step, head, K, V)."""
+    from matrix_memory_operators import beside_ggml
+    from shapes import MATRIX_OPERATORS, MATRIX_SHAPES, parse_matrix_shape
+
+    def each(name, mode, shape):
+        shape = parse_matrix_shape(shape)
+        return MATRIX_OPERATORS[name].operations(mode, shape) / (shape[3] * shape[4])
+
+    ssd, mlstm = MATRIX_SHAPES["ssd"][1], MATRIX_SHAPES["mlstm"][0]
+    assert each("ssd", "forward", ssd) == pytest.approx(2.27, abs=0.005)
+    assert each("mlstm", "forward", mlstm) == 2 + 32 / 128 + 32 / 256
+    assert each("mlstm", "backward", mlstm) == 4 + 32 * (3 / 256 + 2 / 128)
+    assert each("mlstm", "forward", "1x9x2x16x16") == 3  # step by step
+    assert each("mlstm", "backward", "1x9x2x16x16") == 8
+    shape = parse_matrix_shape("2x3x4x5x6x2")
+    assert MATRIX_OPERATORS["mlstm"].bytes("forward", shape, 4) == 6 * 4 * (20 + 24 + 8 + 24)
+    assert MATRIX_OPERATORS["ssd"].bytes("backward", shape, 2) == 6 * 2 * (2 * (20 + 24 + 4) + 24)
+    for wrong in ("1x2x3", "1x2x3x4x5x2", "axbxcxdxe", "1x2x3x4x5x0"):
+        with pytest.raises(SystemExit, match="BxTxHxKxV"):
+            parse_matrix_shape(wrong)
+
+    # A core that is twice as fast halves the time of ggml as well.
+    row = {"operator": "ssd", "mode": "forward", "shape_name": ssd, "threads": 1, "isa": "avx512"}
+    row |= {"dtype": "float32", "nanoseconds_per_element": 0.02, "fma_per_nanosecond": 2 / 0.0114}
+    assert beside_ggml(row)["ratio"] == pytest.approx(0.131 / 2 / 0.02)
+    two = beside_ggml(row | {"threads": 2, "fma_per_nanosecond": 4 / 0.0114})
+    assert two["ratio"] == pytest.approx(0.065 / 2 / 0.02) and not two["meets_goal"]
+    assert beside_ggml(row | {"isa": "avx2"}) is None
+
+
+@pytest.mark.parametrize("name", ["mlstm", "ssd"])
+def test_wrong_matrix_memories_are_found(name, monkeypatch):
+    import matrix_memory_operators as benchmark
+    from operators import WrongResult
+    from shapes import MATRIX_OPERATORS
+
+    import torch_ext
+
+    operator, shape = MATRIX_OPERATORS[name], (1, 70, 4, 5, 6, 2)
+    given = (name, operator, shape, torch.float32, ())
+    monkeypatch.setattr(benchmark.MatrixChecker, "reduced", (1, 9, 4, 3, 2, 2))
+    checker = benchmark.MatrixChecker()
+    assert 0 < checker.check(*given) < 5e-4
+    assert 0 < benchmark.check_step(name, operator, shape, 3, torch.float32) < 2e-5
+
+    right, step = getattr(torch_ext, name), getattr(torch_ext, f"{name}_step_")
+
+    def late(*args):  # wrong beyond the small shape, in one head's last step
+        h, state = right(*args)
+        mask = torch.ones_like(h)
+        mask[:, 69:, -1] = 1.05
+        return h * mask.to(h.dtype), state
+
+    def state(*args):
+        h = step(*args)
+        states = args[-1] if isinstance(args[-1], tuple) else args[-1:]
+        states[0][0, 0, 0, 0] += 0.1
+        return h
+
+    monkeypatch.setattr(torch_ext, name, late)
+    with pytest.raises(WrongResult, match=f"{name}"):
+        benchmark.MatrixChecker().check(*given)
+    monkeypatch.setattr(torch_ext, f"{name}_step_", state)
+    with pytest.raises(WrongResult, match="state in place"):
+        benchmark.check_step(name, operator, shape, 3, torch.float32)

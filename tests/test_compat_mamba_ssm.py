@@ -1071,7 +1071,7 @@ for module, name in ((mamba_ssm, "Mamba-SSM"), (causal_conv1d, "causal.conv1d"))
     assert importlib.reload(module) is module
     assert "torch_ext" in module.__file__
     assert module.__name__ in importlib.metadata.packages_distributions()
-for missing in ("from mamba_ssm import Mamba2", "import mamba_ssm.ops.triton.ssd_combined"):
+for missing in ("from mamba_ssm import Mamba3", "import mamba_ssm.ops.triton.mamba3"):
     try:
         exec(missing)
     except ImportError as e:

@@ -47,7 +47,12 @@ def test_runs_and_threads(case, options, dtype, generator, device, threads):
         if device == "cpu":
             for n in (2, 3):
                 threads(n)
-                assert equal(run(case, settings, x, weights), one), f"{n} threads differ from one"
+                other = run(case, settings, x, weights)
+                if case.by_torch(settings):
+                    for got, want in zip(other, one, strict=True):
+                        close(got, wide(want), factor=2 * case.slack, grad=True)
+                else:
+                    assert equal(other, one), f"{n} threads differ from one"
 
 
 @over(variants=False, cases=ALL)
@@ -70,16 +75,16 @@ def test_slots_named_twice(case, generator, device, threads):
     want = None
     for n in (1, 2, 2, 2):
         threads(n)
-        state = x[-1].clone()
+        states = [y.clone() for y in x[case.inputs :]]
         try:
-            h = case.step_(*x[:-1], state, indices)
+            h = case.step_(*x[: case.inputs], *states, indices)
         except ValueError as error:
             assert f"{case.name}_step" in str(error) and "state_indices" in str(error)
             return
-        got = [h, state, *case.step(*x, indices)]
+        got = [h, *states]
         want = want or got
         assert equal(got, want), f"{n} threads"
-        assert equal(got[:2], got[2:])
+        assert equal(got, case.step(*x, indices))
 
 
 @pytest.mark.unpoisoned
@@ -171,7 +176,8 @@ def test_instruction_sets(case, device, by_capability):
         want = [*f(*exact), *gradients(f, exact, weights=[wide(g) for g in weights])]
         for capability, results in by_capability.items():
             for j, (g, w) in enumerate(zip(results[k], want, strict=True)):
-                close(g, w, grad=j > 1, name=f"{capability}, output {j}")
+                grad = j > len(case.states)
+                close(g, w, grad=grad, factor=case.slack, name=f"{capability}, output {j}")
 
 
 def test_force_isa(generator, device):

@@ -192,20 +192,33 @@ def test_csv_with_comparison(tmp_path, forecasting, capsys):
     assert_readable_picture(tmp_path / "deep" / "out" / "forecast.png")
 
 
-def test_csv_with_mamba(tmp_path, forecasting):
+@pytest.mark.parametrize("layer", ["mamba", "mlstm"])
+def test_csv_with_other_layers(layer, tmp_path, forecasting):
     path = make_csv(tmp_path / "station.csv")
     options = ["--csv", path, "--date", "when", "--value", "degrees", "--holdout-days", 20]
-    options += ["--layer", "mamba", "--hidden", 16, "--layers", 1, "--epochs", 2, "--no-compare"]
+    options += ["--layer", layer, "--hidden", 16, "--layers", 1, "--epochs", 2, "--no-compare"]
     assert forecasting.main([*map(str, options), "--no-package", "--out", str(tmp_path)]) == 0
     errors = json.loads((tmp_path / "forecast.json").read_text())["errors"]
-    assert list(errors) == ["mamba", "same hour yesterday", "persistence"]
+    assert list(errors) == [layer, "same hour yesterday", "persistence"]
     for name in ("same hour yesterday", "persistence"):
-        assert errors["mamba"]["mae"] < errors[name]["mae"]
+        assert errors[layer]["mae"] < errors[name]["mae"]
     assert_readable_picture(tmp_path / "forecast.png")
 
 
+@pytest.mark.parametrize("layer", ["mlstm", "mamba2", "retention", "linear_attention"])
+def test_forecast_divides_its_width_among_heads(layer, forecasting, capsys):
+    with pytest.raises(SystemExit):
+        forecasting.parse(["--layer", layer, "--hidden", "20"])
+    assert "--hidden: 20 is not a multiple of 8" in capsys.readouterr().err
+    assert forecasting.parse(["--layer", layer, "--hidden", "24"]).hidden == 24
+    assert forecasting.parse(["--layer", "min_gru", "--hidden", "20"]).hidden == 20
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
-@pytest.mark.parametrize("layer", ["nn.GRU", "nn.LSTM", "min_lstm", "mamba"])
+@pytest.mark.parametrize(
+    "layer",
+    ["nn.GRU", "nn.LSTM", "min_lstm", "mlstm", "mamba", "mamba2", "retention", "linear_attention"],
+)
 def test_every_layer_steps_as_it_runs(layer, forecasting):
     torch.manual_seed(0)
     model = forecasting.Forecaster(layer, 8, 2, 0.0, mean=10.0, std=5.0, scale=2.0).eval()
@@ -370,6 +383,40 @@ def test_char_lm_learns_mamba_as_on_the_reference(tmp_path, writing, capsys, mon
         )
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, they say
+@pytest.mark.parametrize("layer", ["mlstm", "retention", "linear_attention", "mamba2", "xlstm"])
+def test_char_lm_with_a_matrix_for_a_state(layer, tmp_path, writing, capsys):
+    """It learns, with the operators as with their references; what it saves goes step by step."""
+    text, model = tmp_path / "text.txt", tmp_path / "model.ts"
+    text.write_text(writing.TEXT.read_text()[:10_000])
+    options = ["--layer", layer, "--steps", 30, "--dim", 16, "--heads", 2, "--layers", 2]
+    options += ["--length", 16, "--batch", 4, "--threads", 1, "--lr", 0.02, "--dropout", 0]
+    options = [str(text), *map(str, options)]
+    assert writing.main([*options, "--sample", "20", "--save", str(model)]) == 0
+    printed = capsys.readouterr().out
+    bits = dict(re.findall(r"^  (.+?)  +(\d\.\d{3})$", printed, re.MULTILINE))
+    assert float(bits[layer]) < 0.85 * float(bits["equal probabilities"])
+    written = re.search(r"ms per character:\n\n(.{21})\n", printed, re.DOTALL)
+    assert written, printed
+
+    loaded = torch.jit.load(str(model))
+    ids = torch.arange(24).view(2, 12)
+    _, state = loaded.prefill(ids[:, :9])
+    with torch.no_grad():
+        expected = loaded(ids)
+        for t in range(9, 12):
+            logits, state = loaded.step(ids[:, t], state)
+            torch.testing.assert_close(logits, expected[:, t], rtol=1e-4, atol=1e-5)
+
+    args = writing.parse([*options, "--steps", "8"])
+    ids = torch.randint(40, (2000,), generator=torch.Generator().manual_seed(0))
+    ours = writing.train(writing.make_model(40, args, 0), ids, args, 0)
+    with writing.on_references(layer):
+        reference = writing.train(writing.make_model(40, args, 0), ids, args, 0)
+    assert ours != reference, "the references were not used"
+    np.testing.assert_allclose(ours, reference, atol=2e-3)
+
+
 def test_char_lm_counts_bits(writing):
     """A text that two characters determine, and one that nothing does."""
     assert writing.ngram_bits("abcd" * 500, "abcd" * 50) < 0.05
@@ -405,11 +452,20 @@ def test_char_lm_mistakes_get_a_sentence(arguments, message, tmp_path, writing, 
         writing.main(arguments)
 
 
-def test_char_lm_has_no_dropout_in_mamba(writing, capsys):
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_char_lm_has_no_dropout_in_mamba(layer, writing, capsys):
     with pytest.raises(SystemExit):
-        writing.parse(["--layer", "mamba", "--dropout", "0.1"])
+        writing.parse(["--layer", layer, "--dropout", "0.1"])
     assert "--dropout: Mamba has none" in capsys.readouterr().err
-    assert writing.parse(["--layer", "mamba"]).dropout == 0
+    assert writing.parse(["--layer", layer]).dropout == 0
+
+
+def test_char_lm_divides_its_width_among_heads(writing, capsys):
+    with pytest.raises(SystemExit):
+        writing.parse(["--layer", "mlstm", "--dim", "20"])
+    assert "--dim: 20 is not a multiple of 8, twice --heads" in capsys.readouterr().err
+    assert writing.parse(["--layer", "mlstm", "--dim", "20", "--heads", "5"]).dim == 20
+    assert writing.parse(["--layer", "min_gru", "--dim", "20"]).dim == 20
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,10 +600,105 @@ def test_mamba_mistakes_get_a_sentence(
         generating.main(arguments)
 
 
+# --------------------------------------------------------------------------------------------------
+# recall.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recalling():
+    return load("recall.py")
+
+
+def test_recall_is_what_mlstm_can_and_min_gru_cannot(tmp_path, recalling, capsys):
+    out = tmp_path / "deep" / "out"
+    assert recalling.main(["--quick", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^mlstm solves it: \S+ % right with 4 pairs\.$", printed, re.MULTILINE)
+    assert re.search(r"^min_gru DOES NOT SOLVE it: ", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == {"recall.png", "recall.json"}
+    assert_readable_picture(out / "recall.png")
+    report = json.loads((out / "recall.json").read_text())
+    mlstm, min_gru = report["results"]["mlstm"], report["results"]["min_gru"]
+    assert abs(mlstm["parameters"] / min_gru["parameters"] - 1) < 0.01
+    assert mlstm["state"] > 5 * min_gru["state"]
+    assert mlstm["curve"]["160"] > report["solved_from"] and min_gru["curve"]["160"] < 0.5
+    assert list(mlstm["by_pairs"]) == ["1", "2", "3", "4", "6", "8"]
+    assert mlstm["by_pairs"]["4"] == mlstm["curve"]["160"]
+
+
+def test_recall_asks_for_what_it_has_shown(recalling):
+    args = recalling.parse(["--pairs", "5", "--keys", "7", "--values", "3"])
+    generator = torch.Generator().manual_seed(0)
+    keys, values, answers = recalling.draw_sequences(40, 5, args, generator)
+    assert keys.shape == values.shape == (40, 10) and answers.shape == (40, 5)
+    assert bool((values[:, 5:] == 3).all()) and int(values[:, :5].max()) == 2
+    for row in range(40):
+        shown = dict(zip(keys[row, :5].tolist(), values[row, :5].tolist(), strict=True))
+        assert len(shown) == 5 and max(shown) < 7
+        assert [shown[key] for key in keys[row, 5:].tolist()] == answers[row].tolist()
+        assert sorted(shown) == sorted(keys[row, 5:].tolist())
+    orders = {tuple(row.argsort().tolist()) for row in keys[:, 5:]}
+    assert len(orders) > 20  # not that of the pairs
+
+    # An answer that looks at nothing but the sequence is right always, one that guesses is not.
+    class Oracle(torch.nn.Module):
+        def forward(self, keys, values):
+            same = (keys[:, :, None] == keys[:, None]) & (values[:, None] < args.values)
+            shown = torch.nn.functional.one_hot(values, args.values + 1)[..., :-1]
+            return same.float() @ shown.float()
+
+    assert recalling.accuracy(Oracle(), 5, args) == 1
+    untrained = recalling.Network("mlstm", 64, args)
+    assert recalling.accuracy(untrained, 5, args) == pytest.approx(1 / 3, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["min_gru", "min_lstm", "nn.LSTM", "nn.GRU", "mlstm"])
+def test_recall_makes_networks_as_large(name, recalling):
+    args = recalling.parse(["--dim", "24", "--hidden", "24", "--heads", "3", "--blocks", "2"])
+    wanted = recalling.parameters(recalling.Network("mlstm", 24, args))
+    hidden = recalling.as_large(name, wanted, args)
+    if name == "mlstm":
+        assert hidden == 24
+        return
+    apart = [
+        abs(recalling.parameters(recalling.Network(name, width, args)) - wanted)
+        for width in range(1, 3 * hidden)
+    ]
+    assert apart[hidden - 1] == min(apart)
+    assert recalling.as_large(name, 1, args) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "65"], "--pairs: 65 pairs need as many keys, --keys is 64"),
+        (["--pairs", "0"], "--pairs: 0 is not at least 1"),
+        (["--values", "1"], "--values: with one value there is nothing to remember"),
+        (["--lr", "0"], "--lr: 0.0 is not positive"),
+        (["--hidden", "63"], "--hidden: 63 is not a multiple of --heads 2"),
+        (["--layers", "mlstm", "mlstm"], "--layers: mlstm is named twice"),
+        (["--quick", "--pairs", "17"], "--pairs: 17 pairs need as many keys, --keys is 16"),
+    ],
+)
+def test_recall_refuses(arguments, message, recalling, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recalling.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recall_needs_a_folder(recalling, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(recalling.UserError, match="file cannot be made"):
+        recalling.main(["--out", str(tmp_path / "file")])
+
+
 SCRIPTS = {
     "forecast_temperature.py": ["--layer", "abacus"],
     "char_lm.py": ["--layer", "abacus"],
     "mamba_generate.py": ["folder", "prompt", "--dtype", "abacus"],
+    "recall.py": ["--layers", "abacus"],
 }
 
 

@@ -11,41 +11,49 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str
 @shapes
 def test_forward(case, options, dtype, shape, generator, device):
     B, T, D = shape
+    T = min(T, case.longest)
     for reverse in (False, True):
         for state in (False, True):
             x = case.leaves(B, T, D, dtype, generator, device, state=state)
             before = [y.clone() for y in x]
-            h, final = case.bind(**options, reverse=reverse)(*x)
+            h, *finals = case.bind(**options, reverse=reverse)(*x)
             want = case.bind(case.reference, **options, reverse=reverse)(
                 *[wide(y.cpu()) for y in x]
             )
-            assert h.dtype is dtype and h.shape == shape and h.is_contiguous()
-            assert final.dtype is case.state_dtype(dtype) and final.is_contiguous()
-            assert h.device.type == final.device.type == device
-            close(h, want[0], name="h", size=0.25)
-            # not rounded to the inputs' dtype
-            close(final, want[1], name="final_state", size=0.25)
+            assert h.dtype is dtype and h.shape == case.output_shape(B, T, D)
+            assert h.is_contiguous() and h.device.type == device
+            close(h, want[0], name="h", size=0.25, factor=case.slack)
+            for name, final, w in zip(case.states, finals, want[1:], strict=True):
+                assert final.dtype is case.state_dtype(dtype) and final.is_contiguous()
+                assert final.device.type == device
+                # not rounded to the inputs' dtype
+                kept = case.promised(final, x[0])
+                close(final, w, kept, name=name, size=0.25, factor=case.slack)
             assert all(torch.equal(p, q) for p, q in zip(x, before, strict=True)), (
                 "an input changed"
             )
-            assert not {y.data_ptr() for y in (h, final) if y.numel()} & {y.data_ptr() for y in x}
+            mine = {y.data_ptr() for y in (h, *finals) if y.numel()}
+            assert not mine & {y.data_ptr() for y in x}
 
 
 @over(dtypes="all", variants=False, cases=ALL)
 def test_no_state_is_zeros(case, dtype, generator, device):
     x = case.leaves(2, 9, 17, dtype, generator, device)
-    x[-1].zero_()
-    for got, want in zip(case.bind()(*x[:-1]), case.bind()(*x), strict=True):
+    for y in x[case.inputs :]:
+        y.zero_()
+    for got, want in zip(case.bind()(*x[: case.inputs]), case.bind()(*x), strict=True):
         assert torch.equal(got, want)
 
 
 @over(dtypes="all", variants=False, cases=ALL)
 def test_no_steps_hand_the_state_through(case, dtype, generator, device):
     x = case.leaves(2, 0, 17, dtype, generator, device)
-    h, final = case.bind()(*x)
-    assert h.shape == (2, 0, 17) and torch.equal(final, x[-1])
-    assert final.data_ptr() != x[-1].data_ptr()
-    assert torch.equal(case.bind()(*x[:-1])[1], torch.zeros_like(x[-1]))
+    h, *finals = case.bind()(*x)
+    assert h.shape == case.output_shape(2, 0, 17)
+    fresh = case.bind()(*x[: case.inputs])[1:]
+    for given, final, zeros in zip(x[case.inputs :], finals, fresh, strict=True):
+        assert torch.equal(final, given) and final.data_ptr() != given.data_ptr()
+        assert torch.equal(zeros, torch.zeros_like(given))
 
 
 @over(variants=False, cases=ALL)

@@ -4,31 +4,32 @@ import warnings
 
 import pytest
 import torch
-from cases import ALL, close, over
+from cases import ALL, close, over, wide
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 FACTOR = 16  # sums of gradients of gradients
 
 
-def same(got, want):
+def same(got, want, slack=1):
     """Nested tuples of tensors."""
     if isinstance(want, torch.Tensor):
-        close(got, want, grad=True, factor=FACTOR, size=1e-3)
+        close(got, want, grad=True, factor=FACTOR * slack, size=1e-3)
         return
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
-        same(g, w)
+        same(g, w, slack)
 
 
 def loss(f, *x):
-    h, final = f(*x)
-    return h.sin().sum() + final.pow(3).sum()
+    h, *finals = f(*x)
+    return h.sin().sum() + sum(final.pow(3).sum() for final in finals)
 
 
 def both(case, transform, options=None, **more):
     """The transform of the operator and of its reference must agree."""
     options = dict(case.variants[-1] if options is None else options, **more)
-    same(transform(case.bind(**options)), transform(case.bind(case.reference, **options)))
+    want = transform(case.bind(case.reference, **options))
+    same(transform(case.bind(**options)), want, case.slack)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_grad(case, options, x):
 @pytest.mark.consumer("torch.func.grad, vjp")
 @over(variants=False, cases=ALL)
 def test_grad_without_state_and_reversed(case, x):
-    both(case, lambda f: grad(lambda *y: loss(f, *y))(*x[:-1]), reverse=True)
+    both(case, lambda f: grad(lambda *y: loss(f, *y))(*x[: case.inputs]), reverse=True)
 
 
 @pytest.mark.consumer("torch.func.grad, vjp")
@@ -100,7 +101,9 @@ def test_autograd_over_func_grad(case, x):
     x = [y.requires_grad_() for y in x]
 
     def transform(f):
-        return torch.autograd.grad(grad(lambda *y: loss(f, *y))(*x).sum(), x)
+        size = grad(lambda *y: loss(f, *y))(*x).square().sum()
+        grads = torch.autograd.grad(size, x, allow_unused=case.loose)
+        return [torch.zeros_like(y) if g is None else g for g, y in zip(grads, x, strict=True)]
 
     both(case, transform)
 
@@ -160,7 +163,7 @@ def test_vmap_out_dims(case, out_dims, x):
 @over(variants=False, cases=ALL)
 def test_vmap_of_vmap(case, x):
     dims = (0,) * len(x)
-    deep = [torch.stack([y, -y], 1) for y in stacked(x, dims)]
+    deep = [torch.stack([y, y / 2], 1) for y in stacked(x, dims)]
     both(case, lambda f: vmap(vmap(f))(*deep))
 
 
@@ -169,9 +172,11 @@ def test_vmap_of_vmap(case, x):
 @pytest.mark.parametrize("empty", ["batch", "time", "channels"])
 def test_vmap_of_nothing(case, empty, generator, device):
     B, T, D = (0 if empty == name else 2 for name in ("batch", "time", "channels"))
-    x = stacked(case.leaves(B, T, D, torch.float64, generator, device), (0,) * (case.inputs + 1))
-    h, final = vmap(case.bind())(*x)
-    assert h.shape == (3, B, T, D) and final.shape == (3, *case.state_shape(B, D))
+    x = stacked(case.leaves(B, T, D, torch.float64, generator, device), (0,) * len(case.names))
+    h, *finals = vmap(case.bind())(*x)
+    assert h.shape == (3, *case.output_shape(B, T, D))
+    for name, final in zip(case.states, finals, strict=True):
+        assert final.shape == (3, *case.shape(name, B, None, D))
 
 
 @pytest.mark.consumer("torch.func.vmap, any in_dims")
@@ -180,10 +185,14 @@ def test_vmap_without_state_and_in_other_dtypes(case, generator, device):
     for dtype in case.dtypes:
         x = case.leaves(2, 5, 3, dtype, generator, device, state=False)
         x = stacked(x, (0,) * len(x))
-        h, final = vmap(case.bind())(*x)
+        outputs = vmap(case.bind())(*x)
         for i in range(3):
             want = case.bind()(*[y[i] for y in x])
-            assert torch.equal(h[i], want[0]) and torch.equal(final[i], want[1])
+            for y, w in zip(outputs, want, strict=True):
+                if case.loose:  # torch's own operators, whose last bit depends on the size
+                    close(y[i], wide(w), factor=case.slack)
+                else:
+                    assert torch.equal(y[i], w)
 
 
 @pytest.mark.consumer("torch.func.vmap over packed sequences")
@@ -272,7 +281,7 @@ def test_jacobians(case, transform, generator, device):
 def test_jacobian_of_a_final_state(case, generator, device):
     x = case.leaves(2, 3, 2, torch.float64, generator, device)
     for transform in (jacrev, jacfwd):
-        both(case, lambda f, t=transform: t(lambda *y: f(*y)[1], everything(x))(*x))
+        both(case, lambda f, t=transform: t(lambda *y: f(*y)[1:], everything(x))(*x))
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
@@ -293,8 +302,8 @@ def test_jvp_of_one_input(case, x):
     want = jvp(case.bind(case.reference), x, tuple(y.cos() for y in x))
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(y, y.cos()) for y in x]
-        h, final = (torch.autograd.forward_ad.unpack_dual(y) for y in case.bind()(*duals))
-        same(((h.primal, final.primal), (h.tangent, final.tangent)), want)
+        pairs = [torch.autograd.forward_ad.unpack_dual(y) for y in case.bind()(*duals)]
+        same(tuple(zip(*pairs, strict=True)), want, case.slack)
 
 
 @pytest.mark.consumer("torch.func.jvp, jvp of jvp")
@@ -314,17 +323,17 @@ def test_jvp_of_the_step(case, generator, device):
     one, n = case.bind(case.reference), len(case.arguments)
 
     def reference(*y):
-        h, state = one(*[z[:, None] for z in y[:n]], *y[n:])
-        return h[:, 0], state
+        h, *states = one(*[z[:, None] for z in y[:n]], *y[n:])
+        return h[:, 0], *states
 
     transforms = (
         lambda f: jvp(f, x, tuple(y.cos() for y in x)),
         lambda f: grad(lambda *y: loss(f, *y), everything(x))(*x),
-        lambda f: vmap(f)(*[torch.stack([y, -y]) for y in x]),
-        lambda f: vmap(grad(lambda *y: loss(f, *y)))(*[torch.stack([y, -y]) for y in x]),
+        lambda f: vmap(f)(*[torch.stack([y, y / 2]) for y in x]),
+        lambda f: vmap(grad(lambda *y: loss(f, *y)))(*[torch.stack([y, y / 2]) for y in x]),
     )
     for transform in transforms:
-        same(without_warnings(transform)(case.step), transform(reference))
+        same(without_warnings(transform)(case.step), transform(reference), case.slack)
 
 
 @pytest.mark.consumer("per-sample gradients of a module (functional_call)")
@@ -341,7 +350,7 @@ def test_per_sample_gradients(case, generator, device):
     for i in range(3):
         want = torch.autograd.grad(module(x[i : i + 1])[0].square().sum(), parameters.values())
         for g, w in zip(got.values(), want, strict=True):
-            close(g[i], w, grad=True)
+            close(g[i], w, grad=True, factor=case.slack)
 
 
 @pytest.mark.consumer("ensembles (stack_module_state)")
@@ -356,4 +365,4 @@ def test_ensemble(case, generator, device):
 
     got = without_warnings(vmap(run))(parameters, buffers)
     for g, module in zip(got, modules, strict=True):
-        close(g, module(x)[0].detach())
+        close(g, module(x)[0].detach(), factor=case.slack)

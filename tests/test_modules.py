@@ -968,7 +968,9 @@ def test_lm_learns_a_text():
     "name",
     ["linear_scan", "min_gru", "min_lstm", "_sequence_layer", "min_rnn", "causal_conv1d"]
     + ["selective_scan", "mamba", "compat", "compat.minGRU_pytorch", "compat.causal_conv1d"]
-    + ["compat._mamba_ssm_ops", "compat._mamba_ssm_layer", "compat._mamba_ssm_models", "mamba_lm"],
+    + ["compat._mamba_ssm_ops", "compat._mamba_ssm_layer", "compat._mamba_ssm_models", "mamba_lm"]
+    + ["mamba2", "mlstm", "retention", "linear_attention", "compat._mamba_ssm_ssd"]
+    + ["compat.mlstm_kernels"],
 )
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"torch_ext.{name}")
@@ -1004,9 +1006,11 @@ def bad_states(module):
     [
         torch_ext.MinGRU(8, 4),
         torch_ext.MinLSTM(8, 4),
+        torch_ext.MLSTM(8, 4),
         torch_ext.MinRNNBlock(8),
         torch_ext.MinRNNLM(10, 8, 2),
         torch_ext.Mamba(8),
+        torch_ext.Mamba2(8, headdim=4),
         torch_ext.MambaBlock(8),
         torch_ext.MambaLM(10, 8, 2),
     ],

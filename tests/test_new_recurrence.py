@@ -50,7 +50,10 @@ def test_five_steps(tmp_path):
     lists = tree / "CMakeLists.txt"
     lists.write_text(
         re.sub(
-            r"  csrc/(nn/\w+|ops/(min|causal|selective|mamba)_\w+)\.cpp\n", "", lists.read_text()
+            r"  csrc/(nn/\w+|ops/(min|causal|selective|mamba|matrix)_\w+|"
+            r"ops/(mlstm|linear_attention|retention|ssd))\.cpp\n",
+            "",
+            lists.read_text(),
         )
     )
     run(

@@ -9,7 +9,9 @@ import pytest
 import torch
 from cases import (
     ALL,
+    DIRECT,
     HALF,
+    MATRICES,
     OTHERS,
     REAL,
     close,
@@ -33,9 +35,10 @@ def both_ways(case, options, x, generator, weights=None):
     f, reference = case.bind(**options), case.bind(case.reference, **options)
     weights = weights or cotangents(f(*x), generator)
     exact = [wide(y.cpu()) for y in x]
-    got = [*f(*x), *gradients(f, x, weights=weights)]
+    got = [*f(*x), *gradients(f, x, weights=weights, unused=case.loose)]
     exact_weights = [wide(g.cpu()) for g in weights]
-    want = [*reference(*exact), *gradients(reference, exact, weights=exact_weights)]
+    exact_grads = gradients(reference, exact, weights=exact_weights, unused=case.loose)
+    want = [*reference(*exact), *exact_grads]
     return got, want
 
 
@@ -150,7 +153,8 @@ def test_exact_decays_of_states(case, dtype, decay, generator, device):
     assert (wide(final).cpu() - want).abs().max() <= (0 if decay else 64 * tiny)
 
 
-@over(dtypes=(torch.float32, torch.bfloat16, torch.complex64), cases=ALL)
+# Of 5000 steps of a matrix memory: test_matrix_memory.py.
+@over(dtypes=(torch.float32, torch.bfloat16, torch.complex64), cases=DIRECT)
 @pytest.mark.parametrize("memory", ["short", "long"])
 def test_long_sequences(case, options, dtype, memory, generator, device):
     """T = 1e5: no drift. The values against a numpy loop, the gradients against the float64
@@ -200,26 +204,32 @@ def test_denormals(case, dtype, generator, device):
     """Inputs, states and results too small for a normal number may become 0, and nothing worse."""
     tiny = torch.finfo(dtype).tiny
     x = case.leaves(2, 40, 19, dtype, generator, device)
-    x = [y * tiny if name in DRIVES else y for name, y in zip(case.names, x, strict=True)]
+    drives = DRIVES | {case.carrier, case.states[0]}
+    x = [y * tiny if name in drives else y for name, y in zip(case.names, x, strict=True)]
     got, want = both_ways(case, {}, x, generator)
+    n = 1 + len(case.states)
     for g, w in zip(got[:2], want[:2], strict=True):
         assert (wide(g).cpu() - w).abs().max() <= 64 * tiny
-    for g, w in zip(got[2:], want[2:], strict=True):
+    for g, w in zip(got[n:], want[n:], strict=True):
         # a gradient may be a product of something flushed with a sum over hundreds of steps
-        assert error(g, w, floor=1e4 * tiny) <= 256 * torch.finfo(dtype).eps
+        assert error(g, w, floor=1e4 * tiny) <= case.slack * 256 * torch.finfo(dtype).eps
 
 
 FADES = {"a": 0.5, "delta": 1.0, "A": -math.log(2), "B": 1.0, "C": 1.0, "D": 1.0, "z": 3.0}
+FADES |= {"q": 1.0, "decay": 0.5, "dt": 1.0}
 
 
 @over(variants=False, cases=ALL)
 def test_decayed_state_does_not_stick(case, generator, device):
     """A state that only decays ends at 0 or at a denormal, also where a step stops changing it."""
+    if case.name == "linear_attention":
+        pytest.skip("never forgets")
     x = case.leaves(1, 5000, 19, torch.float32, generator, device)
-    for name, y in zip(case.names[:-1], x, strict=False):
+    for name, y in zip(case.names[: case.inputs], x, strict=False):
         y.fill_(FADES.get(name, 0.0))
-    h, final = case.bind()(*x)
-    assert final.abs().max() < torch.finfo(torch.float32).tiny
+    h, *finals = case.bind()(*x)
+    for final in finals:
+        assert final.abs().max() < torch.finfo(torch.float32).tiny
     assert h.isfinite().all()
 
 
@@ -256,22 +266,30 @@ def test_nan_stays_in_its_channel(case, options, dtype, reverse, generator, devi
     """A NaN shows where the reference has it: from its step on, in its row and channel. Elsewhere
     no bit differs."""
     x = case.leaves(3, 20, 37, dtype, generator, device)
+    if case.name == "retention":  # nothing fades so much that it is left out
+        leaf(case, x, "decay").clamp_(min=0.2)
     f = case.bind(**options, reverse=reverse)
     reference = case.bind(case.reference, **options, reverse=reverse)
     clean = f(*x)
+    handed_on = [case.states[k - 1] for k in case.constant(options)]
     for i, name in enumerate(case.names):
+        if name in handed_on:  # and seen by nothing else
+            continue
         for at in places(x[i], generator):
             poked = poke(x, i, at, torch.nan)
             masks = [y.isnan().to(device) for y in reference(*[y.cpu() for y in poked])]
-            for g, w, c in zip(f(*poked), masks, clean, strict=True):
+            for k, (g, w, c) in enumerate(zip(f(*poked), masks, clean, strict=True)):
+                if case.name == "mlstm" and k == 3:
+                    continue  # m is a maximum, which may pass over it: C and n do not
                 assert torch.equal(g.isnan(), w), name
                 assert torch.equal(g[~w], c[~w]), name
             assert masks[0].any() and not masks[0].all(), name
             if case.letters(name)[0] == "B":
                 assert not masks[0][[b for b in range(3) if b != at[0]]].any()
-            if "D" in case.letters(name):
-                d = at[case.letters(name).index("D")]
-                assert not masks[0][..., [k for k in range(37) if k != d]].any()
+            if case.channel in case.letters(name):
+                d = at[case.letters(name).index(case.channel)]
+                channels = masks[0].movedim(case.output.index(case.channel), 0)
+                assert not channels[[k for k in range(37) if k != d]].any()
 
 
 @over(dtypes=(torch.float32,), cases=ALL)
@@ -282,8 +300,9 @@ def test_nan_in_gradients(case, options, dtype, generator, device):
     f, reference = case.bind(**options), case.bind(case.reference, **options)
     weights = cotangents(f(*x), generator)
     clean = gradients(f, x, weights=weights)
-    assert leaf(case, x, "initial_state").abs().min() > 0  # or NaN * 0 * h hides nothing
-    for k, at in ((0, (2, 13, 17)), (1, (1, 36, 1)[: weights[1].dim()])):
+    assert all(y.abs().min() > 0 for y in x[case.inputs :])  # or NaN * 0 * h hides nothing
+    finals = [(k, (1, 36, 1, 1)[: w.dim()]) for k, w in enumerate(weights) if k > 0]
+    for k, at in ((0, (2, 13, 17, 1)[: weights[0].dim()]), *finals):
         bad = poke(weights, k, at, torch.nan)
         exact = [wide(y.cpu()) for y in x]
         want = gradients(reference, exact, weights=[wide(g.cpu()) for g in bad])
@@ -292,9 +311,20 @@ def test_nan_in_gradients(case, options, dtype, generator, device):
         ):
             mask = w.isnan().to(device)
             assert not mask.all(), name
-            assert torch.equal(g.isnan(), mask), name
+            if case in MATRICES:  # products of tiles of steps: all of this row and head may have it
+                mask = spread(case, mask, name)
+                assert (g.isnan() <= mask).all() and (g.isnan() >= w.isnan().to(device)).all(), name
+            else:
+                assert torch.equal(g.isnan(), mask), name
             assert torch.equal(g[~mask], c[~mask]), name
-        assert want[0].isnan().any()
+        assert any(w.isnan().any() for w in want)
+
+
+def spread(case, mask, name):
+    """True for a whole row and head, where anything is true in it."""
+    kept = [d for d, letter in enumerate(case.letters(name)) if letter in "BH"]
+    over_rest = [d for d in range(mask.dim()) if d not in kept]
+    return mask.amax(over_rest, keepdim=True).expand_as(mask) if over_rest else mask
 
 
 def check_infinity(case, options, i, value, generator, device):
@@ -317,7 +347,9 @@ def check_infinity(case, options, i, value, generator, device):
 DECAYS = ("A", "delta", "delta_bias")
 
 
-@over(dtypes=(torch.float32,), cases=ALL)
+# Matrix memories add products up in another order than the reference: where there are infinities of
+# both signs, what comes of them is another.
+@over(dtypes=(torch.float32,), cases=DIRECT)
 @pytest.mark.parametrize("value", [math.inf, -math.inf], ids=["inf", "minus_inf"])
 def test_infinities(case, options, dtype, value, generator, device):
     """The same infinities and NaN as the reference, at the same places: sigmoid(inf) is 1, not
@@ -357,7 +389,7 @@ def test_zero_at_the_kink(case, options, dtype, generator, device):
         close(g, w, grad=k > 1)
 
 
-@over(variants=False, cases=ALL)
+@over(variants=False, cases=DIRECT)
 def test_large_values(case, generator, device):
     """Near float32's largest number nothing overflows that the exact answer does not."""
     x = case.leaves(2, 5, 19, torch.float32, generator, device)

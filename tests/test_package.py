@@ -286,6 +286,29 @@ def test_another_nvcc_gets_a_fresh_build_folder(tmp_path, monkeypatch):
         assert cache.exists() == kept
 
 
+def test_kernels_of_another_build(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from setup import take_objects
+
+    other, folder = tmp_path / "other", tmp_path / "folder"
+    take_objects(other, folder)
+    assert not folder.exists()  # nothing to take
+    kernels = ["torch_ext_cuda.dir/a.cu.o", "torch_ext_isa_avx2.dir/b.cpp.o"]
+    for file in [*kernels, "torch_ext.dir/c.cpp.o", "CMakeCache.txt"]:
+        (other / "CMakeFiles" / file).parent.mkdir(parents=True, exist_ok=True)
+        (other / "CMakeFiles" / file).write_text("")
+    for file in (".ninja_log", ".ninja_deps", "CMakeCache.txt"):
+        (other / file).write_text("")
+    os.utime(other / "CMakeFiles" / kernels[0], (1000, 1000))
+    take_objects(other, folder)
+    taken = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert taken == {".ninja_log", ".ninja_deps", *(f"CMakeFiles/{file}" for file in kernels)}
+    assert (folder / "CMakeFiles" / kernels[0]).stat().st_mtime == 1000  # ninja goes by it
+    (other / ".ninja_log").write_text("new")
+    take_objects(other, folder)
+    assert (folder / ".ninja_log").read_text() == ""  # what was built here stays
+
+
 @pytest.mark.parametrize(
     "wanted, expected",
     [

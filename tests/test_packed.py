@@ -28,9 +28,10 @@ def separate(case, options, lengths):
             state = [y[s : s + 1] for y in states]
             rows.append(f(*case.at(inputs, slice(start, stop)), *state))
         if not rows:
-            h, final = f(*inputs)
-            return h, final[:0]
-        return torch.cat([h for h, _ in rows], 1), torch.cat([s for _, s in rows])
+            h, *finals = f(*inputs)
+            return h, *[final[:0] for final in finals]
+        h, *finals = zip(*rows, strict=True)
+        return torch.cat(h, 1), *map(torch.cat, finals)
 
     return run
 
@@ -45,17 +46,20 @@ def test_packed(case, options, dtype, lengths, reverse, generator, device):
         cu = torch.tensor(bounds(lengths), dtype=torch.int32, device=device)
         packed = case.bind(**options, cu_seqlens=cu)
         apart = separate(case, options, lengths)
-        h, final = packed(*x)
-        assert h.shape == x[0].shape and final.shape == case.state_shape(len(lengths), 19)
-        assert h.is_contiguous() and final.is_contiguous()
-        for name, g, w in zip(("h", "final_state"), (h, final), apart(*x), strict=True):
-            assert g.dtype is w.dtype
-            close(g, wide(w), factor=2, name=name)
-        weights = cotangents((h, final), generator)
-        got = gradients(packed, x, weights=weights)
+        outputs = packed(*x)
+        assert outputs[0].shape == case.output_shape(1, sum(lengths), 19)
+        for name, final in zip(case.states, outputs[1:], strict=True):
+            assert final.shape == case.shape(name, len(lengths), None, 19)
+        for name, g, w in zip(("h", *case.states), outputs, apart(*x), strict=True):
+            assert g.dtype is w.dtype and g.is_contiguous()
+            kept = case.promised(g, x[0])
+            close(g, wide(w), kept, factor=2 * case.slack, name=name)
+        weights = cotangents(outputs, generator)
+        got = gradients(packed, x, weights=weights, unused=case.loose)
         want = gradients(apart, x, weights=weights, unused=True)
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            close(g, wide(w), grad=True, factor=2, name=f"gradient of leaf {i}")
+        for name, g, w in zip(case.names, got, want, strict=False):
+            kept = case.promised(g, x[0])
+            close(g, wide(w), kept, True, 2 * case.slack, f"gradient of {name}")
 
 
 @over(variants=False, cases=ALL)
@@ -80,17 +84,17 @@ def test_cu_seqlens_changed_before_backward(case, generator, device):
     gradient."""
     x = case.leaves(1, 40, 19, torch.float32, generator, device, state=2, grad=True)
     cu = torch.tensor([0, 10, 40], device=device)
-    want = gradients(
-        case.bind(cu_seqlens=cu.clone()), x, through=(1,), weights=[torch.ones_like(x[-1])]
-    )
-    final = case.bind(cu_seqlens=cu)(*x)[1]
+    states = range(1, 1 + len(case.states))
+    ones = [torch.ones_like(y) for y in x[case.inputs :]]
+    want = gradients(case.bind(cu_seqlens=cu.clone()), x, states, ones, unused=case.loose)
+    finals = case.bind(cu_seqlens=cu)(*x)[1:]
     cu.copy_(torch.tensor([0, 30, 40]))
     try:
-        got = torch.autograd.grad(final, x, torch.ones_like(final))
+        got = torch.autograd.grad(finals, x, ones, allow_unused=case.loose)
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
         return
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert all(g is None or torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @over(variants=False, cases=ALL)
@@ -99,17 +103,19 @@ def test_sequences_do_not_see_each_other(case, generator, device):
     x = case.leaves(1, 40, 19, torch.float32, generator, device, state=3)
     cu = torch.tensor([0, 11, 29, 40], device=device)
     clean = case.bind(cu_seqlens=cu)(*x)
-    x[0][:, 11:29] = torch.nan
+    x[case.arguments.index(case.carrier)][:, 11:29] = torch.nan
     x = [y.requires_grad_() for y in x]
-    h, final = case.bind(cu_seqlens=cu)(*x)
-    assert h[:, 11:29].isnan().all() and final[1].isnan().all()
+    h, *finals = case.bind(cu_seqlens=cu)(*x)
+    assert h[:, 11:29].isnan().all() and any(final[1].isnan().all() for final in finals)
     for part in (slice(0, 11), slice(29, 40)):
         assert torch.equal(h[:, part], clean[0][:, part])
-    assert torch.equal(final[::2], clean[1][::2])
-    rows = [*x[: len(case.arguments)], x[-1]]  # parameters are one for all sequences
-    grads = torch.autograd.grad((h, final), rows, (torch.ones_like(h), torch.ones_like(final)))
-    for g in grads:
-        if g is not grads[-1]:
-            assert g[:, :11].isfinite().all() and g[:, 29:].isfinite().all()
-        else:
-            assert g[::2].isfinite().all()
+    for final, was in zip(finals, clean[1:], strict=True):
+        assert torch.equal(final[::2], was[::2])
+    n = len(case.arguments)
+    rows = [*x[:n], *x[case.inputs :]]  # parameters are one for all sequences
+    outputs = (h, *finals)
+    grads = torch.autograd.grad(outputs, rows, [torch.ones_like(y) for y in outputs])
+    for g in grads[:n]:
+        assert g[:, :11].isfinite().all() and g[:, 29:].isfinite().all()
+    for g in grads[n:]:
+        assert g[::2].isfinite().all()

@@ -12,29 +12,52 @@ from .causal_conv1d import (
     causal_conv1d_step,
     causal_conv1d_step_,
 )
+from .linear_attention import (
+    LinearAttention,
+    linear_attention,
+    linear_attention_reference,
+    linear_attention_step,
+    linear_attention_step_,
+)
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
 from .mamba import Mamba, mamba_step, mamba_step_
+from .mamba2 import Mamba2
 from .mamba_lm import MambaBlock, MambaLM
 from .min_gru import MinGRU, min_gru, min_gru_reference, min_gru_step, min_gru_step_
 from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_lstm_step_
 from .min_rnn import MinRNNBlock, MinRNNLM
+from .mlstm import MLSTM, mlstm, mlstm_reference, mlstm_step, mlstm_step_
+from .retention import Retention, retention, retention_reference, retention_step, retention_step_
 from .selective_scan import (
     selective_scan,
     selective_scan_reference,
     selective_scan_step,
     selective_scan_step_,
 )
+from .ssd import ssd, ssd_reference, ssd_step, ssd_step_
+from .xlstm import (
+    mLSTMBlock,
+    mLSTMLayer,
+    xLSTMBlockStack,
+    xLSTMLargeBlock,
+    xLSTMLargeLayer,
+)
+from .xlstm_lm import xLSTMLarge, xLSTMLM
 
 __version__ = build_info.version
 
 __all__ = [
+    "LinearAttention",
+    "MLSTM",
     "Mamba",
+    "Mamba2",
     "MambaBlock",
     "MambaLM",
     "MinGRU",
     "MinLSTM",
     "MinRNNBlock",
     "MinRNNLM",
+    "Retention",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -42,10 +65,16 @@ __all__ = [
     "causal_conv1d_step_",
     "cmake_prefix_path",
     "compat",
+    "linear_attention",
+    "linear_attention_reference",
+    "linear_attention_step",
+    "linear_attention_step_",
     "linear_scan",
     "linear_scan_reference",
     "linear_scan_step",
     "linear_scan_step_",
+    "mLSTMBlock",
+    "mLSTMLayer",
     "mamba_step",
     "mamba_step_",
     "min_gru",
@@ -56,8 +85,25 @@ __all__ = [
     "min_lstm_reference",
     "min_lstm_step",
     "min_lstm_step_",
+    "mlstm",
+    "mlstm_reference",
+    "mlstm_step",
+    "mlstm_step_",
+    "retention",
+    "retention_reference",
+    "retention_step",
+    "retention_step_",
     "selective_scan",
     "selective_scan_reference",
     "selective_scan_step",
     "selective_scan_step_",
+    "ssd",
+    "ssd_reference",
+    "ssd_step",
+    "ssd_step_",
+    "xLSTMBlockStack",
+    "xLSTMLM",
+    "xLSTMLarge",
+    "xLSTMLargeBlock",
+    "xLSTMLargeLayer",
 ]

@@ -11,12 +11,15 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ._yaml import read_yaml, write_yaml
 
 _DTYPES = {
     "F64": torch.float64,
@@ -33,20 +36,31 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_NESTED = ("state_dict", "model_state_dict", "model")
 
 
 # ---- reading ----
-def read_config(name: str, folder: Path) -> dict[str, Any]:
-    """``config.json``; ``name`` begins what errors say."""
+def read_config(
+    name: str, folder: Path, files: tuple[str, ...] = ("config.json",)
+) -> tuple[Path, dict[str, Any]]:
+    """The first of ``files`` that is there, and what it says; ``name`` begins what errors say."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{name}: folder is {str(folder)!r}, expected a local folder with config.json and "
-            f"{SAFETENSORS} or {PICKLE}; nothing is downloaded"
+            f"{name}: folder is {str(folder)!r}, expected a local folder with {' or '.join(files)} "
+            f"and {SAFETENSORS} or {PICKLE}; nothing is downloaded"
         )
-    config = _read_json(name, folder / "config.json")
+    path = next((folder / file for file in files if (folder / file).exists()), folder / files[0])
+    if path.suffix == ".json":
+        config = _read_json(name, path)
+    else:
+        try:
+            config = read_yaml(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name}: {path} is not YAML that is read here: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{name}: {folder / 'config.json'} holds no object in braces")
-    return config
+        raise ValueError(f"{name}: {path} holds no object in braces")
+    return path, config
 
 
 def _read_json(name: str, path: Path) -> Any:
@@ -58,19 +72,53 @@ def _read_json(name: str, path: Path) -> Any:
         raise ValueError(f"{name}: {path} is not JSON: {error}") from None
 
 
-def open_weights(name: str, folder: Path) -> Mapping[str, Tensor]:
+def entry(place: str, config: dict[str, Any], key: str, kinds: Any, default: Any = None) -> Any:
+    """``config[key]``, which has to be there if there is no default."""
+    value = config.get(key, default)
+    if value is None:
+        raise ValueError(f"{place}: there is no {key}")
+    allowed = (kinds,) if isinstance(kinds, type) else kinds
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        expected = " or ".join(kind.__name__ for kind in allowed)
+        raise ValueError(f"{place}: {key} is {value!r}, expected {expected}")
+    return value
+
+
+def open_weights(name: str, folder: Path, own_names: bool = False) -> Mapping[str, Tensor]:
     """The tensors by name, on the CPU. They are read when they are asked for, and may share memory
-    with the file, which writing to them does not change."""
+    with the file, which writing to them does not change.
+
+    Args:
+        name: begins what errors say.
+        folder: has them.
+        own_names: also take numbered parts ``model_0.safetensors``, ..., and, if there is just one
+            such file, one of any name that ends in .safetensors, .pt, .pth, .bin or .ckpt.
+    """
     for file in (SAFETENSORS, PICKLE):
         if (folder / file).exists():
             return _open(name, folder / file)
         index = folder / f"{file}.index.json"
         if index.exists():
             return _Shards(name, index)
-    raise FileNotFoundError(
-        f"{name}: {folder} has no weights, expected {SAFETENSORS} or {PICKLE}, or one of them in "
-        "parts with a file .index.json"
-    )
+    expected = f"{SAFETENSORS} or {PICKLE}, or one of them in parts with a file .index.json"
+    if own_names:
+        if (folder / "model_0.safetensors").exists():
+            files = [folder / f"model_{k}.safetensors" for k in range(_count_parts(folder))]
+            return ChainMap(*(_open(name, file) for file in files))
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in _SUFFIXES]
+        if len(files) == 1:
+            return _open(name, files[0])
+        expected += f", or model_0.safetensors, ..., or one file with {', '.join(_SUFFIXES)}"
+        if files:
+            expected += f"; {', '.join(file.name for file in files)} are several"
+    raise FileNotFoundError(f"{name}: {folder} has no weights, expected {expected}")
+
+
+def _count_parts(folder: Path) -> int:
+    count = 1
+    while (folder / f"model_{count}.safetensors").exists():
+        count += 1
+    return count
 
 
 def _open(name: str, path: Path) -> Mapping[str, Tensor]:
@@ -85,6 +133,9 @@ def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: {path} cannot be read as tensors: {first}") from error
+    for key in _NESTED:  # a training's checkpoint, in which the model is one of several things
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{name}: {path} holds {type(content).__name__}, expected tensors by name")
     return content
@@ -209,6 +260,26 @@ class Renamed(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Computed(Mapping[str, Tensor]):
+    """Tensors that are made of others when they are asked for. The last one is kept: who asks for a
+    tensor mostly does it more than once."""
+
+    def __init__(self, makers: dict[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, key: str) -> Tensor:
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._makers[key]()
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 def load(
     name: str,
     model: nn.Module,
@@ -269,15 +340,23 @@ def _listed(what: list[str]) -> str:
 
 # ---- writing ----
 def save(
-    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, safetensors: bool
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    safetensors: bool,
+    config_file: str = "config.json",
 ) -> None:
-    """``config.json``, and the weights as safetensors or ``pytorch_model.bin``."""
+    """``config.json`` or another file, and the weights as safetensors or ``pytorch_model.bin``."""
     folder.mkdir(parents=True, exist_ok=True)
     if safetensors:
         write_safetensors(folder / SAFETENSORS, tensors)
     else:
         torch.save(tensors, folder / PICKLE)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2) + "\n"
+    if not config_file.endswith(".json"):
+        text = write_yaml(config)
+    (folder / config_file).write_text(text, encoding="utf-8")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

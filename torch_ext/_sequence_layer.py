@@ -136,16 +136,26 @@ class SequenceLayer(nn.Module):
         """One step of one layer: ``gates`` ``(B, num_gates * hidden_size)``."""
         raise NotImplementedError
 
+    def state_sizes(self) -> list[list[tuple[str, int]]]:
+        """Of each tensor of the state: its dimensions after ``B``, by name and size."""
+        return [[("hidden_size", self.hidden_size)]]
+
     def zero_state(self, batch_size: int) -> list[Tensor]:
         """The state before the first step, each ``(num_layers * num_directions, B, ...)``."""
         weight = self._weights()[0]
-        return [
-            torch.zeros(
-                [self.num_layers * self.num_directions, batch_size, self.hidden_size],
-                dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-                device=weight.device,
+        state: list[Tensor] = []
+        for sizes in self.state_sizes():
+            shape = [self.num_layers * self.num_directions, batch_size]
+            for _, size in sizes:
+                shape.append(size)
+            state.append(
+                torch.zeros(
+                    shape,
+                    dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+                    device=weight.device,
+                )
             )
-        ]
+        return state
 
     def flatten_parameters(self) -> None:
         """Nothing to do; here because users of torch.nn.GRU call it."""
@@ -248,11 +258,15 @@ class SequenceLayer(nn.Module):
         elif batched:
             self._check_state(state, batch_size)
         else:
-            if state[0].dim() != 2:
-                raise ValueError(
-                    f"{self._name}: state has shape {shape_text(state[0])}, expected "
-                    f"(num_layers * num_directions, hidden_size) since x has no batch"
-                )
+            for k, sizes in enumerate(self.state_sizes()):
+                if state[k].dim() != 1 + len(sizes):
+                    names = "num_layers * num_directions"
+                    for name, _ in sizes:
+                        names += f", {name}"
+                    raise ValueError(
+                        f"{self._name}: state has shape {shape_text(state[k])}, expected ({names}) "
+                        f"since x has no batch"
+                    )
             state = [s.unsqueeze(1) for s in state]
             self._check_state(state, 1)
 
@@ -329,18 +343,17 @@ class SequenceLayer(nn.Module):
         return x, [torch.stack(s) for s in new_states]
 
     def _check_state(self, state: list[Tensor], batch_size: int) -> None:
-        for s in state:
-            rows = self.num_layers * self.num_directions
-            if (
-                s.dim() < 3
-                or s.shape[0] != rows
-                or s.shape[1] != batch_size
-                or s.shape[-1] != self.hidden_size
-            ):
+        rows = self.num_layers * self.num_directions
+        for k, sizes in enumerate(self.state_sizes()):
+            shape = [rows, batch_size]
+            for _, size in sizes:
+                shape.append(size)
+            if list(state[k].shape) != shape:
+                text = f"num_layers * num_directions={rows}, B={batch_size}"
+                for name, size in sizes:
+                    text += f", {name}={size}"
                 raise ValueError(
-                    f"{self._name}: state has shape {shape_text(s)}, expected "
-                    f"(num_layers * num_directions={rows}, B={batch_size}, "
-                    f"hidden_size={self.hidden_size})"
+                    f"{self._name}: state has shape {shape_text(state[k])}, expected ({text})"
                 )
 
     def _check_lengths(self, lengths: Tensor, batch_size: int, num_steps: int) -> None:

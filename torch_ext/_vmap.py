@@ -169,3 +169,64 @@ def _register_selective_scan(name: str, index: str) -> None:
 _register_selective_scan("selective_scan", "cu_seqlens")
 _register_selective_scan("selective_scan_backward", "cu_seqlens")
 _register_selective_scan("selective_scan_step", "state_indices")
+
+
+def _register_matrix_memory(name: str) -> None:
+    """Folded into the batch, or, where sequences are packed, into the heads."""
+    operator = getattr(torch.ops.torch_ext, name)
+    arguments = [argument.name for argument in operator.default._schema.arguments]
+    index_at = arguments.index("cu_seqlens")
+    # Where the heads are, counted from the end.
+    of_heads = dict.fromkeys(("q", "k", "v", "grad_h", "n", "grad_n"), 2)
+    of_heads |= dict.fromkeys(("C", "grad_C"), 3)
+    gates = ("log_decay", "log_input", "input_scale")
+    of_heads |= dict.fromkeys((*gates, "m", "grad_m"), 1)
+    backward = name.endswith("_backward")
+    outputs_of = (
+        ("q", "k", "v", *gates, "C", "n", "m") if backward else ("v", "C", "n", "m", "kept")
+    )
+
+    def rule(info, in_dims, *args):
+        packed = len(args) > index_at and args[index_at] is not None
+        if packed and in_dims[index_at] is not None:
+            raise ValueError(
+                f"{name}: cu_seqlens has a vmap dimension, expected none: "
+                "it has to be the same for all that vmap runs over"
+            )
+        size = info.batch_size
+
+        def fold(argument: str, x: Tensor, dim: int | None) -> Tensor:
+            if argument == "kept":  # was kept by a call of other sizes: it is made again
+                return x.new_empty(0)
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if x.numel() == 0 and x.dim() == 2 and argument.startswith("grad_"):
+                return x[0]  # of a state that there is not
+            if not packed:
+                return x.flatten(0, 1)
+            at = x.dim() - 1 - of_heads[argument]
+            return x.movedim(0, at).flatten(at, at + 1)
+
+        def unfold(argument: str, x: Tensor) -> tuple[Tensor, int | None]:
+            if argument == "kept" or (x.dim() == 1 and x.numel() == 0):
+                return x, None
+            at = x.dim() - of_heads[argument] if packed else 0
+            return x.unflatten(at, (size, -1)), at
+
+        folded = {
+            argument: fold(argument, x, dim)
+            if isinstance(x, Tensor) and argument != "cu_seqlens"
+            else x
+            for argument, x, dim in zip(arguments, args, in_dims, strict=False)
+            if argument != "checkpoints"
+        }
+        pairs = [
+            unfold(argument, x) for argument, x in zip(outputs_of, operator(**folded), strict=True)
+        ]
+        unfolded, dims = zip(*pairs, strict=True)
+        return unfolded, dims
+
+    torch.library.register_vmap(f"torch_ext::{name}", rule)
+
+
+_register_matrix_memory("matrix_memory")
+_register_matrix_memory("matrix_memory_backward")

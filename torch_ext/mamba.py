@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._sequence_layer import check_state_type, is_compiling, shape_text
+from ._padding import last_inputs, valid_steps
+from ._sequence_layer import check_state_type, shape_text
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
 
@@ -229,7 +230,7 @@ class Mamba(nn.Module):
         self.d_state = d_state
         self.d_conv = d_conv
         self.expand = expand
-        self.d_inner = int(expand * d_model)
+        self.d_inner = self.conv_dim = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
         self.layer_idx = layer_idx
         self.bidirectional = bidirectional
@@ -273,6 +274,19 @@ class Mamba(nn.Module):
         dt_proj.bias._no_reinit = True
         A_log.copy_(torch.arange(1, self.d_state + 1, device=A_log.device).log().expand_as(A_log))
         D.fill_(1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all parameters again, as the constructor does: also after ``to_empty``."""
+        self.in_proj.reset_parameters()
+        self.conv1d.reset_parameters()
+        self.x_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        self._reset_recurrence(self.dt_proj, self.A_log, self.D)
+        if self.bidirectional:
+            self.conv1d_b.reset_parameters()
+            self.x_proj_b.reset_parameters()
+            self._reset_recurrence(self.dt_proj_b, self.A_b_log, self.D_b)
 
     def extra_repr(self) -> str:
         text = f"{self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
@@ -356,11 +370,8 @@ class Mamba(nn.Module):
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         if lengths is not None and padding == "right":
-            # The last inputs of each row before its padding, which the convolution has run over.
-            everything = torch.cat([state[0].transpose(1, 2).to(inner.dtype), inner], 1)
-            place = lengths.to(x.device)[:, None] + torch.arange(self.d_conv - 1, device=x.device)
-            place = place[:, :, None].expand(-1, -1, self.d_inner)
-            conv = everything.gather(1, place).transpose(1, 2)
+            # Without the padding, which the convolution has run over.
+            conv = last_inputs(state[0], inner, lengths)
         return y, (conv.to(state[0].dtype), scan)
 
     @torch.jit.export
@@ -418,6 +429,9 @@ class Mamba(nn.Module):
         )
         return y, conv_state, scan_state
 
+    def _conv_inputs(self, x: Tensor) -> Tensor:
+        return self.in_proj(x).chunk(2, -1)[0]
+
     def _zeros(self, batch_size: int) -> State:
         wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         return (
@@ -450,23 +464,4 @@ class Mamba(nn.Module):
 
     def _valid(self, x: Tensor, lengths: Tensor | None, padding: str) -> Tensor | None:
         """Where there is no padding, ``(B, T, 1)``."""
-        if padding != "right" and padding != "left":
-            raise ValueError(f'Mamba: padding is "{padding}", expected "right" or "left"')
-        if lengths is None:
-            return None
-        if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"Mamba: lengths has shape {shape_text(lengths)}, expected (B={x.shape[0]},)"
-            )
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"Mamba: lengths has dtype {lengths.dtype}, expected an integer")
-        if lengths.is_cpu and lengths.numel() > 0 and not is_compiling():
-            low, high = int(lengths.min()), int(lengths.max())
-            if low < 0 or high > x.shape[1]:
-                raise ValueError(
-                    f"Mamba: lengths has values from {low} to {high}, expected 0 to T={x.shape[1]}"
-                )
-        steps = torch.arange(x.shape[1], device=x.device)
-        if padding == "left":
-            steps = x.shape[1] - 1 - steps
-        return (steps < lengths.to(x.device).unsqueeze(1)).unsqueeze(2)
+        return valid_steps("Mamba", x, lengths, padding)

@@ -11,7 +11,7 @@ section 3.4 and appendix E.2. Parameters have the names, shapes and initial valu
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _checkpoint, _mamba_checkpoint
-from ._sampling import sample
-from ._sequence_layer import is_compiling, shape_text
+from ._language_model import LanguageModel, check_ids
+from ._padding import last_step
+from ._sequence_layer import shape_text
 from .mamba import Mamba, State
+from .mamba2 import Mamba2
 
 
 class MambaBlock(nn.Module):
@@ -45,10 +47,13 @@ class MambaBlock(nn.Module):
             that many blocks do not round the sum each time. The norm sees it before any rounding.
             False keeps the dtype of ``x``.
         bidirectional: see :class:`torch_ext.Mamba`. It has ``forward`` alone.
+        ssm_cfg: the mixer and its options by name, as mamba_ssm's configs have them: ``{"layer":
+            "Mamba2", "d_state": 64}`` makes it a :class:`torch_ext.Mamba2`, whose norm takes
+            ``norm_eps`` too; the arguments from ``d_state`` to ``bias`` are then left alone.
 
     Attributes:
         norm.weight: ``(d_model,)``; ``norm.bias`` in a LayerNorm.
-        mixer: the :class:`torch_ext.Mamba`.
+        mixer: the :class:`torch_ext.Mamba` or :class:`torch_ext.Mamba2`.
 
     Example:
         >>> block = torch_ext.MambaBlock(16)
@@ -84,15 +89,24 @@ class MambaBlock(nn.Module):
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         bidirectional: bool = False,
+        ssm_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.residual_in_fp32 = residual_in_fp32
         self.norm = _make_norm(d_model, rms_norm, norm_eps, device, dtype)
-        self.mixer = Mamba(
-            d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale,
-            dt_init_floor, conv_bias, bias, layer_idx=layer_idx, device=device, dtype=dtype,
-            bidirectional=bidirectional,
+        arguments = (
+            d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
+            conv_bias, bias,
         )  # fmt: skip
+        given = dict(zip(_mamba_checkpoint.OPTIONS["Mamba1"], arguments, strict=True))
+        layer, options = _mamba_checkpoint.layer_options("MambaBlock", given, ssm_cfg)
+        factory = {"layer_idx": layer_idx, "device": device, "dtype": dtype}
+        if layer == "Mamba2":
+            if bidirectional:
+                raise ValueError("MambaBlock: bidirectional is True, expected False with Mamba2")
+            self.mixer = Mamba2(d_model, **options, **factory, norm_eps=norm_eps)
+        else:
+            self.mixer = Mamba(d_model, **options, **factory, bidirectional=bidirectional)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, padding: str = "right") -> Tensor:
         """Runs all steps, from zero states.
@@ -216,11 +230,7 @@ class MambaBackbone(nn.Module):
             x, after = layer.prefill(x, layer_state, lengths, padding)
             new_state.append(after)
         if last_only:
-            if lengths is not None and padding == "right":
-                last = (lengths.to(x.device).long() - 1).clamp_min(0)[:, None, None]
-                x = x.gather(1, last.expand(-1, 1, x.shape[2])).squeeze(1)
-            else:
-                x = x[:, -1]
+            x = last_step(x, lengths, padding)
             if valid is not None and lengths is not None:
                 valid = (lengths.to(x.device) > 0).unsqueeze(1)
         x = self.norm_f(x)
@@ -270,11 +280,11 @@ class MambaBackbone(nn.Module):
         if valid is not None:
             ids = torch.where(valid.squeeze(2), ids, 0)
         if not torch.jit.is_scripting():
-            _check_ids(ids, self.embedding.num_embeddings)
+            check_ids("MambaLM", ids, self.embedding.num_embeddings)
         return self.embedding(ids), valid
 
 
-class MambaLM(nn.Module):
+class MambaLM(LanguageModel):
     r"""A language model of :class:`MambaBlock`: embedding, blocks, norm, logits.
 
     Args:
@@ -290,6 +300,9 @@ class MambaLM(nn.Module):
         activation_checkpointing: ``forward`` keeps the blocks' inputs alone for the backward and
             computes the rest again (see :mod:`torch.utils.checkpoint`). An attribute of
             ``backbone``, which can be changed at any time.
+        ssm_cfg: the layers and their options by name, as mamba_ssm's configs have them: ``{"layer":
+            "Mamba2", "d_state": 64}`` makes them :class:`torch_ext.Mamba2`; the arguments from
+            ``d_state`` to ``bias`` are then left alone.
         device: of the parameters.
         dtype: of the parameters but the mixers' ``A_log`` and ``D``, which are float32 or wider.
 
@@ -333,6 +346,7 @@ class MambaLM(nn.Module):
         pad_vocab_size_multiple: int = 8,
         *,
         activation_checkpointing: bool = False,
+        ssm_cfg: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -344,7 +358,7 @@ class MambaLM(nn.Module):
         ]:
             if value < 1:
                 raise ValueError(f"MambaLM: {argument} is {value}, expected at least 1")
-        block: dict[str, Any] = {
+        given = {
             "d_state": d_state,
             "d_conv": d_conv,
             "expand": expand,
@@ -356,8 +370,11 @@ class MambaLM(nn.Module):
             "dt_init_floor": dt_init_floor,
             "conv_bias": conv_bias,
             "bias": bias,
-            "residual_in_fp32": residual_in_fp32,
         }
+        layer, options = _mamba_checkpoint.layer_options("MambaLM", given, ssm_cfg)
+        if layer == "Mamba2":
+            options = {"ssm_cfg": {"layer": layer, **options}}
+        block: dict[str, Any] = {**options, "residual_in_fp32": residual_in_fp32}
         self.config = {
             "vocab_size": vocab_size,
             "d_model": d_model,
@@ -392,9 +409,8 @@ class MambaLM(nn.Module):
         layers = self.backbone.layers
         for layer in layers:
             mixer = layer.mixer
-            for module in (layer.norm, mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.out_proj):
-                module.reset_parameters()
-            mixer._reset_recurrence(mixer.dt_proj, mixer.A_log, mixer.D)
+            layer.norm.reset_parameters()
+            mixer.reset_parameters()
             for linear in (mixer.in_proj, mixer.out_proj):
                 if linear.bias is not None:
                     linear.bias.zero_()
@@ -463,171 +479,6 @@ class MambaLM(nn.Module):
         x, new_state = self.backbone.step(ids, state)
         return self.lm_head(x), new_state
 
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        lengths: Tensor | None = None,
-        padding: str = "right",
-        prefill_chunk: int | None = None,
-        generator: torch.Generator | None = None,
-        pad_token_id: int | None = None,
-    ) -> Tensor:
-        """Continues each sequence, one token at a time, in constant memory.
-
-        Args:
-            ids: the beginning of each sequence, ``(B, T)``, at least one token.
-            max_new_tokens: how many tokens to append.
-            temperature: divides the logits; 0 always takes the most likely token.
-            top_k: draw from the ``top_k`` most likely tokens only.
-            top_p: draw from the fewest most likely tokens that together have at least the
-                probability ``top_p``, after ``temperature`` and ``top_k``.
-            eos_token_id: the token, or tokens, that end a sequence. What follows in its row is
-                ``pad_token_id``, and the result ends where the last row does.
-            lengths: number of tokens of each row of padded ``ids``, at least 1, ``(B,)``. Every row
-                is continued as it would be alone.
-            padding: side on which the padding is, ``"right"`` or ``"left"``.
-            prefill_chunk: how many tokens of ``ids`` are read at a time; all at once if omitted.
-                Memory does not grow with the length of ``ids`` if it is given.
-            generator: what draws. torch's default one if omitted.
-            pad_token_id: see ``eos_token_id``, whose first it is if omitted.
-
-        Returns:
-            ``(B, T + n)`` with ``n <= max_new_tokens``: ``ids`` as it is, its padding included,
-            then the new tokens.
-
-        Notes:
-            Records no gradient. :meth:`stream` has the tokens one by one.
-
-        Example:
-            >>> model = torch_ext.MambaLM(vocab_size=256, d_model=16, n_layer=2)
-            >>> prompts = torch.tensor([list(b"Mamba is"), list(b"Why?    ")])
-            >>> lengths = torch.tensor([8, 4])
-            >>> model.generate(prompts, 4, temperature=0.8, top_p=0.9, lengths=lengths).shape
-            torch.Size([2, 12])
-        """
-        new = self.stream(
-            ids, max_new_tokens, temperature, top_k, top_p, eos_token_id, lengths, padding,
-            prefill_chunk, generator, pad_token_id,
-        )  # fmt: skip
-        return torch.cat([ids, *(token.to(ids.dtype).unsqueeze(1) for token in new)], 1)
-
-    def stream(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        lengths: Tensor | None = None,
-        padding: str = "right",
-        prefill_chunk: int | None = None,
-        generator: torch.Generator | None = None,
-        pad_token_id: int | None = None,
-    ) -> Iterator[Tensor]:
-        """The new tokens of :meth:`generate`, ``(B,)`` each, as soon as they are drawn.
-
-        Example:
-            >>> model = torch_ext.MambaLM(vocab_size=256, d_model=16, n_layer=2)
-            >>> prompt = torch.tensor([list(b"Mamba is")])
-            >>> len([token.item() for token in model.stream(prompt, 4)])
-            4
-        """
-        name = "MambaLM.generate"
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(
-                f"{name}: ids has shape {shape_text(ids)}, expected (B, T) with T >= 1"
-            )
-        if max_new_tokens < 0:
-            raise ValueError(f"{name}: max_new_tokens is {max_new_tokens}, expected at least 0")
-        if not temperature >= 0:
-            raise ValueError(f"{name}: temperature is {temperature}, expected at least 0")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{name}: top_k is {top_k}, expected at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"{name}: top_p is {top_p}, expected a number in (0, 1]")
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ValueError(f"{name}: prefill_chunk is {prefill_chunk}, expected at least 1")
-        eos = [] if eos_token_id is None else eos_token_id
-        eos = list(eos) if isinstance(eos, Sequence) else [int(eos)]
-        pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
-        for argument, tokens in [("eos_token_id", eos), ("pad_token_id", [pad])]:
-            if any(not 0 <= token < self.vocab_size for token in tokens):
-                raise ValueError(
-                    f"{name}: {argument} is {tokens}, expected 0 to vocab_size - 1 = "
-                    f"{self.vocab_size - 1}"
-                )
-        if padding not in ("right", "left"):
-            raise ValueError(f'{name}: padding is "{padding}", expected "right" or "left"')
-        if lengths is not None:
-            B, T = ids.shape
-            if lengths.shape != (B,) or lengths.is_floating_point():
-                raise ValueError(
-                    f"{name}: lengths has shape {shape_text(lengths)} and dtype {lengths.dtype}, "
-                    f"expected (B={B},) integers"
-                )
-            low, high = (int(lengths.min()), int(lengths.max())) if B > 0 else (1, 1)
-            if low < 1 or high > T:
-                raise ValueError(
-                    f"{name}: lengths has values from {low} to {high}, expected 1 to T={T}"
-                )
-            lengths = lengths.to(ids.device, torch.int64)
-            if padding == "left":  # chunks need the first tokens in the first columns
-                ids = ids.gather(1, (torch.arange(T, device=ids.device) - lengths[:, None]) % T)
-        choose = (temperature, top_k, top_p, generator)
-        return self._stream(ids, max_new_tokens, choose, eos, pad, lengths, prefill_chunk)
-
-    @torch.no_grad()  # around each step: the caller's code between them is not concerned
-    def _stream(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        choose: tuple[float, int | None, float | None, torch.Generator | None],
-        eos: list[int],
-        pad: int,
-        lengths: Tensor | None,
-        prefill_chunk: int | None,
-    ) -> Iterator[Tensor]:
-        if max_new_tokens == 0:
-            return
-        logits, state = self._read(ids, lengths, prefill_chunk)
-        ends = torch.tensor(eos, device=ids.device)
-        done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        for k in range(max_new_tokens):
-            token = sample(logits[:, : self.vocab_size], *choose)
-            if eos:
-                token = torch.where(done, pad, token)
-                done = done | torch.isin(token, ends)
-            yield token
-            if eos and bool(done.all()):
-                return
-            if k < max_new_tokens - 1:
-                logits, state = self.step(token, state)
-
-    def _read(
-        self, ids: Tensor, lengths: Tensor | None, chunk: int | None
-    ) -> tuple[Tensor, list[State]]:
-        """Logits ``(B, V)`` after each row's last token, and the state there."""
-        T = ids.shape[1]
-        if chunk is None or chunk >= T:
-            return self.prefill(ids, None, lengths, last_only=True)
-        state = self.init_state(ids.shape[0])
-        last, rest = None, None
-        for start in range(0, T, chunk):
-            piece = ids[:, start : start + chunk]
-            if lengths is not None:
-                rest = (lengths - start).clamp(0, piece.shape[1])
-            x, state = self.backbone.prefill(piece, state, rest, last_only=True)
-            if last is not None and rest is not None:  # rows can have ended before
-                x = torch.where((rest > 0)[:, None], x, last)
-            last = x
-        return self.lm_head(last), state
-
     @classmethod
     def from_pretrained(
         cls,
@@ -639,8 +490,9 @@ class MambaLM(nn.Module):
 
         The folder has ``config.json`` and the weights, ``model.safetensors`` or
         ``pytorch_model.bin``, or several such files and their ``.index.json``, in the layout of
-        mamba_ssm's ``MambaLMHeadModel`` or of transformers' ``MambaForCausalLM``. No package is
-        needed to read them, and no code in them is run.
+        mamba_ssm's ``MambaLMHeadModel`` (Mamba-1 or Mamba-2), or of transformers'
+        ``MambaForCausalLM`` or ``Mamba2ForCausalLM``. No package is needed to read them, and no
+        code in them is run.
 
         Args:
             folder: path.
@@ -682,29 +534,17 @@ class MambaLM(nn.Module):
         Args:
             folder: path; made if it is not there.
             layout: ``"transformers"`` writes ``config.json`` and ``model.safetensors`` for
-                ``MambaForCausalLM``, ``"mamba_ssm"`` ``config.json`` and ``pytorch_model.bin`` for
-                ``MambaLMHeadModel``.
+                ``MambaForCausalLM`` or ``Mamba2ForCausalLM``, ``"mamba_ssm"`` ``config.json`` and
+                ``pytorch_model.bin`` for ``MambaLMHeadModel``.
             extra: further entries of ``config.json``, such as ``{"eos_token_id": 0}``.
 
         Raises:
             ValueError: ``layout`` is unknown, or has no room for the model: transformers' Mamba has
-                an RMSNorm and a whole number ``expand``, mamba_ssm's a ``norm_eps`` of 1e-5.
+                an RMSNorm and a whole number ``expand``, its Mamba2 moreover a norm behind the gate and
+                all channels in the scan, mamba_ssm's a ``norm_eps`` of 1e-5.
         """
         name = f"{type(self).__name__}.save_pretrained"
         _mamba_checkpoint.write(name, Path(folder), self, self.config, layout, extra)
-
-
-@torch.jit.unused
-def _check_ids(ids: Tensor, rows: int) -> None:
-    """Says more than the embedding would. On the CPU alone, as reading numbers waits for a GPU."""
-    if not ids.is_cpu or ids.numel() == 0 or is_compiling():
-        return
-    try:
-        low, high = int(ids.min()), int(ids.max())
-    except RuntimeError:  # there are no numbers to read, as under vmap
-        return
-    if low < 0 or high >= rows:
-        raise ValueError(f"MambaLM: ids has values from {low} to {high}, expected 0 to {rows - 1}")
 
 
 class _RMSNorm(nn.RMSNorm):

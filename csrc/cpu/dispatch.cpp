@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <thread>
@@ -162,6 +163,15 @@ void run(
 
 // ---- selective scan ----
 
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+std::unique_ptr<void, Free> allocate(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, size_t(round_up(bytes + 64, 64)));
+  if (!memory) throw std::bad_alloc();
+  return std::unique_ptr<void, Free>(memory);
+}
+
 // Runs body(begin, end) over items that make `work` state updates together.
 template <class Body>
 void run_items(int64_t items, int64_t work, Parallel parallel, const Body& body) {
@@ -261,14 +271,6 @@ bool selective_scan_backward(DType dtype, const SelectiveScanBackward& p, Parall
   const int64_t number = dtype == DType::f64 || dtype == DType::c128 ? 8 : 4;
   const int64_t numbers =
       p.num_groups * p.num_states * (dtype == DType::c64 || dtype == DType::c128 ? 2 : 1);
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  const auto allocate = [](int64_t bytes) {
-    void* memory = std::aligned_alloc(64, size_t(round_up(bytes + 64, 64)));
-    if (!memory) throw std::bad_alloc();
-    return std::unique_ptr<void, Free>(memory);
-  };
   // Without sequences there is one part, which is zero.
   const bool nothing = p.num_sequences == 0;
   plan.parts = std::max<int64_t>(plan.parts, 1);
@@ -284,6 +286,102 @@ bool selective_scan_backward(DType dtype, const SelectiveScanBackward& p, Parall
   if (!nothing) run(kernels.backward, plan.parts * plan.blocks_per_group * p.num_groups, 3 * work);
   run(kernels.reduce_channels, slots, plan.parts * p.width * p.num_states);
   if (tokens) run(kernels.reduce_tokens, tokens, plan.blocks_per_group * tokens * numbers);
+  return true;
+}
+
+namespace {
+
+MatrixMemoryPlan matrix_memory_plan(DType dtype, const MatrixMemoryProblem& p, int64_t threads) {
+  MatrixMemoryPlan plan;
+  plan.chunk = matrix_memory_chunk(p.key_size, p.value_size);
+  // Measured, float32 with AVX-512: step by step takes half a chunk's time at 16 x 16, as long at 64 x 64, 1.2 times as long
+  // at 128 x 64; for 16 steps or fewer it is the faster one up to 128 x 256. Products of bfloat16 take 0.7 of its time at 64
+  // x 64. One or two heads are left to chunks, which more threads can share.
+  const int64_t size = p.key_size * p.value_size;
+  const bool pairs = dtype == DType::bf16 && has_bfloat16 && !p.wide_keys;
+  if (size <= (pairs ? 32 * 32 : 64 * 64) && p.num_sequences * p.num_heads > 2)
+    plan.few = std::numeric_limits<int64_t>::max();
+  else
+    plan.few = size <= 128 * 256 ? 16 : 6;
+  const int64_t of_group = p.num_heads / p.num_groups;
+  // What the heads of a block share costs a third of a head's own work.
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t heads = 1; heads <= std::min(kMatrixMemoryHeads, of_group); ++heads) {
+    const int64_t items = p.num_sequences * p.num_groups * ((of_group + heads - 1) / heads);
+    const double time = double((items + threads - 1) / threads) * (double(heads) + 1. / 3);
+    if (time <= best) best = time, plan.heads = heads;
+  }
+  plan.blocks = (of_group + plan.heads - 1) / plan.heads;
+  plan.rows = p.num_steps * (p.cu_seqlens ? 1 : p.num_sequences);
+  return plan;
+}
+int64_t matrix_memory_work(const MatrixMemoryProblem& p, const MatrixMemoryPlan& plan) {
+  return plan.rows * p.num_heads * (p.key_size + 1) * (p.value_size + 1) / 8;
+}
+
+} // namespace
+
+bool matrix_memory_forward(DType dtype, const MatrixMemoryForward& p, Parallel parallel) {
+  const MatrixMemoryKernels& kernels = table().matrix_memory[int(dtype)];
+  if (!kernels.forward) return false;
+  if (p.num_sequences == 0 || p.num_heads == 0) return true;
+  MatrixMemoryPlan plan = matrix_memory_plan(dtype, p, std::max(parallel.threads, 1));
+  const int64_t items = p.num_sequences * p.num_groups * plan.blocks,
+                chunks = (p.num_steps + plan.chunk - 1) / plan.chunk,
+                work = matrix_memory_work(p, plan), number = dtype == DType::f64 ? 8 : 4;
+  plan.stream = p.checkpoints && matrix_memory_checkpoints(p) * number > l2_bytes() / 2 &&
+                reinterpret_cast<uintptr_t>(p.checkpoints) % 64 == 0;
+  const auto run = [&](const MatrixMemoryForward& part, int64_t parts) {
+    run_items(parts, work, parallel, [&](int64_t begin, int64_t end) {
+      kernels.forward(part, plan, begin, end);
+    });
+  };
+  const bool in_place = p.final_state.m && p.final_state.m == p.initial_state.m;
+  if (items >= parallel.threads || chunks < 4 || p.num_steps <= plan.few || p.key_size == 0 ||
+      p.cu_seqlens || in_place) {
+    run(p, items);
+    return true;
+  }
+  // Fewer heads than threads: two passes, the same sums.
+  MatrixMemoryForward both = p;
+  std::unique_ptr<void, Free> states;
+  if (!both.checkpoints) {
+    states = allocate(matrix_memory_checkpoints(p) * number);
+    both.checkpoints = states.get();
+  }
+  const int64_t heads = p.num_sequences * p.num_heads,
+                slices =
+                    std::min((p.key_size + 15) / 16, (2 * parallel.threads + heads - 1) / heads);
+  plan.keys = round_up((p.key_size + slices - 1) / slices, 16);
+  plan.pass = MatrixMemoryPlan::Pass::states;
+  run(both, heads * ((p.key_size + plan.keys - 1) / plan.keys));
+  plan.pass = MatrixMemoryPlan::Pass::outputs;
+  run(both, items * chunks);
+  return true;
+}
+
+bool matrix_memory_backward(DType dtype, const MatrixMemoryBackward& p, Parallel parallel) {
+  const MatrixMemoryKernels& kernels = table().matrix_memory[int(dtype)];
+  if (!kernels.backward) return false;
+  if (p.num_sequences == 0 || p.num_heads == 0) return true;
+  MatrixMemoryPlan plan =
+      matrix_memory_plan(dtype, p, 8); // whatever threads there are: heads are added up by blocks
+  plan.stream = plan.rows * p.num_heads * p.value_size * 4 > l2_bytes();
+  std::unique_ptr<void, Free> shares;
+  if (plan.blocks > 1) {
+    const int64_t bytes = plan.blocks * plan.rows * p.num_groups *
+                          matrix_memory_padded(p.key_size) * (dtype == DType::f64 ? 8 : 4);
+    shares = allocate(2 * round_up(bytes, 64));
+    plan.shares_of_q = shares.get();
+    plan.shares_of_k = static_cast<char*>(shares.get()) + round_up(bytes, 64);
+  }
+  run_items(
+      p.num_sequences * p.num_groups * plan.blocks, 3 * matrix_memory_work(p, plan), parallel,
+      [&](int64_t begin, int64_t end) { kernels.backward(p, plan, begin, end); });
+  if (plan.blocks > 1 && plan.rows)
+    run_items(
+        plan.rows, 2 * plan.rows * plan.blocks * p.num_groups * p.key_size, parallel,
+        [&](int64_t begin, int64_t end) { kernels.reduce(p, plan, begin, end); });
   return true;
 }
 

@@ -28,6 +28,10 @@ bool causal_conv1d_backward(DType dtype, const CausalConv1dBackward& problem, Pa
 bool selective_scan_forward(DType dtype, const SelectiveScanForward& problem, Parallel parallel);
 bool selective_scan_backward(DType dtype, const SelectiveScanBackward& problem, Parallel parallel);
 
+// dtype: that of the arrays over time.
+bool matrix_memory_forward(DType dtype, const MatrixMemoryForward& problem, Parallel parallel);
+bool matrix_memory_backward(DType dtype, const MatrixMemoryBackward& problem, Parallel parallel);
+
 // For a few rows of x, as long as W is larger than what they make of it. False when there is no kernel for the dtype.
 bool project(DType dtype, const Projection& problem, Parallel parallel);
 

@@ -5,6 +5,7 @@
 
 #include "../core/causal_conv1d_problem.h"
 #include "../core/diagonal_problem.h"
+#include "../core/matrix_memory_problem.h"
 #include "../core/selective_scan_problem.h"
 
 namespace torch_ext::cpu {
@@ -82,6 +83,41 @@ struct SelectiveScanKernels {
                               reduce_tokens = nullptr;
 };
 
+// How a matrix memory is cut up: an item is a sequence and up to `heads` heads of one group. Backward, the gradients of
+// queries and keys of more than one block are added up in order; `heads` follows from shapes alone.
+inline constexpr int64_t kMatrixMemoryHeads = 8;
+struct MatrixMemoryPlan {
+  int64_t chunk = 0,
+          few = 0; // steps of a chunk; of sequences up to which the recurrence goes step by step
+  // Few heads: states at the starts of all chunks first, an item being `keys` rows of a state; then outputs, an item being
+  // one of those of `all` and a chunk.
+  enum class Pass { all, states, outputs } pass = Pass::all;
+  bool stream = false; // kept states and gradients are stored around the cache
+  int64_t keys = 0;
+  int64_t heads = 1, blocks = 1;                       // of a block; blocks of a group
+  int64_t rows = 0;                                    // tokens of all sequences
+  void *shares_of_q = nullptr, *shares_of_k = nullptr; // (block, row, group, padded key)
+
+  struct Item {
+    int64_t sequence, block, head, heads;
+  };
+  Item item(int64_t i, const MatrixMemoryProblem& p) const {
+    const int64_t of_group = p.num_heads / p.num_groups, block = i % blocks,
+                  group = i / blocks % p.num_groups, first = block * heads;
+    return {
+        i / blocks / p.num_groups, block, group * of_group + first,
+        of_group - first < heads ? of_group - first : heads};
+  }
+};
+using MatrixMemoryForwardKernel =
+    void (*)(const MatrixMemoryForward&, const MatrixMemoryPlan&, int64_t begin, int64_t end);
+using MatrixMemoryBackwardKernel =
+    void (*)(const MatrixMemoryBackward&, const MatrixMemoryPlan&, int64_t begin, int64_t end);
+struct MatrixMemoryKernels {
+  MatrixMemoryForwardKernel forward = nullptr;
+  MatrixMemoryBackwardKernel backward = nullptr, reduce = nullptr; // over items; over rows
+};
+
 // y = x W^T + bias: x (rows, inputs) and W (outputs, inputs) with inputs side by side, y (rows, outputs) contiguous.
 struct Projection {
   int64_t rows = 0, inputs = 0, outputs = 0, x_row = 0, weight_row = 0;
@@ -104,6 +140,7 @@ struct KernelTable {
   void (*exponentials)(float* to, const float* x, int64_t n); // for calibration
   void (*multiply_adds)(float* x, int64_t repeats); // repeats * kMultiplyAdds vector multiply-adds
   SelectiveScanKernels selective_scan[int(DType::count)] = {};
+  MatrixMemoryKernels matrix_memory[int(DType::count)] = {};
   ProjectionKernelPointer projection[int(DType::count)] = {};
 };
 inline constexpr int kMultiplyAdds = 16;

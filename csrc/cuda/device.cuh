@@ -23,6 +23,7 @@ T recomputed(T x) {
   return x;
 }
 inline float exp2_bounded(float x) { return exp2f(x); }
+inline bool has_matrix_products() { return true; }
 } // namespace torch_ext::cuda
 #else
 #include <cuda_bf16.h>
@@ -45,6 +46,10 @@ TORCH_EXT_DEVICE unsigned ballot(unsigned mask, bool x) { return __ballot_sync(m
 template <class T>
 TORCH_EXT_DEVICE T shuffle(unsigned mask, T x, int from) {
   return __shfl_sync(mask, x, from);
+}
+template <class T>
+TORCH_EXT_DEVICE T shuffle_up(unsigned mask, T x, int delta) { // the first lanes keep theirs
+  return __shfl_up_sync(mask, x, unsigned(delta));
 }
 template <class T>
 TORCH_EXT_DEVICE T shuffle_xor(unsigned mask, T x, int bits) {
@@ -179,6 +184,50 @@ TORCH_EXT_DEVICE uint32_t pack_pair<Half>(float first, float second) {
   return word;
 }
 
+// ---- matrices: fragments as in the PTX ISA, spelt out in mma.cuh; all 32 lanes take part. From sm_80 on ----
+
+// d += a b.
+TORCH_EXT_DEVICE void mma_m16n8k16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+TORCH_EXT_DEVICE void mma_m16n8k16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+// Four 8 by 8 matrices of 16-bit numbers. Lanes 8 i to 8 i + 7 give the addresses of the rows of the i-th, 16 aligned
+// bytes each; lane l gets elements 2 (l % 4) and the next of row l / 4; transposed, of column l / 4.
+template <class T>
+TORCH_EXT_DEVICE void load_matrix_x4(uint32_t (&r)[4], Shared<T> rows, int index) {
+#if __CUDA_ARCH__ >= 750
+  const unsigned address = unsigned(__cvta_generic_to_shared(rows.data + index));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+#endif
+}
+template <class T>
+TORCH_EXT_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], Shared<T> rows, int index) {
+#if __CUDA_ARCH__ >= 750
+  const unsigned address = unsigned(__cvta_generic_to_shared(rows.data + index));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+#endif
+}
+
 // ---- launches ----
 
 template <class Kernel, class... Args>
@@ -187,6 +236,13 @@ void launch(
   if (shared_bytes > 48 * 1024) // an error of this call shows at the launch
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+}
+// Does the current device run what this file says of matrices?
+inline bool has_matrix_products() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 8;
 }
 inline void zero(void* p, int64_t bytes, cudaStream_t stream) {
   cudaMemsetAsync(p, 0, size_t(bytes), stream);

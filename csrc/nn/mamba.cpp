@@ -1,4 +1,5 @@
-// Mamba, the block around it, and the language model made of it. The same in Python: torch_ext/mamba.py, mamba_lm.py.
+// Mamba, Mamba-2, the block around them, and the language model made of it. The same in Python: torch_ext/mamba.py,
+// mamba2.py, mamba_lm.py.
 #include <cmath>
 #include <ostream>
 #include <utility>
@@ -35,16 +36,55 @@ void check_one_step(const char* name, const Tensor& x, int64_t d_model) {
 }
 
 // Where in x (B, T, ...) there is no padding, (B, T, 1); undefined without lengths.
-Tensor valid_steps(const Tensor& x, const Tensor& lengths, const std::string& padding) {
+Tensor valid_steps(
+    const char* name, const Tensor& x, const Tensor& lengths, const std::string& padding) {
   TORCH_CHECK_VALUE(
-      padding == "right" || padding == "left", "Mamba: padding is '", padding,
+      padding == "right" || padding == "left", name, ": padding is '", padding,
       "', expected 'right' or 'left'");
   if (!lengths.defined()) return {};
   const int64_t num_steps = x.size(1);
-  detail::check_lengths("Mamba", lengths, x.size(0), num_steps);
+  detail::check_lengths(name, lengths, x.size(0), num_steps);
   Tensor steps = torch::arange(num_steps, torch::dtype(torch::kLong).device(x.device()));
   if (padding == "left") steps = num_steps - 1 - steps;
   return (steps < lengths.to(x.device()).unsqueeze(1)).unsqueeze(2);
+}
+
+// The last inputs of each row of x (B, T, D) before its padding on the right, which a convolution has run over; `before`
+// (B, D, W - 1) are those before its first.
+Tensor last_inputs(const Tensor& before, const Tensor& x, const Tensor& lengths) {
+  const Tensor everything = torch::cat({before.transpose(1, 2).to(x.scalar_type()), x}, 1);
+  const Tensor place = lengths.to(x.device()).unsqueeze(1) +
+                       torch::arange(before.size(2), torch::dtype(torch::kLong).device(x.device()));
+  return everything.gather(1, place.unsqueeze(2).expand({-1, -1, x.size(2)})).transpose(1, 2);
+}
+
+// Biases whose softplus are step sizes between two bounds, uniform in the logarithm.
+Tensor initial_dt_bias(const Tensor& like, double dt_min, double dt_max, double floor) {
+  const Tensor dt =
+      torch::empty_like(like).uniform_(std::log(dt_min), std::log(dt_max)).exp().clamp_min(floor);
+  return dt + torch::log(-torch::expm1(-dt)); // the inverse of softplus
+}
+
+at::ScalarType parameter_dtype_of_recurrence() {
+  return torch::get_default_dtype_as_scalartype() == torch::kDouble ? torch::kDouble
+                                                                    : torch::kFloat;
+}
+
+void check_mamba_state(
+    const char* name, const MambaState& state, torch::IntArrayRef conv_shape, const char* channels,
+    torch::IntArrayRef scan_shape, std::initializer_list<const char*> scan_names) {
+  const auto& [conv, scan] = state;
+  TORCH_CHECK_VALUE(
+      conv.defined() && conv.sizes() == conv_shape, name, ": the first tensor of state has shape ",
+      shape_of(conv), ", expected (B=", conv_shape[0], ", ", channels, "=", conv_shape[1],
+      ", d_conv - 1=", conv_shape[2], ")");
+  std::string expected;
+  size_t i = 0;
+  for (const char* each : scan_names)
+    expected += c10::str(i ? ", " : "", each, "=", scan_shape[i]), ++i;
+  TORCH_CHECK_VALUE(
+      scan.defined() && scan.sizes() == scan_shape, name, ": the second tensor of state has shape ",
+      shape_of(scan), ", expected (", expected, ")");
 }
 
 } // namespace
@@ -76,8 +116,7 @@ void MambaImpl::reset() {
   // Random numbers are drawn in Python's order, so that a seed gives the same parameters.
   in_proj = register_module(
       "in_proj", Linear(LinearOptions(d_model, 2 * d_inner()).bias(options.bias())));
-  const auto wide =
-      torch::get_default_dtype_as_scalartype() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  const auto wide = parameter_dtype_of_recurrence();
   const auto make = [&](Direction& direction, const std::string& tail) {
     direction.conv1d = register_module(
         "conv1d" + tail, Conv1d(Conv1dOptions(d_inner(), d_inner(), options.d_conv())
@@ -119,11 +158,8 @@ void MambaImpl::reset_recurrence(const Direction& direction) {
   } else {
     direction.dt_proj->weight.uniform_(-bound, bound);
   }
-  const Tensor dt = torch::empty_like(direction.D)
-                        .uniform_(std::log(options.dt_min()), std::log(options.dt_max()))
-                        .exp()
-                        .clamp_min(options.dt_init_floor());
-  direction.dt_proj->bias.copy_(dt + torch::log(-torch::expm1(-dt))); // the inverse of softplus
+  direction.dt_proj->bias.copy_(
+      initial_dt_bias(direction.D, options.dt_min(), options.dt_max(), options.dt_init_floor()));
   const Tensor states = torch::arange(1, options.d_state() + 1, direction.A_log.options());
   direction.A_log.copy_(states.log().expand_as(direction.A_log));
   direction.D.fill_(1);
@@ -140,7 +176,7 @@ void MambaImpl::pretty_print(std::ostream& stream) const {
 Tensor MambaImpl::forward(const Tensor& x, const Tensor& lengths, const std::string& padding) {
   if (!options.bidirectional()) return std::get<0>(prefill(x, {}, lengths, padding));
   check_x("Mamba", x, options.d_model());
-  const Tensor valid = valid_steps(x, lengths, padding);
+  const Tensor valid = valid_steps("Mamba", x, lengths, padding);
   const auto parts = in_proj->forward(masked(x, valid)).chunk(2, -1);
   const MambaState zeros = init_state(x.size(0));
   const Tensor y = std::get<0>(run(ahead, parts[0], parts[1], zeros, valid));
@@ -154,7 +190,7 @@ std::tuple<Tensor, MambaState> MambaImpl::prefill(
     const std::string& padding) {
   check_one_direction("prefill");
   check_x("Mamba", x, options.d_model());
-  const Tensor valid = valid_steps(x, lengths, padding);
+  const Tensor valid = valid_steps("Mamba", x, lengths, padding);
   TORCH_CHECK_VALUE(
       !valid.defined() || !initial_state || padding == "right",
       "Mamba.prefill: state is given, expected none with padding on the left, ",
@@ -167,13 +203,7 @@ std::tuple<Tensor, MambaState> MambaImpl::prefill(
   auto [conv, scan] = new_state;
   const Tensor& before = std::get<0>(state);
   if (valid.defined() && padding == "right") {
-    // The last inputs of each row before its padding, which the convolution has run over.
-    const Tensor everything =
-        torch::cat({before.transpose(1, 2).to(parts[0].scalar_type()), parts[0]}, 1);
-    const Tensor place =
-        lengths.to(x.device()).unsqueeze(1) +
-        torch::arange(options.d_conv() - 1, torch::dtype(torch::kLong).device(x.device()));
-    conv = everything.gather(1, place.unsqueeze(2).expand({-1, -1, d_inner()})).transpose(1, 2);
+    conv = last_inputs(before, parts[0], lengths);
   }
   return {masked(out_proj->forward(y), valid), {conv.to(before.scalar_type()), scan}};
 }
@@ -223,17 +253,239 @@ void MambaImpl::check_one_direction(const char* method) const {
 }
 
 void MambaImpl::check_state(const MambaState& state, int64_t batch_size) const {
-  const auto& [conv, scan] = state;
-  const int64_t kept = options.d_conv() - 1;
+  check_mamba_state(
+      "Mamba", state, {batch_size, d_inner(), options.d_conv() - 1}, "d_inner",
+      {batch_size, d_inner(), options.d_state()}, {"B", "d_inner", "d_state"});
+}
+
+// ---- Mamba-2 ----
+
+namespace detail {
+
+GatedRMSNormImpl::GatedRMSNormImpl(
+    int64_t channels, int64_t groups, double eps, bool norm_before_gate)
+    : channels_(channels), groups_(groups), eps_(eps), norm_before_gate_(norm_before_gate) {
+  GatedRMSNormImpl::reset();
+}
+
+void GatedRMSNormImpl::reset() {
+  weight = register_parameter("weight", torch::empty({channels_}));
+  reset_parameters();
+}
+
+void GatedRMSNormImpl::reset_parameters() {
+  const torch::NoGradGuard no_grad;
+  weight.fill_(1);
+}
+
+Tensor GatedRMSNormImpl::forward(const Tensor& x, const Tensor& z) {
+  const auto wide = state_dtype(x.scalar_type());
+  const Tensor gate = torch::silu(z.to(wide));
+  Tensor y = x.to(wide);
+  if (!norm_before_gate_) y = y * gate;
+  y = y.unflatten(-1, {groups_, -1});
+  y = (y * torch::rsqrt(y.square().mean(-1, /*keepdim=*/true) + eps_)).flatten(-2);
+  y = y * weight.to(wide);
+  if (norm_before_gate_) y = y * gate;
+  return y.to(x.scalar_type());
+}
+
+void GatedRMSNormImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "torch_ext::nn::GatedRMSNorm(" << channels_ << ", groups=" << groups_
+         << ", eps=" << eps_ << ", norm_before_gate=" << norm_before_gate_ << ")";
+}
+
+} // namespace detail
+
+Mamba2Impl::Mamba2Impl(const Mamba2Options& options) : options(options) {
+  const char* name = "Mamba2";
+  for (const auto& [argument, value] :
+       {std::pair("d_model", options.d_model()),
+        {"d_state", options.d_state()},
+        {"d_conv", options.d_conv()},
+        {"headdim", options.headdim()},
+        {"ngroups", options.ngroups()}}) {
+    TORCH_CHECK_VALUE(value >= 1, name, ": ", argument, " is ", value, ", expected at least 1");
+  }
   TORCH_CHECK_VALUE(
-      conv.defined() && conv.sizes() == torch::IntArrayRef({batch_size, d_inner(), kept}),
-      "Mamba: the first tensor of state has shape ", shape_of(conv), ", expected (B=", batch_size,
-      ", d_inner=", d_inner(), ", d_conv - 1=", kept, ")");
+      d_inner() >= 1, name, ": expand is ", options.expand(), ", expected at least 1 / d_model");
   TORCH_CHECK_VALUE(
-      scan.defined() &&
-          scan.sizes() == torch::IntArrayRef({batch_size, d_inner(), options.d_state()}),
-      "Mamba: the second tensor of state has shape ", shape_of(scan), ", expected (B=", batch_size,
-      ", d_inner=", d_inner(), ", d_state=", options.d_state(), ")");
+      0 < d_ssm() && d_ssm() <= d_inner(), name, ": d_ssm is ", d_ssm(),
+      ", expected 1 to d_inner=", d_inner());
+  TORCH_CHECK_VALUE(
+      d_ssm() % options.headdim() == 0, name, ": headdim is ", options.headdim(),
+      ", expected a number that divides ", options.d_ssm() ? "d_ssm" : "d_inner", "=", d_ssm());
+  TORCH_CHECK_VALUE(
+      nheads() % options.ngroups() == 0, name, ": ngroups is ", options.ngroups(),
+      ", expected a number that divides the number of heads, ", nheads());
+  TORCH_CHECK_VALUE(
+      0 < options.dt_min() && options.dt_min() <= options.dt_max(), name, ": dt_min is ",
+      options.dt_min(), " and dt_max ", options.dt_max(), ", expected 0 < dt_min <= dt_max");
+  const auto& [low, high] = options.A_init_range();
+  TORCH_CHECK_VALUE(
+      0 < low && low <= high, name, ": A_init_range is (", low, ", ", high,
+      "), expected 0 < low <= high");
+  const auto& [shortest, longest] = options.dt_limit();
+  TORCH_CHECK_VALUE(
+      0 <= shortest && shortest <= longest, name, ": dt_limit is (", shortest, ", ", longest,
+      "), expected 0 <= low <= high");
+  Mamba2Impl::reset();
+}
+
+void Mamba2Impl::reset() {
+  using torch::nn::Conv1d, torch::nn::Conv1dOptions, torch::nn::Linear, torch::nn::LinearOptions;
+  // Random numbers are drawn in Python's order, so that a seed gives the same parameters.
+  const int64_t rows = 2 * (d_inner() - d_ssm()) + d_ssm() + conv_dim() + nheads();
+  in_proj = register_module(
+      "in_proj", Linear(LinearOptions(options.d_model(), rows).bias(options.bias())));
+  conv1d = register_module(
+      "conv1d", Conv1d(Conv1dOptions(conv_dim(), conv_dim(), options.d_conv())
+                           .groups(conv_dim())
+                           .bias(options.conv_bias())
+                           .padding(options.d_conv() - 1)));
+  const auto wide = parameter_dtype_of_recurrence();
+  dt_bias = register_parameter("dt_bias", torch::empty({nheads()}, wide));
+  A_log = register_parameter("A_log", torch::empty({nheads()}, wide));
+  D = register_parameter("D", torch::empty({options.D_has_hdim() ? d_ssm() : nheads()}, wide));
+  if (options.rmsnorm())
+    norm = register_module(
+        "norm", detail::GatedRMSNorm(
+                    d_ssm(), options.ngroups(), options.norm_eps(), options.norm_before_gate()));
+  out_proj = register_module(
+      "out_proj", Linear(LinearOptions(d_inner(), options.d_model()).bias(options.bias())));
+  reset_recurrence();
+}
+
+void Mamba2Impl::reset_parameters() {
+  in_proj->reset_parameters();
+  conv1d->reset_parameters();
+  if (norm) norm->reset_parameters();
+  out_proj->reset_parameters();
+  reset_recurrence();
+}
+
+void Mamba2Impl::reset_recurrence() {
+  const torch::NoGradGuard no_grad;
+  if (const auto& bound = options.conv_init()) conv1d->weight.uniform_(-*bound, *bound);
+  dt_bias.copy_(
+      initial_dt_bias(dt_bias, options.dt_min(), options.dt_max(), options.dt_init_floor()));
+  A_log.uniform_(options.A_init_range().first, options.A_init_range().second).log_();
+  D.fill_(1);
+}
+
+void Mamba2Impl::pretty_print(std::ostream& stream) const {
+  stream << "torch_ext::nn::Mamba2(d_model=" << options.d_model()
+         << ", d_state=" << options.d_state() << ", d_conv=" << options.d_conv()
+         << ", expand=" << options.expand() << ", headdim=" << options.headdim()
+         << ", ngroups=" << options.ngroups() << ")";
+}
+
+Tensor Mamba2Impl::forward(const Tensor& x, const Tensor& lengths, const std::string& padding) {
+  return std::get<0>(prefill(x, {}, lengths, padding));
+}
+
+std::tuple<Tensor, MambaState> Mamba2Impl::prefill(
+    const Tensor& x, const std::optional<MambaState>& initial_state, const Tensor& lengths,
+    const std::string& padding) {
+  check_x("Mamba2", x, options.d_model());
+  const Tensor valid = valid_steps("Mamba2", x, lengths, padding);
+  TORCH_CHECK_VALUE(
+      !valid.defined() || !initial_state || padding == "right",
+      "Mamba2.prefill: state is given, expected none with padding on the left, ",
+      "which would stand between the state and the first step");
+  const MambaState state = initial_state ? *initial_state : init_state(x.size(0));
+  check_state(state, x.size(0));
+  const Tensor& before = std::get<0>(state);
+  const auto parts = project(masked(x, valid));
+  const Tensor inner = masked(parts[2], valid);
+  auto [u, conv] = causal_conv1d(
+      inner, conv1d->weight.squeeze(1), optional(conv1d->bias), before.to(inner.scalar_type()),
+      "silu");
+  const auto of_heads = heads(u);
+  const auto [dt, bias] = time_steps(parts[3], valid);
+  const auto [y, scan] =
+      ssd(of_heads[0], dt, -torch::exp(A_log), of_heads[1], of_heads[2], skip(), gate(parts[1]),
+          bias, std::get<1>(state), bias.has_value());
+  if (valid.defined() && padding == "right") conv = last_inputs(before, inner, lengths);
+  return {
+      masked(finish(y, parts[1], parts[0]), valid),
+      MambaState(conv.to(before.scalar_type()), scan)};
+}
+
+std::tuple<Tensor, MambaState> Mamba2Impl::step(const Tensor& x, const MambaState& state) {
+  check_one_step("Mamba2", x, options.d_model());
+  check_state(state, x.size(0));
+  const Tensor& before = std::get<0>(state);
+  const auto parts = project(x);
+  const auto [u, conv] = causal_conv1d_step(
+      parts[2], conv1d->weight.squeeze(1), optional(conv1d->bias),
+      before.to(parts[2].scalar_type()), {}, "silu");
+  const auto of_heads = heads(u);
+  const auto [dt, bias] = time_steps(parts[3], {});
+  const auto [y, scan] = ssd_step(
+      of_heads[0], dt, -torch::exp(A_log), of_heads[1], of_heads[2], skip(), gate(parts[1]), bias,
+      std::get<1>(state), {}, bias.has_value());
+  return {finish(y, parts[1], parts[0]), MambaState(conv.to(before.scalar_type()), scan)};
+}
+
+MambaState Mamba2Impl::init_state(int64_t batch_size) const {
+  const auto like = torch::dtype(state_dtype(A_log.scalar_type())).device(A_log.device());
+  return {
+      torch::zeros({batch_size, conv_dim(), options.d_conv() - 1}, like),
+      torch::zeros({batch_size, nheads(), options.headdim(), options.d_state()}, like)};
+}
+
+// The MLP beside the scan, the gate, the convolution's inputs, the step sizes.
+std::vector<Tensor> Mamba2Impl::project(const Tensor& x) {
+  return in_proj->forward(x).split_with_sizes(
+      {2 * (d_inner() - d_ssm()), d_ssm(), conv_dim(), nheads()}, -1);
+}
+
+// x, B and C after the convolution.
+std::vector<Tensor> Mamba2Impl::heads(const Tensor& u) const {
+  const int64_t width = options.ngroups() * options.d_state();
+  auto parts = u.split_with_sizes({d_ssm(), width, width}, -1);
+  parts[0] = parts[0].unflatten(-1, {nheads(), -1});
+  for (size_t i : {1, 2}) parts[i] = parts[i].unflatten(-1, {options.ngroups(), options.d_state()});
+  return parts;
+}
+
+// dt and dt_bias of the scan, whose softplus comes with the bias. A step of size 0 keeps the state.
+std::pair<Tensor, std::optional<Tensor>> Mamba2Impl::time_steps(
+    Tensor dt, const Tensor& valid) const {
+  const auto& [low, high] = options.dt_limit();
+  if (low == 0 && std::isinf(high))
+    return {valid.defined() ? torch::where(valid, dt, -1e4) : dt, dt_bias};
+  dt = dt.to(state_dtype(dt.scalar_type()));
+  dt = torch::softplus(dt + dt_bias.to(dt.scalar_type())).clamp(low, high);
+  return {masked(dt, valid), std::nullopt};
+}
+
+// The scan's gate, where there is no norm that has it.
+std::optional<Tensor> Mamba2Impl::gate(const Tensor& z) const {
+  if (norm) return std::nullopt;
+  return z.unflatten(-1, {nheads(), -1});
+}
+
+Tensor Mamba2Impl::skip() const {
+  return options.D_has_hdim() ? D.unflatten(0, {nheads(), -1}) : D;
+}
+
+Tensor Mamba2Impl::finish(Tensor y, const Tensor& z, const Tensor& mlp) {
+  y = y.flatten(-2);
+  if (norm) y = norm->forward(y, z);
+  if (d_ssm() < d_inner()) {
+    const auto parts = mlp.chunk(2, -1);
+    y = torch::cat({torch::silu(parts[0]) * parts[1], y}, -1);
+  }
+  return out_proj->forward(y);
+}
+
+void Mamba2Impl::check_state(const MambaState& state, int64_t batch_size) const {
+  check_mamba_state(
+      "Mamba2", state, {batch_size, conv_dim(), options.d_conv() - 1},
+      "d_ssm + 2 * ngroups * d_state", {batch_size, nheads(), options.headdim(), options.d_state()},
+      {"B", "nheads", "headdim", "d_state"});
 }
 
 // ---- the block ----
@@ -271,16 +523,20 @@ void ResidualNormImpl::pretty_print(std::ostream& stream) const {
 
 } // namespace detail
 
-MambaBlockImpl::MambaBlockImpl(const MambaBlockOptions& options) : options(options) {
+MambaBlockImpl::MambaBlockImpl(const MambaBlockOptions& options)
+    : options(options), mixer(Mamba(nullptr)) {
   MambaBlockImpl::reset();
 }
 
 void MambaBlockImpl::reset() {
-  mixer = Mamba(options.mixer()); // first, as it checks its options
+  // First, as it checks its options.
+  if (const auto* mamba2 = std::get_if<Mamba2Options>(&options.mixer()))
+    mixer = Mamba2(Mamba2Options(*mamba2).norm_eps(options.norm_eps()));
+  else
+    mixer = Mamba(std::get<MambaOptions>(options.mixer()));
   norm = register_module(
-      "norm",
-      detail::ResidualNorm(options.mixer().d_model(), options.rms_norm(), options.norm_eps()));
-  register_module("mixer", mixer);
+      "norm", detail::ResidualNorm(options.d_model(), options.rms_norm(), options.norm_eps()));
+  std::visit([&](auto& each) { register_module("mixer", each); }, mixer);
 }
 
 void MambaBlockImpl::pretty_print(std::ostream& stream) const {
@@ -292,21 +548,25 @@ void MambaBlockImpl::pretty_print(std::ostream& stream) const {
 Tensor MambaBlockImpl::forward(
     const Tensor& input, const Tensor& lengths, const std::string& padding) {
   const Tensor x = residual(input, lengths, padding);
-  return x + mixer->forward(norm->forward(x), lengths, padding);
+  return x +
+         std::visit(
+             [&](auto& each) { return each->forward(norm->forward(x), lengths, padding); }, mixer);
 }
 
 std::tuple<Tensor, MambaState> MambaBlockImpl::prefill(
     const Tensor& input, const std::optional<MambaState>& state, const Tensor& lengths,
     const std::string& padding) {
   const Tensor x = residual(input, lengths, padding);
-  const auto [y, new_state] = mixer->prefill(norm->forward(x), state, lengths, padding);
+  const auto [y, new_state] = std::visit(
+      [&](auto& each) { return each->prefill(norm->forward(x), state, lengths, padding); }, mixer);
   return {x + y, new_state};
 }
 
 std::tuple<Tensor, MambaState> MambaBlockImpl::step(const Tensor& input, const MambaState& state) {
-  check_one_step("MambaBlock", input, options.mixer().d_model());
+  check_one_step("MambaBlock", input, options.d_model());
   const Tensor x = widen(input);
-  const auto [y, new_state] = mixer->step(norm->forward(x), state);
+  const auto [y, new_state] =
+      std::visit([&](auto& each) { return each->step(norm->forward(x), state); }, mixer);
   return {x + y, new_state};
 }
 
@@ -316,9 +576,9 @@ Tensor MambaBlockImpl::widen(const Tensor& x) const {
 
 Tensor MambaBlockImpl::residual(
     const Tensor& x, const Tensor& lengths, const std::string& padding) const {
-  check_x("MambaBlock", x, options.mixer().d_model());
+  check_x("MambaBlock", x, options.d_model());
   // Before the norm, whose gradient would be NaN where the padding is.
-  return masked(widen(x), valid_steps(x, lengths, padding));
+  return masked(widen(x), valid_steps("MambaBlock", x, lengths, padding));
 }
 
 // ---- the language model ----
@@ -331,7 +591,7 @@ MambaBackboneImpl::MambaBackboneImpl(const MambaLMOptions& options) : options(op
 
 void MambaBackboneImpl::reset() {
   const MambaBlockOptions& block = options.block();
-  const int64_t d_model = block.mixer().d_model(), multiple = options.pad_vocab_size_multiple();
+  const int64_t d_model = block.d_model(), multiple = options.pad_vocab_size_multiple();
   const int64_t rows = (options.vocab_size() + multiple - 1) / multiple * multiple;
   embedding = register_module("embedding", torch::nn::Embedding(rows, d_model));
   layers = register_module("layers", torch::nn::ModuleList());
@@ -348,7 +608,7 @@ Tensor MambaBackboneImpl::forward(
   TORCH_CHECK_VALUE(
       ids.defined() && ids.dim() == 2, "MambaLM: ids has shape ", shape_of(ids),
       ", expected (B, T)");
-  const Tensor valid = valid_steps(ids, lengths, padding);
+  const Tensor valid = valid_steps("MambaLM", ids, lengths, padding);
   Tensor x = embed(ids, valid);
   for (int64_t k = 0; k < options.n_layer(); ++k) x = block(k).forward(x, lengths, padding);
   return masked(norm_f->forward(x), valid);
@@ -362,7 +622,7 @@ std::tuple<Tensor, MambaLMState> MambaBackboneImpl::prefill(
       ", expected (B, T)");
   TORCH_CHECK_VALUE(
       !last_only || ids.size(1) > 0, "MambaLM: ids has no steps, expected T >= 1 with last_only");
-  Tensor valid = valid_steps(ids, lengths, padding);
+  Tensor valid = valid_steps("MambaLM", ids, lengths, padding);
   if (state) check_state(*state);
   Tensor x = embed(ids, valid);
   MambaLMState new_state;
@@ -453,12 +713,16 @@ void MambaLMImpl::reset_parameters() {
   for (int64_t k = 0; k < options.n_layer(); ++k) {
     MambaBlockImpl& block = backbone->block(k);
     block.norm->reset_parameters();
-    block.mixer->reset_parameters();
-    for (const auto& linear : {block.mixer->in_proj, block.mixer->out_proj}) {
-      if (linear->bias.defined()) linear->bias.zero_();
-    }
-    // So that the residual's variance at the end does not grow with the number of blocks.
-    block.mixer->out_proj->weight.div_(std::sqrt(double(options.n_layer())));
+    std::visit(
+        [&](auto& mixer) {
+          mixer->reset_parameters();
+          for (const auto& linear : {mixer->in_proj, mixer->out_proj}) {
+            if (linear->bias.defined()) linear->bias.zero_();
+          }
+          // So that the residual's variance at the end does not grow with the number of blocks.
+          mixer->out_proj->weight.div_(std::sqrt(double(options.n_layer())));
+        },
+        block.mixer);
   }
   backbone->norm_f->reset_parameters();
   backbone->embedding->weight.normal_(0, 0.02);
@@ -467,7 +731,7 @@ void MambaLMImpl::reset_parameters() {
 
 void MambaLMImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "torch_ext::nn::MambaLM(vocab_size=" << options.vocab_size()
-         << ", d_model=" << options.block().mixer().d_model() << ", n_layer=" << options.n_layer()
+         << ", d_model=" << options.block().d_model() << ", n_layer=" << options.n_layer()
          << ", tie_embeddings=" << options.tie_embeddings() << ")";
 }
 

@@ -18,47 +18,61 @@ using torch::Tensor;
 
 namespace detail {
 
+// Gates of hidden_size rows each, and a state that is one tensor.
+template <class Layer, class Options, int64_t kGates>
+struct OneState {
+  static constexpr int64_t num_gates = kGates;
+  static void check(const Options&) {}
+  static int64_t rows(const Options& options) { return num_gates * options.hidden_size(); }
+  static std::vector<StateSizes> state_sizes(const Options& options) {
+    return {{{"hidden_size", options.hidden_size()}}};
+  }
+  static void init(const Options& options, const Tensor& /*weight*/, const Tensor& bias) {
+    if (options.gate_bias_init()) Layer::init_gate_bias(*options.gate_bias_init(), bias);
+  }
+};
+
 template <>
-struct Recurrence<MinGRUOptions> {
+struct Recurrence<MinGRUOptions> : OneState<Recurrence<MinGRUOptions>, MinGRUOptions, 2> {
   static constexpr const char* name = "MinGRU";
-  static constexpr int64_t num_gates = 2;
 
   static void init_gate_bias(const GateBiasInit& init, const Tensor& bias) {
     Tensor gate = bias.chunk(num_gates)[0];
     fill_gate_bias(init, gate);
     if (init.steps) gate.neg_(); // 1 - z is the share that is kept
   }
-  static std::tuple<Tensor, Tensor> run(
-      const MinGRUOptions& options, const Tensor& gates, const Tensor& state, const Tensor& valid,
+  static std::tuple<Tensor, States> run(
+      const MinGRUOptions& options, const Tensor& gates, const States& state, const Tensor& valid,
       bool reverse) {
     auto x = gates.chunk(num_gates, -1);
     if (valid.defined()) { // z = 0 keeps the state
       x[0] = torch::where(valid, x[0], -1e4);
       x[1] = torch::where(valid, x[1], 0.0);
     }
-    return min_gru(x[0], x[1], state, options.activation(), {}, reverse);
+    const auto [h, last] = min_gru(x[0], x[1], state[0], options.activation(), {}, reverse);
+    return {h, {last}};
   }
-  static std::tuple<Tensor, Tensor> step(
-      const MinGRUOptions& options, const Tensor& gates, const Tensor& state) {
+  static std::tuple<Tensor, States> step(
+      const MinGRUOptions& options, const Tensor& gates, const States& state) {
     const auto x = gates.chunk(num_gates, -1);
-    return min_gru_step(x[0], x[1], state, {}, options.activation());
+    const auto [h, next] = min_gru_step(x[0], x[1], state[0], {}, options.activation());
+    return {h, {next}};
   }
 };
 
 template class SequenceLayerImpl<MinGRUImpl, MinGRUOptions>;
 
 template <>
-struct Recurrence<MinLSTMOptions> {
+struct Recurrence<MinLSTMOptions> : OneState<Recurrence<MinLSTMOptions>, MinLSTMOptions, 3> {
   static constexpr const char* name = "MinLSTM";
-  static constexpr int64_t num_gates = 3;
 
   static void init_gate_bias(const GateBiasInit& init, const Tensor& bias) {
     const auto gates = bias.chunk(num_gates);
     fill_gate_bias(init, gates[0]);
     gates[1].copy_(-gates[0]);
   }
-  static std::tuple<Tensor, Tensor> run(
-      const MinLSTMOptions& options, const Tensor& gates, const Tensor& state, const Tensor& valid,
+  static std::tuple<Tensor, States> run(
+      const MinLSTMOptions& options, const Tensor& gates, const States& state, const Tensor& valid,
       bool reverse) {
     auto x = gates.chunk(num_gates, -1);
     if (valid.defined()) { // f = 1 and i = 0 keep the state
@@ -66,13 +80,16 @@ struct Recurrence<MinLSTMOptions> {
       x[1] = torch::where(valid, x[1], -1e4);
       x[2] = torch::where(valid, x[2], 0.0);
     }
-    return min_lstm(
-        x[0], x[1], x[2], state, options.activation(), options.normalize(), {}, reverse);
+    const auto [h, last] = min_lstm(
+        x[0], x[1], x[2], state[0], options.activation(), options.normalize(), {}, reverse);
+    return {h, {last}};
   }
-  static std::tuple<Tensor, Tensor> step(
-      const MinLSTMOptions& options, const Tensor& gates, const Tensor& state) {
+  static std::tuple<Tensor, States> step(
+      const MinLSTMOptions& options, const Tensor& gates, const States& state) {
     const auto x = gates.chunk(num_gates, -1);
-    return min_lstm_step(x[0], x[1], x[2], state, {}, options.activation(), options.normalize());
+    const auto [h, next] =
+        min_lstm_step(x[0], x[1], x[2], state[0], {}, options.activation(), options.normalize());
+    return {h, {next}};
   }
 };
 

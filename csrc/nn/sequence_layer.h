@@ -17,16 +17,47 @@ namespace torch_ext::nn::detail {
 
 using torch::Tensor;
 
+using States = std::vector<Tensor>;                              // the tensors of a layer's state
+using StateSizes = std::vector<std::pair<const char*, int64_t>>; // of one of them, behind B
+
 /// What is specialised for each layer's Options:
-///   static constexpr const char* name; static constexpr int64_t num_gates;
-///   static void init_gate_bias(const GateBiasInit& init, const Tensor& bias);
-///   static std::tuple<Tensor, Tensor> run(     // the operator
-///       const Options&, const Tensor& gates, const Tensor& state, const Tensor& valid, bool reverse);
-///   static std::tuple<Tensor, Tensor> step(const Options&, const Tensor& gates, const Tensor& state);
-/// gates: the projected input, (B, T, num_gates * hidden_size), without T in a step; valid: (B, T, 1),
-/// false in the padding, where the state must not change, or undefined.
+///   static constexpr const char* name;
+///   static void check(const Options&);                // what the layer alone has
+///   static int64_t rows(const Options&);              // of weight_ih
+///   static std::vector<StateSizes> state_sizes(const Options&);    // of each tensor of the state
+///   static void init(const Options&, const Tensor& weight, const Tensor& bias); // after the uniform values; bias may be
+/// undefined
+///   static std::tuple<Tensor, States> run(            // the operator
+///       const Options&, const Tensor& gates, const States& state, const Tensor& valid, bool reverse);
+///   static std::tuple<Tensor, States> step(const Options&, const Tensor& gates, const States& state);
+/// gates: the projected input, (B, T, rows), without T in a step; valid: (B, T, 1), false in the padding, where the state
+/// must not change, or undefined.
 template <class Options>
 struct Recurrence;
+
+// A state as its tensors, and back.
+template <class State>
+States tensors_of(const State& state) {
+  if constexpr (std::is_same_v<State, Tensor>)
+    return {state};
+  else
+    return std::apply([](const auto&... each) { return States{each...}; }, state);
+}
+template <class State>
+State state_of(const States& all) {
+  if constexpr (std::is_same_v<State, Tensor>)
+    return all[0];
+  else
+    return [&]<size_t... I>(std::index_sequence<I...>) { return State(all[I]...); }
+  (std::make_index_sequence<std::tuple_size_v<State>>());
+}
+template <class State>
+std::optional<States> tensors_of_given(const Given<State>& state) {
+  if constexpr (std::is_same_v<State, Tensor>)
+    return state.defined() ? std::optional(States{state}) : std::nullopt;
+  else
+    return state ? std::optional(tensors_of(*state)) : std::nullopt;
+}
 
 /// Fills `logit` with those of 1 - 1 / tau, the share of its state that a unit keeps which remembers
 /// about tau steps. Tallec & Ollivier 2018, arXiv:1804.11188, section 3.
@@ -59,8 +90,9 @@ inline void check_lengths(
   }
 }
 
-template <class Derived, class Options>
-SequenceLayerImpl<Derived, Options>::SequenceLayerImpl(const Options& options) : options(options) {
+template <class Derived, class Options, class State>
+SequenceLayerImpl<Derived, Options, State>::SequenceLayerImpl(const Options& options)
+    : options(options) {
   const char* name = Recurrence<Options>::name;
   for (const auto& [argument, value] :
        {std::pair("input_size", options.input_size()),
@@ -75,9 +107,12 @@ SequenceLayerImpl<Derived, Options>::SequenceLayerImpl(const Options& options) :
   if (dropout > 0 && options.num_layers() == 1) {
     TORCH_WARN(name, ": dropout is ", dropout, " with num_layers=1, but it acts between layers");
   }
-  TORCH_CHECK_VALUE(
-      options.activation() == "identity" || options.activation() == "g", name, ": activation is '",
-      options.activation(), "', expected 'identity' or 'g'");
+  if constexpr (requires { options.activation(); }) {
+    TORCH_CHECK_VALUE(
+        options.activation() == "identity" || options.activation() == "g", name,
+        ": activation is '", options.activation(), "', expected 'identity' or 'g'");
+  }
+  Recurrence<Options>::check(options);
   if (options.gate_bias_init()) {
     TORCH_CHECK_VALUE(
         options.bias(), name, ": gate_bias_init is given, expected nullopt with bias=false");
@@ -90,11 +125,11 @@ SequenceLayerImpl<Derived, Options>::SequenceLayerImpl(const Options& options) :
   SequenceLayerImpl::reset();
 }
 
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::reset() {
+template <class Derived, class Options, class State>
+void SequenceLayerImpl<Derived, Options, State>::reset() {
   weights_.clear();
   biases_.clear();
-  const int64_t rows = Recurrence<Options>::num_gates * options.hidden_size();
+  const int64_t rows = Recurrence<Options>::rows(options);
   for (int64_t layer = 0; layer < options.num_layers(); ++layer) {
     const int64_t columns =
         layer == 0 ? options.input_size() : options.hidden_size() * num_directions();
@@ -110,46 +145,59 @@ void SequenceLayerImpl<Derived, Options>::reset() {
   reset_parameters();
 }
 
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::reset_parameters() {
+template <class Derived, class Options, class State>
+void SequenceLayerImpl<Derived, Options, State>::reset_parameters() {
   const torch::NoGradGuard no_grad;
   const double bound = 1 / std::sqrt(double(options.hidden_size()));
   for (auto& parameter : this->parameters()) parameter.uniform_(-bound, bound);
-  if (options.gate_bias_init()) {
-    for (const Tensor& bias : biases_) {
-      Recurrence<Options>::init_gate_bias(*options.gate_bias_init(), bias);
-    }
-  }
+  for (size_t i = 0; i < weights_.size(); ++i)
+    Recurrence<Options>::init(options, weights_[i], options.bias() ? biases_[i] : Tensor());
 }
 
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::pretty_print(std::ostream& stream) const {
+template <class Derived, class Options, class State>
+void SequenceLayerImpl<Derived, Options, State>::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "torch_ext::nn::" << Recurrence<Options>::name
          << "(input_size=" << options.input_size() << ", hidden_size=" << options.hidden_size()
          << ", num_layers=" << options.num_layers() << ", bias=" << options.bias()
          << ", batch_first=" << options.batch_first() << ", dropout=" << options.dropout()
-         << ", bidirectional=" << options.bidirectional()
-         << ", activation=" << options.activation();
+         << ", bidirectional=" << options.bidirectional();
+  if constexpr (requires { options.activation(); }) {
+    stream << ", activation=" << options.activation();
+  }
+  if constexpr (requires { options.num_heads(); }) {
+    stream << ", num_heads=" << options.num_heads()
+           << ", qk_size=" << options.qk_size().value_or(options.hidden_size())
+           << ", input_gate=" << options.input_gate() << ", eps=" << options.eps();
+  }
   if constexpr (requires { options.normalize(); }) {
     stream << ", normalize=" << options.normalize();
   }
   stream << ")";
 }
 
-template <class Derived, class Options>
-Tensor SequenceLayerImpl<Derived, Options>::init_state(int64_t batch_size) const {
-  const Tensor& weight = weights_[0];
-  const auto dtype = weight.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-  return torch::zeros(
-      {options.num_layers() * num_directions(), batch_size, options.hidden_size()},
-      weight.options().dtype(dtype).requires_grad(false));
+template <class Derived, class Options, class State>
+State SequenceLayerImpl<Derived, Options, State>::init_state(int64_t batch_size) const {
+  return state_of<State>(zeros(batch_size));
 }
 
-template <class Derived, class Options>
-std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::forward(
-    const Tensor& input, const Tensor& initial_state, const Tensor& lengths) {
+template <class Derived, class Options, class State>
+States SequenceLayerImpl<Derived, Options, State>::zeros(int64_t batch_size) const {
+  const Tensor& weight = weights_[0];
+  const auto dtype = weight.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  States all;
+  for (const StateSizes& sizes : Recurrence<Options>::state_sizes(options)) {
+    std::vector<int64_t> shape{options.num_layers() * num_directions(), batch_size};
+    for (const auto& [name, size] : sizes) shape.push_back(size);
+    all.push_back(torch::zeros(shape, weight.options().dtype(dtype).requires_grad(false)));
+  }
+  return all;
+}
+
+template <class Derived, class Options, class State>
+std::tuple<Tensor, State> SequenceLayerImpl<Derived, Options, State>::forward(
+    const Tensor& input, const Given<State>& initial_state, const Tensor& lengths) {
   const char* name = Recurrence<Options>::name;
-  Tensor x = input, state = initial_state;
+  Tensor x = input;
   check_dtype(x);
   TORCH_CHECK_VALUE(
       (x.dim() == 2 || x.dim() == 3) && x.size(-1) == options.input_size(), name, ": x has shape ",
@@ -164,14 +212,18 @@ std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::forward(
   }
 
   const int64_t batch_size = x.size(0), num_steps = x.size(1);
-  if (!state.defined()) {
-    state = init_state(batch_size);
-  } else {
-    if (!batched) {
+  const auto given = tensors_of_given<State>(initial_state);
+  States state = given ? *given : zeros(batch_size);
+  if (given) {
+    const auto sizes = Recurrence<Options>::state_sizes(options);
+    for (size_t i = 0; i < state.size() && !batched; ++i) {
+      std::string names;
+      for (const auto& [of, size] : sizes[i]) names += std::string(", ") + of;
       TORCH_CHECK_VALUE(
-          state.dim() == 2, name, ": state has shape ", shape_of(state),
-          ", expected (num_layers * num_directions, hidden_size) since x has no batch");
-      state = state.unsqueeze(1);
+          state[i].defined() && state[i].dim() == int64_t(1 + sizes[i].size()), name,
+          ": state has shape ", shape_of(state[i]), ", expected (num_layers * num_directions",
+          names, ") since x has no batch");
+      state[i] = state[i].unsqueeze(1);
     }
     check_state(state, batch_size);
   }
@@ -185,15 +237,17 @@ std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::forward(
     x = torch::where(valid, x, 0.0); // else NaN in the padding reaches the weights' gradients
   }
 
-  std::vector<Tensor> final_states;
+  std::vector<States> final_states(state.size()); // of all layers and directions
   for (int64_t layer = 0; layer < options.num_layers(); ++layer) {
     std::vector<Tensor> outputs;
     for (int64_t direction = 0; direction < num_directions(); ++direction) {
+      States of_this;
+      for (const Tensor& each : state)
+        of_this.push_back(each[layer * num_directions() + direction]);
       auto [y, final_state] = Recurrence<Options>::run(
-          options, project(x, layer, direction), state[layer * num_directions() + direction], valid,
-          direction == 1);
+          options, project(x, layer, direction), of_this, valid, direction == 1);
       outputs.push_back(y);
-      final_states.push_back(final_state);
+      for (size_t i = 0; i < state.size(); ++i) final_states[i].push_back(final_state[i]);
     }
     x = options.bidirectional() ? torch::cat(outputs, -1) : outputs[0];
     if (valid.defined()) x = torch::where(valid, x, 0.0);
@@ -201,14 +255,17 @@ std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::forward(
       x = torch::dropout(x, options.dropout(), this->is_training());
     }
   }
-  state = torch::stack(final_states);
-  if (!batched) return {x.squeeze(0), state.squeeze(1)};
-  return {options.batch_first() ? x : x.transpose(0, 1), state};
+  for (size_t i = 0; i < state.size(); ++i) {
+    state[i] = torch::stack(final_states[i]);
+    if (!batched) state[i] = state[i].squeeze(1);
+  }
+  if (!batched) return {x.squeeze(0), state_of<State>(state)};
+  return {options.batch_first() ? x : x.transpose(0, 1), state_of<State>(state)};
 }
 
-template <class Derived, class Options>
-std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::step(
-    const Tensor& input, const Tensor& state) {
+template <class Derived, class Options, class State>
+std::tuple<Tensor, State> SequenceLayerImpl<Derived, Options, State>::step(
+    const Tensor& input, const State& given) {
   const char* name = Recurrence<Options>::name;
   TORCH_CHECK(
       !options.bidirectional(), name, ".step: bidirectional is true, expected false: ",
@@ -217,41 +274,53 @@ std::tuple<Tensor, Tensor> SequenceLayerImpl<Derived, Options>::step(
   TORCH_CHECK_VALUE(
       input.dim() == 2 && input.size(1) == options.input_size(), name, ".step: x has shape ",
       shape_of(input), ", expected (B, input_size=", options.input_size(), ")");
+  const States state = tensors_of(given);
   check_state(state, input.size(0));
   Tensor x = input;
-  std::vector<Tensor> new_states;
+  std::vector<States> new_states(state.size()); // of all layers
   for (int64_t layer = 0; layer < options.num_layers(); ++layer) {
-    auto [y, new_state] = Recurrence<Options>::step(options, project(x, layer, 0), state[layer]);
-    new_states.push_back(new_state);
+    States of_this;
+    for (const Tensor& each : state) of_this.push_back(each[layer]);
+    auto [y, new_state] = Recurrence<Options>::step(options, project(x, layer, 0), of_this);
+    for (size_t i = 0; i < state.size(); ++i) new_states[i].push_back(new_state[i]);
     x = y;
     if (layer < options.num_layers() - 1) {
       x = torch::dropout(x, options.dropout(), this->is_training());
     }
   }
-  return {x, torch::stack(new_states)};
+  States after;
+  for (const States& each : new_states) after.push_back(torch::stack(each));
+  return {x, state_of<State>(after)};
 }
 
-template <class Derived, class Options>
-Tensor SequenceLayerImpl<Derived, Options>::project(
+template <class Derived, class Options, class State>
+Tensor SequenceLayerImpl<Derived, Options, State>::project(
     const Tensor& x, int64_t layer, int64_t direction) const {
   const size_t at = size_t(layer * num_directions() + direction);
   return torch::linear(x, weights_[at], options.bias() ? biases_[at] : Tensor());
 }
 
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::check_state(
-    const Tensor& state, int64_t batch_size) const {
+template <class Derived, class Options, class State>
+void SequenceLayerImpl<Derived, Options, State>::check_state(
+    const States& state, int64_t batch_size) const {
   const char* name = Recurrence<Options>::name;
   const int64_t rows = options.num_layers() * num_directions();
-  TORCH_CHECK_VALUE(
-      state.defined() &&
-          state.sizes() == torch::IntArrayRef({rows, batch_size, options.hidden_size()}),
-      name, ": state has shape ", shape_of(state), ", expected (num_layers * num_directions=", rows,
-      ", B=", batch_size, ", hidden_size=", options.hidden_size(), ")");
+  const auto sizes = Recurrence<Options>::state_sizes(options);
+  for (size_t i = 0; i < state.size(); ++i) {
+    std::vector<int64_t> shape{rows, batch_size};
+    std::string text = c10::str("num_layers * num_directions=", rows, ", B=", batch_size);
+    for (const auto& [of, size] : sizes[i]) {
+      shape.push_back(size);
+      text += c10::str(", ", of, "=", size);
+    }
+    TORCH_CHECK_VALUE(
+        state[i].defined() && state[i].sizes() == torch::IntArrayRef(shape), name,
+        ": state has shape ", shape_of(state[i]), ", expected (", text, ")");
+  }
 }
 
-template <class Derived, class Options>
-void SequenceLayerImpl<Derived, Options>::check_dtype(const Tensor& x) const {
+template <class Derived, class Options, class State>
+void SequenceLayerImpl<Derived, Options, State>::check_dtype(const Tensor& x) const {
   const char* name = Recurrence<Options>::name;
   TORCH_CHECK_VALUE(x.defined(), name, ": x is undefined, expected a tensor");
   const auto dtype = weights_[0].scalar_type();

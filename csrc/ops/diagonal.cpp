@@ -188,11 +188,11 @@ void check_no_overlap(const char* op, const Tensor& state) {
       ", expected memory in which no two elements share a place, since it is written");
 }
 
-Pair step_in_pool(
-    const char* op, const Tensor& pool, const Tensor& state_indices,
-    const std::function<Pair(const Tensor&)>& run) {
+std::pair<Tensor, variable_list> step_in_pools(
+    const char* op, const variable_list& pools, const Tensor& state_indices,
+    const std::function<std::pair<Tensor, variable_list>(const variable_list&)>& run) {
   // Rows without a state read and write one row more at the pool's end.
-  const auto num_rows = pool.sym_size(0);
+  const auto num_rows = pools[0].sym_size(0);
   Tensor rows = state_indices.to(at::kLong);
   if (rows.is_cpu() && rows.unsafeGetTensorImpl()->has_storage() &&
       !rows.key_set().has_any(
@@ -201,13 +201,34 @@ Pair step_in_pool(
         op, state_indices, rows.numel(), num_rows.guard_int(__FILE__, __LINE__), rows.device());
   const Tensor has_state = rows.ge(0);
   rows = at::where(has_state, rows, at::full_symint({}, at::Scalar(num_rows), rows.options()));
-  auto one_row = pool.sym_sizes().vec();
-  one_row[0] = 1;
-  const Tensor longer = at::cat({pool, at::zeros_symint(one_row, pool.options())}, 0);
-  const auto [y, next] = run(longer.index_select(0, rows));
-  return {
-      at::where(has_state.unsqueeze(1), y, at::zeros_like(y)),
-      at::index_copy(longer, 0, rows, next).narrow_symint(0, 0, num_rows).clone()};
+  variable_list longer, before;
+  for (const Tensor& pool : pools) {
+    auto one_row = pool.sym_sizes().vec();
+    one_row[0] = 1;
+    longer.push_back(at::cat({pool, at::zeros_symint(one_row, pool.options())}, 0));
+    before.push_back(longer.back().index_select(0, rows));
+  }
+  auto [y, next] = run(before);
+  std::vector<int64_t> over_rows(size_t(y.dim()), 1);
+  over_rows[0] = -1;
+  y = at::where(has_state.view(over_rows), y, at::zeros_like(y));
+  variable_list after;
+  for (size_t i = 0; i < pools.size(); ++i)
+    after.push_back(
+        at::index_copy(longer[i], 0, rows, next[i]).narrow_symint(0, 0, num_rows).clone());
+  return {y, after};
+}
+
+Pair step_in_pool(
+    const char* op, const Tensor& pool, const Tensor& state_indices,
+    const std::function<Pair(const Tensor&)>& run) {
+  const auto [y, after] = step_in_pools(
+      op, {pool}, state_indices,
+      [&](const variable_list& rows) -> std::pair<Tensor, variable_list> {
+        const auto [h, next] = run(rows[0]);
+        return {h, {next}};
+      });
+  return {y, after[0]};
 }
 
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*) {

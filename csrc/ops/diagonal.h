@@ -81,6 +81,10 @@ void check_step(
 Pair step_in_pool(
     const char* op, const Tensor& pool, const Tensor& state_indices,
     const std::function<Pair(const Tensor&)>& run);
+// The same of several pools at once: run(a row of each) -> (y, next rows).
+std::pair<Tensor, variable_list> step_in_pools(
+    const char* op, const variable_list& pools, const Tensor& state_indices,
+    const std::function<std::pair<Tensor, variable_list>(const variable_list&)>& run);
 // The CUDA kernel of an operator that has none in this build: says so.
 void no_cuda_kernel(const c10::OperatorHandle& op, torch::jit::Stack*);
 // Of a step in place, for tensors that are still to be conjugated or negated: torch's own fallback, which does that for

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the four C++ programs against an installed torch_ext and runs them.
+# Builds the five C++ programs against an installed torch_ext and runs them.
 #
 #   bash examples/cpp/run.sh [FOLDER]
 #
@@ -32,8 +32,8 @@ else
   describe_environment
 fi
 [ -n "$models" ] || echo "  - train a small forecast model (a minute or two)"
-echo "  - train a small Mamba on Shakespeare (half a minute)"
-echo "  - compile four C++ programs against torch and torch_ext (three minutes on two cores) and run them (a minute)"
+echo "  - train a small Mamba and a small xLSTM on Shakespeare (a minute)"
+echo "  - compile five C++ programs against torch and torch_ext (four minutes on two cores) and run them (a minute)"
 [ "$installed" ] || prepare_environment examples
 
 if [ -z "$models" ]; then
@@ -44,10 +44,12 @@ if [ -z "$models" ]; then
   [ -e "$models/forecast.pt2" ] || fail "forecast_temperature.py made no AOTInductor package, the reason is above"
 fi
 
-say "training a small Mamba"
 mkdir -p "$build/models"
-"$python" "$root/examples/char_lm.py" --layer mamba --steps 250 --sample 0 --save "$build/models/mamba.ts" ||
-  fail "the language model could not be made, the reason is above"
+for layer in mamba xlstm; do
+  say "training a small language model, $layer"
+  "$python" "$root/examples/char_lm.py" --layer "$layer" --steps 250 --sample 0 --save "$build/models/$layer.ts" ||
+    fail "the language model could not be made, the reason is above"
+done
 
 say "compiling the programs"
 cmake=$venv/bin/cmake
@@ -65,6 +67,8 @@ say "stream_forecast: a TorchScript model, step by step"
 "$programs/stream_forecast" "$models/forecast.ts" "$models/recent.csv" || fail "stream_forecast failed"
 say "stream_mamba: a language model in TorchScript, token by token"
 "$programs/stream_mamba" "$build/models/mamba.ts" 20000 "First Citizen:" || fail "stream_mamba failed"
+say "generate_xlstm: several prompts at once, continued by an xLSTM language model in TorchScript"
+"$programs/generate_xlstm" "$build/models/xlstm.ts" 100 || fail "generate_xlstm failed"
 say "run_package: an AOTInductor package"
 "$programs/run_package" "$models/forecast.pt2" "$models/recent.csv" "$models/forecast.csv" || fail "run_package failed"
 say "train_min_gru: training with the C++ modules"

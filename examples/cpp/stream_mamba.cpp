@@ -1,18 +1,10 @@
 // Streams a Mamba language model, token by token, for as long as one likes, in constant memory: its state does not grow
 // with what it has read and written.
 //
-// The model is one that examples/char_lm.py saves as TorchScript, of any layer. Its methods:
-//   init_state(batch_size) -> state
-//   prefill(ids (B, T), state) -> (logits (B, T, V), state)
-//   step(ids (B,), state) -> (logits (B, V), state)
-#include <torch/script.h>
-#include <torch/utils.h>
-#include <torch_ext/torch_ext.h> // keeps the operators linked that the model calls
-
+// The model is one that examples/char_lm.py saves as TorchScript, of any layer.
 #include <algorithm>
-#include <map>
 
-#include "example.h"
+#include "language_model.h"
 
 namespace {
 
@@ -27,49 +19,18 @@ constexpr int64_t kShown = 300;      // characters printed
 constexpr double kTemperature = 0.7; // low is careful, high is inventive
 constexpr double kAllowedGrowth = 4; // MiB between a warm program and its end
 
-// The characters of a text in UTF-8.
-std::vector<std::string> split(const std::string& text) {
-  std::vector<std::string> characters;
-  for (const char byte : text) {
-    const bool goes_on = (static_cast<unsigned char>(byte) & 0xC0) == 0x80;
-    if (!goes_on || characters.empty()) characters.emplace_back();
-    characters.back() += byte;
-  }
-  return characters;
-}
-
 void stream_mamba(const std::vector<std::string>& arguments) {
   if (arguments.empty() || arguments.size() > 3) throw UserError(kUsage);
   const std::string path = arguments[0];
   const int64_t count = arguments.size() > 1 ? positive_number(arguments[1], "TOKENS") : 20000;
   const std::string prompt = arguments.size() > 2 ? arguments[2] : "\n";
-  check_readable(path);
 
   const torch::InferenceMode no_gradients;
   torch::set_num_threads(1); // the matrices of one token are too small to be shared
   torch::manual_seed(0);
-  torch::jit::ExtraFilesMap files = {{"characters.txt", ""}};
-  torch::jit::Module model = torch::jit::load(path, torch::kCPU, files);
-  model.eval();
-  for (const char* method : {"init_state", "prefill", "step"}) {
-    if (!model.find_method(method)) {
-      throw UserError(path + " has no method " + method + ", so it cannot stream");
-    }
-  }
-  const std::vector<std::string> characters = split(files["characters.txt"]);
-  if (characters.empty()) throw UserError(path + " does not say what its characters are");
-  std::map<std::string, int64_t> numbers;
-  for (const std::string& character : characters) numbers.emplace(character, numbers.size());
-  std::vector<int64_t> ids;
-  for (const std::string& character : split(prompt)) {
-    if (!numbers.count(character)) {
-      throw UserError("the model does not know the character \"" + character + "\" of the prompt");
-    }
-    ids.push_back(numbers[character]);
-  }
-  if (ids.empty()) throw UserError("PROMPT is empty, expected at least one character");
-
-  const auto step = model.get_method("step");
+  const LanguageModel language(path);
+  const std::vector<int64_t> ids = language.numbers_of(prompt);
+  const auto step = language.module.get_method("step");
   torch::IValue state;
   torch::Tensor logits;
   const auto take = [&](const torch::IValue& result) {
@@ -78,11 +39,11 @@ void stream_mamba(const std::vector<std::string>& arguments) {
   };
 
   // The prompt in steps is the same as the prompt in one call.
-  const torch::IValue empty = model.get_method("init_state")({int64_t(1)});
+  const torch::IValue empty = language.module.get_method("init_state")({int64_t(1)});
   state = empty;
   for (const int64_t id : ids) take(step({torch::tensor({id}), state}));
   const torch::Tensor in_steps = logits;
-  take(model.get_method("prefill")({torch::tensor(ids).unsqueeze(0), empty}));
+  take(language.module.get_method("prefill")({torch::tensor(ids).unsqueeze(0), empty}));
   logits = logits.select(1, -1);
   const double difference = (in_steps - logits).abs().max().item<double>();
   std::printf("largest difference between the prompt in steps and in one call: %.1e\n", difference);
@@ -96,7 +57,8 @@ void stream_mamba(const std::vector<std::string>& arguments) {
   for (int64_t token = 1; token <= count; ++token) {
     const torch::Tensor p = torch::softmax(logits / kTemperature, -1);
     const torch::Tensor id = torch::multinomial(p, 1).squeeze(1);
-    if (token <= kShown) std::fputs(characters.at(size_t(id.item<int64_t>())).c_str(), stdout);
+    if (token <= kShown)
+      std::fputs(language.characters.at(size_t(id.item<int64_t>())).c_str(), stdout);
     take(step({id, state}));
     if (token % report == 0 || token == count) {
       const double now = watch.seconds();

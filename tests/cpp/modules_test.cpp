@@ -18,6 +18,7 @@ namespace torch_ext::test {
 namespace {
 
 using torch::Tensor;
+using Tensors = std::vector<Tensor>;
 using namespace torch_ext::nn;
 
 void expect_close(const Tensor& got, const Tensor& want, double tolerance = 1e-5) {
@@ -293,6 +294,155 @@ TYPED_TEST(Layer, SaysWhatIsWrong) {
       both->step(x.select(1, 0), both->init_state(2)), name + ".step: bidirectional is true");
 }
 
+// ---- mLSTM: a state of three tensors ----
+
+Tensors of(const MLSTMState& state) {
+  return {std::get<0>(state), std::get<1>(state), std::get<2>(state)};
+}
+
+class MLSTMLayer : public ::testing::TestWithParam<MLSTMOptions> {
+ protected:
+  void SetUp() override { torch::manual_seed(seed()); }
+};
+
+TEST_P(MLSTMLayer, HasTorchsContract) {
+  auto options = GetParam();
+  MLSTM rnn(options.num_layers(2).bidirectional(true));
+  const Tensor x = torch::randn({7, 3, 5}); // (T, B, input_size)
+  const auto [y, state] = rnn->forward(x);
+  EXPECT_EQ(y.sizes(), (torch::IntArrayRef{7, 3, 16}));
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(of(rnn->init_state(3))[i].sizes(), of(state)[i].sizes());
+  const int64_t heads = options.num_heads(), keys = options.qk_size().value_or(8) / heads;
+  EXPECT_EQ(std::get<0>(state).sizes(), (torch::IntArrayRef{4, 3, heads, keys, 8 / heads}));
+  EXPECT_EQ(std::get<1>(state).sizes(), (torch::IntArrayRef{4, 3, heads, keys}));
+  EXPECT_EQ(std::get<2>(state).sizes(), (torch::IntArrayRef{4, 3, heads}));
+
+  const auto [y_alone, alone] = rnn->forward(x.select(1, 1));
+  expect_close(y_alone, y.select(1, 1));
+  for (size_t i = 0; i < 3; ++i) expect_close(of(alone)[i], of(state)[i].select(1, 1));
+  const auto again = std::get<0>(rnn->forward(x.select(1, 1), alone));
+  EXPECT_FALSE(torch::allclose(again, y_alone)) << "a state given is not taken";
+  rnn->options.batch_first(true);
+  expect_close(std::get<0>(rnn->forward(x.transpose(0, 1))).transpose(0, 1), y);
+}
+
+TEST_P(MLSTMLayer, ChunksAndStepsAreTheSequence) {
+  auto options = GetParam();
+  MLSTM rnn(options.num_layers(2).batch_first(true));
+  const Tensor x = torch::randn({2, 9, 5});
+  const auto [y, last] = rnn->forward(x);
+  const auto [first, between] = rnn->forward(x.slice(1, 0, 4));
+  const auto [second, end] = rnn->forward(x.slice(1, 4), between);
+  expect_close(torch::cat({first, second}, 1), y);
+  MLSTMState state = rnn->init_state(2);
+  Tensor y_t;
+  for (int64_t t = 0; t < 9; ++t) {
+    std::tie(y_t, state) = rnn->step(x.select(1, t), state);
+    expect_close(y_t, y.select(1, t));
+  }
+  for (size_t i = 0; i < 3; ++i) {
+    expect_close(of(end)[i], of(last)[i]);
+    expect_close(of(state)[i], of(last)[i]);
+  }
+}
+
+TEST_P(MLSTMLayer, PaddingDoesNotCount) {
+  auto options = GetParam();
+  MLSTM rnn(options.batch_first(true).bidirectional(true));
+  Tensor x = torch::randn({4, 6, 5});
+  const std::vector<int64_t> lengths = {6, 2, 0, 5};
+  for (int64_t row = 0; row < 4; ++row)
+    x[row].slice(0, lengths[size_t(row)]).fill_(std::numeric_limits<float>::quiet_NaN());
+  const MLSTMState start = std::get<1>(rnn->forward(torch::randn({4, 3, 5})));
+  const auto part = [](const MLSTMState& s, int64_t row) {
+    return MLSTMState(
+        std::get<0>(s).slice(1, row, row + 1), std::get<1>(s).slice(1, row, row + 1),
+        std::get<2>(s).slice(1, row, row + 1));
+  };
+  const auto [y, state] = rnn->forward(x, start, torch::tensor(lengths));
+  for (int64_t row = 0; row < 4; ++row) {
+    const int64_t length = lengths[size_t(row)];
+    const auto [want, want_state] =
+        rnn->forward(x.slice(0, row, row + 1).slice(1, 0, length), part(start, row));
+    expect_close(y.slice(0, row, row + 1).slice(1, 0, length), want);
+    for (size_t i = 0; i < 3; ++i) expect_close(of(part(state, row))[i], of(want_state)[i]);
+    EXPECT_EQ(y[row].slice(0, length).abs().sum().item<float>(), 0);
+  }
+  y.sum().backward();
+  for (const Tensor& each : rnn->parameters())
+    EXPECT_TRUE(each.grad().isfinite().all().item<bool>());
+}
+
+TEST_P(MLSTMLayer, IsSavedClonedMovedAndPrinted) {
+  MLSTM rnn(GetParam()), read(GetParam());
+  const Tensor x = torch::randn({6, 2, 5});
+  const Tensor y = std::get<0>(rnn->forward(x));
+  const TemporaryFile file;
+  torch::save(rnn, file.path());
+  load_state_dict(read, file.path());
+  EXPECT_TRUE(torch::equal(std::get<0>(read->forward(x)), y));
+  auto copy = std::dynamic_pointer_cast<MLSTMImpl>(rnn->clone());
+  ASSERT_TRUE(copy);
+  EXPECT_TRUE(torch::equal(std::get<0>(copy->forward(x)), y));
+  {
+    const torch::NoGradGuard no_grad;
+    for (Tensor& each : copy->parameters()) each.zero_();
+  }
+  EXPECT_TRUE(torch::equal(std::get<0>(rnn->forward(x)), y)) << "the copy shares parameters";
+  rnn->to(torch::kBFloat16);
+  const auto [in_half, state] = rnn->forward(x.to(torch::kBFloat16));
+  EXPECT_EQ(in_half.scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(std::get<0>(state).scalar_type(), torch::kFloat);
+  EXPECT_NE(c10::str(rnn).find("num_heads="), std::string::npos);
+  torch::nn::AnyModule any(rnn);
+  const auto [y_any, state_any] =
+      any.forward<std::tuple<Tensor, MLSTMState>>(x.to(torch::kBFloat16));
+  EXPECT_TRUE(torch::equal(y_any, in_half));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, MLSTMLayer,
+    ::testing::Values(
+        MLSTMOptions(5, 8), MLSTMOptions(5, 8).num_heads(2).qk_size(6).eps(0.01),
+        MLSTMOptions(5, 8).num_heads(4).input_gate("sigmoid").bias(false),
+        MLSTMOptions(5, 8).input_gate("sigmoid").normalize(false)));
+
+TEST(MLSTMParameters, AreThoseOfPython) {
+  torch::manual_seed(seed());
+  MLSTM rnn(MLSTMOptions(5, 8).num_heads(2).qk_size(4));
+  const auto parameters = rnn->named_parameters();
+  EXPECT_EQ(parameters.keys(), (std::vector<std::string>{"weight_ih_l0", "bias_ih_l0"}));
+  EXPECT_EQ(parameters["weight_ih_l0"].sizes(), (torch::IntArrayRef{28, 5}));
+  const Tensor bias = parameters["bias_ih_l0"];
+  EXPECT_EQ(parameters["weight_ih_l0"].slice(0, 16, 20).abs().max().item<float>(), 0);
+  EXPECT_TRUE(torch::equal(bias.slice(0, 16, 20), torch::tensor({0.f, 0.f, 3.f, 6.f})));
+  MLSTM fixed(MLSTMOptions(5, 8).gate_bias_init(2.0).input_gate_bias_init(-10));
+  EXPECT_TRUE(torch::equal(
+      fixed->named_parameters()["bias_ih_l0"].slice(0, 24, 26), torch::tensor({-10.f, 2.f})));
+}
+
+TEST(MLSTMMessages, SayWhatIsWrong) {
+  MLSTM rnn(MLSTMOptions(5, 8).num_heads(2).batch_first(true));
+  const Tensor x = torch::randn({2, 6, 5});
+  const auto [C, n, m] = rnn->init_state(2);
+  EXPECT_MESSAGE(
+      rnn->forward(x, MLSTMState(C, n, C)),
+      "MLSTM: state has shape (1, 2, 2, 4, 4), expected (num_layers * num_directions=1, B=2, "
+      "num_heads=2)");
+  EXPECT_MESSAGE(
+      rnn->forward(x[0], MLSTMState(C, n, m)),
+      "expected (num_layers * num_directions, num_heads, K, V)");
+  EXPECT_MESSAGE(
+      rnn->step(x.select(1, 0), MLSTMState(C, Tensor(), m)), "MLSTM: state has shape none");
+  EXPECT_MESSAGE(
+      MLSTM(MLSTMOptions(5, 8).num_heads(3)),
+      "MLSTM: hidden_size is 8, expected a multiple of num_heads=3");
+  EXPECT_MESSAGE(MLSTM(MLSTMOptions(5, 8).num_heads(2).qk_size(3)), "MLSTM: qk_size is 3");
+  EXPECT_MESSAGE(MLSTM(MLSTMOptions(5, 8).num_heads(0)), "MLSTM: num_heads is 0");
+  EXPECT_MESSAGE(MLSTM(MLSTMOptions(5, 8).input_gate("tanh")), "MLSTM: input_gate is 'tanh'");
+  EXPECT_MESSAGE(MLSTM(MLSTMOptions(5, 8).normalize(false)), "MLSTM: normalize is false");
+}
+
 // ---- the block and the language model ----
 
 class Block : public ::testing::TestWithParam<MinRNNBlockOptions> {
@@ -423,75 +573,83 @@ TEST(MambaLayer, HasPythonsParametersAndBeginsLikeThem) {
   expect_close(dt, torch::full_like(dt, 0.01), 1e-4);
 }
 
+// Of layers with a state of Mamba's form.
+template <class M>
+void expect_chunks_and_steps_to_be_the_sequence(M layer) {
+  const Tensor x = torch::randn({2, 9, 6});
+  const auto [y, last] = layer->prefill(x);
+  expect_close(layer->forward(x), y, 0);
+  std::optional<MambaState> state;
+  std::vector<Tensor> parts;
+  for (const auto& [begin, end] : {std::pair(0, 2), {2, 2}, {2, 3}, {3, 9}}) {
+    auto [part, new_state] = layer->prefill(x.slice(1, begin, end), state);
+    parts.push_back(part);
+    state = new_state;
+  }
+  expect_close(torch::cat(parts, 1), y);
+  expect_close(std::get<0>(*state), std::get<0>(last));
+  expect_close(std::get<1>(*state), std::get<1>(last));
+  MambaState stepped = layer->init_state(2);
+  for (int64_t t = 0; t < 9; ++t) {
+    auto [y_t, new_state] = layer->step(x.select(1, t), stepped);
+    expect_close(y_t, y.select(1, t));
+    stepped = new_state;
+  }
+  expect_close(std::get<0>(stepped), std::get<0>(last));
+  expect_close(std::get<1>(stepped), std::get<1>(last));
+}
+
+template <class M>
+void expect_padding_not_to_count(M layer, bool has_states) {
+  const std::vector<int64_t> lengths = {6, 1, 0, 5};
+  layer->to(torch::kDouble);
+  for (const std::string padding : {"right", "left"}) {
+    const bool left = padding == "left";
+    Tensor x = torch::full({4, 6, 6}, std::numeric_limits<double>::quiet_NaN(), torch::kDouble);
+    std::vector<Tensor> rows, wants;
+    for (int64_t row = 0; row < 4; ++row) {
+      const int64_t length = lengths[size_t(row)];
+      rows.push_back(x.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length));
+      rows.back().normal_();
+    }
+    const Tensor y = layer->forward(x, torch::tensor(lengths, torch::kInt), padding);
+    Tensor want_loss = torch::zeros({}, torch::kDouble);
+    for (int64_t row = 0; row < 4; ++row) {
+      const int64_t length = lengths[size_t(row)];
+      wants.push_back(layer->forward(rows[size_t(row)]));
+      want_loss = want_loss + wants.back().square().sum();
+      expect_close(
+          y.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length),
+          wants.back());
+      const Tensor rest = y[row].slice(0, left ? 0 : length, left ? 6 - length : 6);
+      EXPECT_EQ(rest.abs().sum().item<double>(), 0);
+    }
+    const auto parameters = layer->parameters();
+    const auto got = torch::autograd::grad({y.square().sum()}, parameters);
+    const auto want = torch::autograd::grad({want_loss}, parameters);
+    for (size_t i = 0; i < parameters.size(); ++i) expect_close(got[i], want[i]);
+    if (!has_states) continue;
+    const auto [padded, state] = layer->prefill(x, {}, torch::tensor(lengths), padding);
+    expect_close(padded, y, 0);
+    for (int64_t row = 0; row < 4; ++row) {
+      const auto [alone, one] = layer->prefill(rows[size_t(row)]);
+      expect_close(std::get<0>(state).slice(0, row, row + 1), std::get<0>(one));
+      expect_close(std::get<1>(state).slice(0, row, row + 1), std::get<1>(one));
+    }
+  }
+}
+
 TEST(MambaLayer, ChunksAndStepsAreTheSequence) {
   torch::manual_seed(seed());
-  for (const int64_t d_conv : {1, 4}) {
-    Mamba layer(MambaOptions(6).d_state(3).d_conv(d_conv));
-    const Tensor x = torch::randn({2, 9, 6});
-    const auto [y, last] = layer->prefill(x);
-    expect_close(layer->forward(x), y, 0);
-    std::optional<MambaState> state;
-    std::vector<Tensor> parts;
-    for (const auto& [begin, end] : {std::pair(0, 2), {2, 2}, {2, 3}, {3, 9}}) {
-      auto [part, new_state] = layer->prefill(x.slice(1, begin, end), state);
-      parts.push_back(part);
-      state = new_state;
-    }
-    expect_close(torch::cat(parts, 1), y);
-    expect_close(std::get<0>(*state), std::get<0>(last));
-    expect_close(std::get<1>(*state), std::get<1>(last));
-    MambaState stepped = layer->init_state(2);
-    for (int64_t t = 0; t < 9; ++t) {
-      auto [y_t, new_state] = layer->step(x.select(1, t), stepped);
-      expect_close(y_t, y.select(1, t));
-      stepped = new_state;
-    }
-    expect_close(std::get<0>(stepped), std::get<0>(last));
-    expect_close(std::get<1>(stepped), std::get<1>(last));
-  }
+  for (const int64_t d_conv : {1, 4})
+    expect_chunks_and_steps_to_be_the_sequence(Mamba(MambaOptions(6).d_state(3).d_conv(d_conv)));
 }
 
 TEST(MambaLayer, PaddingDoesNotCount) {
   torch::manual_seed(seed());
-  const std::vector<int64_t> lengths = {6, 1, 0, 5};
-  for (const bool both : {false, true}) {
-    for (const std::string padding : {"right", "left"}) {
-      Mamba layer(MambaOptions(5).d_state(3).bias(true).bidirectional(both));
-      layer->to(torch::kDouble);
-      const bool left = padding == "left";
-      Tensor x = torch::full({4, 6, 5}, std::numeric_limits<double>::quiet_NaN(), torch::kDouble);
-      std::vector<Tensor> rows, wants;
-      for (int64_t row = 0; row < 4; ++row) {
-        const int64_t length = lengths[size_t(row)];
-        rows.push_back(x.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length));
-        rows.back().normal_();
-      }
-      const Tensor y = layer->forward(x, torch::tensor(lengths, torch::kInt), padding);
-      Tensor want_loss = torch::zeros({}, torch::kDouble);
-      for (int64_t row = 0; row < 4; ++row) {
-        const int64_t length = lengths[size_t(row)];
-        wants.push_back(layer->forward(rows[size_t(row)]));
-        want_loss = want_loss + wants.back().square().sum();
-        expect_close(
-            y.slice(0, row, row + 1).slice(1, left ? 6 - length : 0, left ? 6 : length),
-            wants.back());
-        const Tensor rest = y[row].slice(0, left ? 0 : length, left ? 6 - length : 6);
-        EXPECT_EQ(rest.abs().sum().item<double>(), 0);
-      }
-      const auto parameters = layer->parameters();
-      const auto got = torch::autograd::grad({y.square().sum()}, parameters);
-      const auto want = torch::autograd::grad({want_loss}, parameters);
-      for (size_t i = 0; i < parameters.size(); ++i) expect_close(got[i], want[i]);
-      if (both) continue;
-      const auto [padded, state] = layer->prefill(x, {}, torch::tensor(lengths), padding);
-      expect_close(padded, y, 0);
-      for (int64_t row = 0; row < 4; ++row) {
-        const auto [alone, one] = layer->prefill(rows[size_t(row)]);
-        expect_close(std::get<0>(state).slice(0, row, row + 1), std::get<0>(one));
-        expect_close(std::get<1>(state).slice(0, row, row + 1), std::get<1>(one));
-      }
-    }
-  }
+  for (const bool both : {false, true})
+    expect_padding_not_to_count(
+        Mamba(MambaOptions(6).d_state(3).bias(true).bidirectional(both)), !both);
 }
 
 TEST(MambaLayer, BothDirectionsAreAdded) {
@@ -641,6 +799,128 @@ TEST(MambaLayer, SaysWhatIsWrong) {
   EXPECT_MESSAGE(Mamba(MambaOptions(8).dt_init("zero")), "Mamba: dt_init is 'zero'");
   EXPECT_MESSAGE(Mamba(MambaOptions(8).dt_min(1).dt_max(0.1)), "Mamba: dt_min is 1 and dt_max 0.1");
   EXPECT_MESSAGE(Mamba(MambaOptions(8).expand(0)), "Mamba: expand is 0");
+}
+
+std::vector<Mamba2Options> mamba2_options() {
+  return {
+      Mamba2Options(6).d_state(3).headdim(4),
+      Mamba2Options(6).d_state(3).headdim(2).d_conv(1).ngroups(2).rmsnorm(false).bias(true),
+      Mamba2Options(6).d_state(4).headdim(2).d_ssm(8).ngroups(2).D_has_hdim(true).norm_before_gate(
+          true),
+      Mamba2Options(6).d_state(3).headdim(3).conv_bias(false).dt_limit({0.02, 0.08})};
+}
+
+TEST(Mamba2Layer, HasPythonsParameters) {
+  torch::manual_seed(seed());
+  Mamba2 layer(Mamba2Options(16).d_state(5).headdim(4).ngroups(2).D_has_hdim(true));
+  const auto parameters = layer->named_parameters();
+  const std::vector<std::pair<std::string, std::vector<int64_t>>> shapes = {
+      {"in_proj.weight", {2 * 32 + 2 * 2 * 5 + 8, 16}},
+      {"conv1d.weight", {32 + 2 * 2 * 5, 1, 4}},
+      {"conv1d.bias", {32 + 2 * 2 * 5}},
+      {"dt_bias", {8}},
+      {"A_log", {8}},
+      {"D", {32}},
+      {"norm.weight", {32}},
+      {"out_proj.weight", {16, 32}}};
+  EXPECT_EQ(parameters.size(), shapes.size());
+  for (const auto& [name, shape] : shapes) EXPECT_EQ(parameters[name].sizes(), shape) << name;
+  const Tensor A = layer->A_log.exp(), dt = torch::softplus(layer->dt_bias);
+  EXPECT_GE(A.min().item<float>(), 0.999);
+  EXPECT_LE(A.max().item<float>(), 16.01);
+  EXPECT_GE(dt.min().item<float>(), 0.00099);
+  EXPECT_LE(dt.max().item<float>(), 0.1001);
+  EXPECT_TRUE((layer->D == 1).all().item<bool>() && (layer->norm->weight == 1).all().item<bool>());
+  Mamba2 beside(Mamba2Options(16).headdim(4).d_ssm(16).rmsnorm(false).conv_init(0.01));
+  EXPECT_EQ(beside->in_proj->weight.size(0), 2 * 16 + 2 * 16 + 2 * 128 + 4);
+  EXPECT_LE(beside->conv1d->weight.abs().max().item<float>(), 0.01f);
+  EXPECT_FALSE(beside->norm);
+}
+
+TEST(Mamba2Layer, ChunksAndStepsAreTheSequence) {
+  torch::manual_seed(seed());
+  for (const auto& options : mamba2_options())
+    expect_chunks_and_steps_to_be_the_sequence(Mamba2(options));
+}
+
+TEST(Mamba2Layer, PaddingDoesNotCount) {
+  torch::manual_seed(seed());
+  for (const auto& options : mamba2_options()) expect_padding_not_to_count(Mamba2(options), true);
+}
+
+TEST(Mamba2Layer, IsSavedClonedMovedAndPrinted) {
+  torch::manual_seed(seed());
+  const Tensor x = torch::randn({2, 7, 6});
+  for (const auto& options : mamba2_options()) {
+    Mamba2 layer(options), read(options);
+    const Tensor y = layer->forward(x);
+    const TemporaryFile file;
+    torch::save(layer, file.path());
+    load_state_dict(read, file.path());
+    EXPECT_TRUE(torch::equal(read->forward(x), y));
+    auto copy = std::dynamic_pointer_cast<Mamba2Impl>(layer->clone());
+    ASSERT_TRUE(copy);
+    EXPECT_TRUE(torch::equal(copy->forward(x), y));
+    {
+      const torch::NoGradGuard no_grad;
+      for (Tensor& each : copy->parameters()) each.zero_();
+    }
+    EXPECT_TRUE(torch::equal(layer->forward(x), y)) << "the copy shares parameters";
+    layer->to(torch::kBFloat16);
+    const Tensor in_half = layer->forward(x.to(torch::kBFloat16));
+    EXPECT_EQ(in_half.scalar_type(), torch::kBFloat16);
+    EXPECT_EQ(std::get<1>(layer->init_state(2)).scalar_type(), torch::kFloat);
+    torch::nn::AnyModule any(layer);
+    EXPECT_TRUE(torch::equal(any.forward<Tensor>(x.to(torch::kBFloat16)), in_half));
+  }
+  EXPECT_NE(
+      c10::str(Mamba2(Mamba2Options(64)))
+          .find("d_model=64, d_state=128, d_conv=4, expand=2, headdim=64"),
+      std::string::npos);
+}
+
+TEST(Mamba2Layer, SaysWhatIsWrong) {
+  Mamba2 layer(Mamba2Options(8).d_state(3).headdim(4));
+  const Tensor x = torch::randn({3, 11, 8});
+  const MambaState state = layer->init_state(3);
+  EXPECT_MESSAGE(layer->forward(x[0]), "Mamba2: x has shape (11, 8), expected (B, T, d_model=8)");
+  EXPECT_MESSAGE(layer->step(x, state), "Mamba2.step: x has shape (3, 11, 8)");
+  EXPECT_MESSAGE(
+      layer->step(x.slice(0, 0, 2).select(1, 0), state),
+      "Mamba2: the first tensor of state has shape (3, 22, 3)");
+  EXPECT_MESSAGE(
+      layer->prefill(x, MambaState(std::get<0>(state), x)),
+      "Mamba2: the second tensor of state has shape (3, 11, 8)");
+  EXPECT_MESSAGE(layer->forward(x, torch::tensor({1, 2})), "Mamba2: lengths has shape (2,)");
+  EXPECT_MESSAGE(
+      layer->prefill(x, state, torch::tensor({1, 2, 3}), "left"), "Mamba2.prefill: state is given");
+  EXPECT_MESSAGE(Mamba2(Mamba2Options(8).d_state(0)), "Mamba2: d_state is 0");
+  EXPECT_MESSAGE(
+      Mamba2(Mamba2Options(8)), "Mamba2: headdim is 64, expected a number that divides d_inner=16");
+  EXPECT_MESSAGE(Mamba2(Mamba2Options(8).headdim(4).ngroups(3)), "Mamba2: ngroups is 3");
+  EXPECT_MESSAGE(Mamba2(Mamba2Options(8).headdim(4).d_ssm(20)), "Mamba2: d_ssm is 20");
+  EXPECT_MESSAGE(
+      Mamba2(Mamba2Options(8).headdim(4).dt_limit({2, 1})), "Mamba2: dt_limit is (2, 1)");
+}
+
+TEST(Mamba2Layer, IsALanguageModelsMixer) {
+  torch::manual_seed(seed());
+  const auto options = MambaLMOptions(11, Mamba2Options(8).d_state(3).headdim(4), 2);
+  MambaLM model(options), read(options);
+  const Tensor ids = torch::randint(11, {2, 7});
+  const Tensor y = model->forward(ids);
+  const auto [logits, state] = model->prefill(ids.slice(1, 0, 6), {}, {}, "right", true);
+  expect_close(std::get<0>(model->step(ids.select(1, 6), state)), y.select(1, 6));
+  EXPECT_EQ(model->generate(ids, 3, 0.0).sizes(), (torch::IntArrayRef{2, 10}));
+  EXPECT_TRUE(model->named_parameters().contains("backbone.layers.1.mixer.dt_bias"));
+  const TemporaryFile file;
+  torch::save(model, file.path());
+  load_state_dict(read, file.path());
+  EXPECT_TRUE(torch::equal(read->forward(ids), y));
+  auto copy = std::dynamic_pointer_cast<MambaLMImpl>(model->clone());
+  EXPECT_TRUE(torch::equal(copy->forward(ids), y));
+  copy->reset_parameters();
+  EXPECT_FALSE(torch::equal(copy->forward(ids), y));
 }
 
 TEST(MambaLanguageModel, LearnsAndContinues) {

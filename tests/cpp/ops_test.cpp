@@ -379,6 +379,306 @@ TEST(CausalConv1d, MessagesNameTheArgument) {
       "causal_conv1d_step: state has shape (5, 6, 2)");
 }
 
+// ---- matrix memories ----
+
+// One member of the family: what has a place in time, its states, itself, and its step by torch's operations.
+struct Member {
+  std::string name;
+  std::vector<std::vector<int64_t>> inputs, states; // sizes behind (B, T) and (B)
+  std::function<std::pair<Tensor, Tensors>(
+      const Tensors&, const Tensors& state, const OptionalTensor& cu_seqlens, bool reverse)>
+      run; // no states: none given
+  std::function<std::pair<Tensor, Tensors>(
+      const Tensors&, const Tensors& state, const OptionalTensor& indices)>
+      step;
+  std::function<Tensor(const Tensors&, Tensors& state, const OptionalTensor& indices)> step_;
+  std::function<std::pair<Tensor, Tensors>(const Tensors&, const Tensors& state)> formula;
+
+  friend void PrintTo(const Member& member, std::ostream* out) { *out << member.name; }
+};
+
+constexpr int64_t kHeads = 4, kGroups = 2, kKeys = 3, kValues = 5;
+
+Tensor product(const Tensor& k, const Tensor& v) { return k.unsqueeze(-1) * v.unsqueeze(-2); }
+Tensor read_out(const Tensor& C, const Tensor& q) { return (C * q.unsqueeze(-1)).sum(-2); }
+Tensor per_head(const Tensor& x) { return x.repeat_interleave(kHeads / kGroups, -2); }
+
+Member mlstm_case(bool exponential) {
+  const std::string gate = exponential ? "exp" : "sigmoid";
+  const auto as_state = [](const Tensors& s) { return MLSTMState(s[0], s[1], s[2]); };
+  const auto as_list = [](const std::tuple<Tensor, MLSTMState>& out) {
+    const auto& [h, state] = out;
+    return std::pair(h, Tensors{std::get<0>(state), std::get<1>(state), std::get<2>(state)});
+  };
+  return {
+      "mlstm_" + gate,
+      {{kGroups, kKeys}, {kGroups, kKeys}, {kHeads, kValues}, {kHeads}, {kHeads}},
+      {{kHeads, kKeys, kValues}, {kHeads, kKeys}, {kHeads}},
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& c, bool r) {
+        const auto initial = s.empty() ? std::nullopt : std::optional(as_state(s));
+        return as_list(
+            mlstm(x[0], x[1], x[2], x[3], x[4], initial, 0.7, 0.01, gate, exponential, true, c, r));
+      },
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& i) {
+        return as_list(
+            mlstm_step(x[0], x[1], x[2], x[3], x[4], as_state(s), i, 0.7, 0.01, gate, exponential));
+      },
+      [=](const Tensors& x, Tensors& s, const OptionalTensor& i) {
+        MLSTMState state = as_state(s);
+        return mlstm_step_(x[0], x[1], x[2], x[3], x[4], state, i, 0.7, 0.01, gate, exponential);
+      },
+      [=](const Tensors& x, const Tensors& s) {
+        const Tensor q = 0.7 * per_head(x[0]), k = per_head(x[1]), log_f = torch::log_sigmoid(x[4]);
+        const Tensor m = exponential ? torch::maximum(log_f + s[2], x[3]) : s[2];
+        const Tensor f = exponential ? torch::exp(log_f + s[2] - m) : torch::exp(log_f),
+                     i = exponential ? torch::exp(x[3] - m) : torch::sigmoid(x[3]);
+        const Tensor C = f.unsqueeze(-1).unsqueeze(-1) * s[0] + product(i.unsqueeze(-1) * k, x[2]),
+                     n = exponential ? f.unsqueeze(-1) * s[1] + i.unsqueeze(-1) * k : s[1];
+        Tensor h = read_out(C, q);
+        if (exponential)
+          h = h / (torch::maximum((n * q).sum(-1).abs(), torch::exp(-m)) + 0.01).unsqueeze(-1);
+        return std::pair(h, Tensors{C, n, m});
+      }};
+}
+Member linear_attention_case(bool normalize) {
+  const auto as_list = [](const std::tuple<Tensor, TensorPair>& out) {
+    const auto& [h, state] = out;
+    return std::pair(h, Tensors{std::get<0>(state), std::get<1>(state)});
+  };
+  const std::string features = normalize ? "elu" : "relu";
+  return {
+      "linear_attention_" + features,
+      {{kGroups, kKeys}, {kGroups, kKeys}, {kHeads, kValues}},
+      {{kHeads, kKeys, kValues}, {kHeads, kKeys}},
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& c, bool r) {
+        const auto initial = s.empty() ? std::nullopt : std::optional(TensorPair(s[0], s[1]));
+        return as_list(
+            linear_attention(x[0], x[1], x[2], initial, 0.5, features, normalize, 0.5, c, r));
+      },
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& i) {
+        return as_list(linear_attention_step(
+            x[0], x[1], x[2], {s[0], s[1]}, i, 0.5, features, normalize, 0.5));
+      },
+      [=](const Tensors& x, Tensors& s, const OptionalTensor& i) {
+        TensorPair state(s[0], s[1]);
+        return linear_attention_step_(x[0], x[1], x[2], state, i, 0.5, features, normalize, 0.5);
+      },
+      [=](const Tensors& x, const Tensors& s) {
+        const auto map = [&](const Tensor& y) {
+          return normalize ? torch::elu(y) + 1 : torch::relu(y);
+        };
+        const Tensor q = 0.5 * map(per_head(x[0])), k = map(per_head(x[1]));
+        const Tensor S = s[0] + product(k, x[2]), z = normalize ? s[1] + k : s[1];
+        Tensor h = read_out(S, q);
+        if (normalize) h = h / ((z * q).sum(-1, true) + 0.5);
+        return std::pair(h, Tensors{S, z});
+      }};
+}
+Member retention_case() {
+  const auto as_list = [](const TensorPair& out) {
+    return std::pair(std::get<0>(out), Tensors{std::get<1>(out)});
+  };
+  return {
+      "retention",
+      {{kGroups, kKeys}, {kGroups, kKeys}, {kHeads, kValues}},
+      {{kHeads, kKeys, kValues}},
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& c, bool r) {
+        const OptionalTensor initial = s.empty() ? OptionalTensor() : s[0];
+        return as_list(retention(x[0], x[1], x[2], {}, initial, {}, c, r));
+      },
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& i) {
+        return as_list(retention_step(x[0], x[1], x[2], {}, s[0], i));
+      },
+      [=](const Tensors& x, Tensors& s, const OptionalTensor& i) {
+        return retention_step_(x[0], x[1], x[2], {}, s[0], i);
+      },
+      [=](const Tensors& x, const Tensors& s) {
+        const Tensor decay = 1 - torch::pow(2., -5 - torch::arange(kHeads, s[0].options()));
+        const Tensor S = decay.view({kHeads, 1, 1}) * s[0] + product(per_head(x[1]), x[2]);
+        return std::pair(read_out(S, per_head(x[0]) / std::sqrt(double(kKeys))), Tensors{S});
+      }};
+}
+Member ssd_case() {
+  const auto as_list = [](const TensorPair& out) {
+    return std::pair(std::get<0>(out), Tensors{std::get<1>(out)});
+  };
+  const auto like = [](const Tensor& x) { return x.options().requires_grad(false); };
+  const auto A = [=](const Tensor& x) { return -torch::linspace(0.2, 2, kHeads, like(x)); };
+  const auto D = [=](const Tensor& x) { return torch::linspace(-1, 1, kHeads, like(x)); };
+  const auto bias = [=](const Tensor& x) { return torch::linspace(-2, 0, kHeads, like(x)); };
+  return {
+      "ssd",
+      {{kHeads, kValues}, {kHeads}, {kGroups, kKeys}, {kGroups, kKeys}, {kHeads, kValues}},
+      {{kHeads, kValues, kKeys}},
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& c, bool r) {
+        const OptionalTensor initial = s.empty() ? OptionalTensor() : s[0];
+        return as_list(
+            ssd(x[0], x[1], A(x[0]), x[2], x[3], D(x[0]), x[4], bias(x[0]), initial, true, c, r));
+      },
+      [=](const Tensors& x, const Tensors& s, const OptionalTensor& i) {
+        return as_list(
+            ssd_step(x[0], x[1], A(x[0]), x[2], x[3], D(x[0]), x[4], bias(x[0]), s[0], i, true));
+      },
+      [=](const Tensors& x, Tensors& s, const OptionalTensor& i) {
+        return ssd_step_(x[0], x[1], A(x[0]), x[2], x[3], D(x[0]), x[4], bias(x[0]), s[0], i, true);
+      },
+      [=](const Tensors& x, const Tensors& s) {
+        const Tensor dt = torch::softplus(x[1] + bias(x[0]));
+        const Tensor S = torch::exp(dt * A(x[0])).unsqueeze(-1).unsqueeze(-1) * s[0] +
+                         product(dt.unsqueeze(-1) * x[0], per_head(x[2]));
+        const Tensor y = (S * per_head(x[3]).unsqueeze(-2)).sum(-1) + D(x[0]).unsqueeze(-1) * x[0];
+        return std::pair(y * torch::silu(x[4]), Tensors{S});
+      }};
+}
+
+class MatrixMemories : public ::testing::TestWithParam<Member> {
+ protected:
+  void SetUp() override { torch::manual_seed(seed()); }
+  const Member& member() const { return GetParam(); }
+  static Tensors draw(
+      const std::vector<std::vector<int64_t>>& sizes, std::vector<int64_t> before,
+      torch::ScalarType dtype) {
+    Tensors all;
+    for (const std::vector<int64_t>& size : sizes) {
+      std::vector<int64_t> shape = before;
+      shape.insert(shape.end(), size.begin(), size.end());
+      all.push_back(torch::randn(shape, torch::dtype(dtype).requires_grad(true)));
+    }
+    return all;
+  }
+  Tensors inputs(int64_t B, int64_t T, torch::ScalarType dtype = torch::kDouble) const {
+    return draw(member().inputs, {B, T}, dtype);
+  }
+  Tensors states(int64_t B, torch::ScalarType dtype = torch::kDouble) const {
+    return draw(member().states, {B}, dtype);
+  }
+  static Tensors at(const Tensors& x, int64_t t) {
+    Tensors all;
+    for (const Tensor& each : x) all.push_back(each.select(1, t));
+    return all;
+  }
+  static Tensors detached(Tensors x) {
+    for (Tensor& each : x) each = each.detach();
+    return x;
+  }
+  std::pair<Tensor, Tensors> loop(const Tensors& x, Tensors state, bool reverse) const {
+    const int64_t T = x[0].size(1);
+    Tensors h(static_cast<size_t>(T), Tensor());
+    for (int64_t n = 0; n < T; ++n) {
+      const int64_t t = reverse ? T - 1 - n : n;
+      std::tie(h[size_t(t)], state) = member().formula(at(x, t), state);
+    }
+    return {torch::stack(h, 1), state};
+  }
+  Random random;
+};
+
+Tensor weighed(const std::pair<Tensor, Tensors>& out) {
+  Tensor sum = torch::zeros({}, out.first.options());
+  Tensors all = out.second;
+  all.push_back(out.first);
+  for (const Tensor& y : all)
+    sum = sum + (y * torch::linspace(-1, 3, y.numel(), y.options()).cos().view(y.sizes())).sum();
+  return sum;
+}
+
+TEST_P(MatrixMemories, ValuesAndGradientsAreThoseOfALoop) {
+  for (const bool reverse : {false, true}) {
+    const Tensors x = inputs(2, 7), state = states(2);
+    const auto got = member().run(x, state, {}, reverse), want = loop(x, state, reverse);
+    expect_close(got.first, want.first);
+    for (size_t i = 0; i < state.size(); ++i) expect_close(got.second[i], want.second[i]);
+    Tensors leaves = x;
+    leaves.insert(leaves.end(), state.begin(), state.end());
+    const auto gradients_of = [&](const std::pair<Tensor, Tensors>& out) {
+      return torch::autograd::grad({weighed(out)}, leaves);
+    };
+    const Tensors got_grad = gradients_of(got), want_grad = gradients_of(want);
+    for (size_t i = 0; i < leaves.size(); ++i) expect_close(got_grad[i], want_grad[i], 1e-9);
+  }
+}
+
+TEST_P(MatrixMemories, NoStateIsZeros) {
+  const Tensors x = inputs(2, 4, torch::kFloat);
+  Tensors zeros = states(2, torch::kFloat);
+  for (Tensor& each : zeros) each = torch::zeros_like(each);
+  const auto got = member().run(x, {}, {}, false), want = member().run(x, zeros, {}, false);
+  EXPECT_TRUE(torch::equal(got.first, want.first));
+  for (size_t i = 0; i < zeros.size(); ++i)
+    EXPECT_TRUE(torch::equal(got.second[i], want.second[i]));
+}
+
+TEST_P(MatrixMemories, PackedSequencesAreEachAlone) {
+  const Tensors x = inputs(1, 9), state = states(3);
+  const auto cu_seqlens = torch::tensor({0, 4, 4, 9}, torch::kInt);
+  const auto got = member().run(x, state, cu_seqlens, false);
+  for (const auto& [s, begin, end] : {std::tuple(0, 0, 4), {2, 4, 9}}) {
+    Tensors part, own;
+    for (const Tensor& each : x) part.push_back(each.slice(1, begin, end));
+    for (const Tensor& each : state) own.push_back(each.slice(0, s, s + 1));
+    const auto want = member().run(part, own, {}, false);
+    expect_close(got.first.slice(1, begin, end), want.first);
+    for (size_t i = 0; i < state.size(); ++i)
+      expect_close(got.second[i].slice(0, s, s + 1), want.second[i]);
+  }
+  for (size_t i = 0; i < state.size(); ++i) expect_close(got.second[i][1], state[i][1]);
+}
+
+TEST_P(MatrixMemories, StepsAreTheSequence) {
+  const Tensors x = inputs(2, 5, torch::kFloat);
+  const auto [h, final_state] = member().run(x, {}, {}, false);
+  Tensors state = detached(states(2, torch::kFloat)), pools = detached(states(4, torch::kFloat));
+  const Tensor slots = torch::tensor({3, 1});
+  Tensors before;
+  for (size_t i = 0; i < state.size(); ++i) {
+    before.push_back(pools[i].clone());
+    state[i].zero_();
+    pools[i].index_fill_(0, slots, 0);
+  }
+  for (int64_t t = 0; t < 5; ++t) {
+    Tensor y;
+    std::tie(y, state) = member().step(at(x, t), state, {});
+    expect_close(y, h.select(1, t), 1e-4);
+    expect_close(member().step_(at(detached(x), t), pools, slots), h.select(1, t), 1e-4);
+  }
+  for (size_t i = 0; i < state.size(); ++i) {
+    expect_close(state[i], final_state[i], 1e-4);
+    expect_close(pools[i].index({slots}), final_state[i], 1e-4);
+    for (const int64_t untouched : {0, 2})
+      EXPECT_TRUE(torch::equal(pools[i][untouched], before[i][untouched])) << untouched;
+  }
+  const Tensors through_steps = torch::autograd::grad({weighed({state[0], {}})}, {x[1], x[2]});
+  const Tensors through_all = torch::autograd::grad({weighed({final_state[0], {}})}, {x[1], x[2]});
+  for (size_t i = 0; i < 2; ++i) expect_close(through_steps[i], through_all[i], 1e-4);
+}
+
+TEST_P(MatrixMemories, HalfPrecisionHasAFloatState) {
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    const Tensors x = inputs(2, 5, dtype);
+    const auto out = member().run(x, {}, {}, false);
+    EXPECT_EQ(out.first.scalar_type(), dtype);
+    EXPECT_EQ(out.second[0].scalar_type(), torch::kFloat);
+    EXPECT_EQ(torch::autograd::grad({out.first.sum()}, {x[0]})[0].scalar_type(), dtype);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, MatrixMemories,
+    ::testing::Values(
+        mlstm_case(true), mlstm_case(false), linear_attention_case(true),
+        linear_attention_case(false), retention_case(), ssd_case()),
+    [](const auto& each) { return each.param.name; });
+
+TEST(MatrixMemoryMessages, NameTheArgument) {
+  const Tensor q = torch::randn({2, 6, 1, 3}), v = torch::randn({2, 6, 4, 5}), i = v.select(3, 0);
+  EXPECT_MESSAGE(mlstm(q, q[0], v, i, i), "mlstm: k has shape (6, 1, 3)");
+  EXPECT_MESSAGE(mlstm(q, q, v, i, i, {}, {}, 0, "tanh"), "mlstm: input_gate is 'tanh'");
+  EXPECT_MESSAGE(mlstm(q, q, v, i, i, MLSTMState(i, i, i)), "mlstm: C has shape (2, 6, 4)");
+  EXPECT_MESSAGE(linear_attention(q, q, v, {}, 1, "cos"), "linear_attention: feature_map is 'cos'");
+  EXPECT_MESSAGE(retention(q, q, v, i), "retention: decay has shape (2, 6, 4)");
+  EXPECT_MESSAGE(ssd(v, i, i, q, q), "ssd: A has shape (2, 6, 4)");
+}
+
 TEST(Library, HasAVersion) { EXPECT_NE(std::string(version()), ""); }
 
 } // namespace

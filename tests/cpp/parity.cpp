@@ -91,16 +91,43 @@ void compare_initial(const torch::nn::Module& fresh) {
   }
 }
 
-void run_mamba(const std::string& folder, const MambaOptions& options) {
+void run_mlstm(const std::string& folder, const MLSTMOptions& options) {
   torch::manual_seed(0); // as in Python: a new layer has the same values
-  Mamba fresh(options);
+  compare_initial(*MLSTM(options));
+  run<MLSTM>(folder, options, [&](MLSTM& module) {
+    const Tensor& x = answers["x"];
+    const auto compare_state = [](const std::string& name, const MLSTMState& state) {
+      compare(name + "_C", std::get<0>(state));
+      compare(name + "_n", std::get<1>(state));
+      compare(name + "_m", std::get<2>(state));
+    };
+    const auto [y, state] = module->forward(x);
+    compare("y", y);
+    compare_state("state", state);
+    const auto [padded_y, padded_state] = module->forward(x, state, answers["lengths"]);
+    compare("padded_y", padded_y);
+    compare_state("padded_state", padded_state);
+    if (!options.bidirectional()) {
+      const auto [step_y, step_state] = module->step(x[0], state);
+      compare("step_y", step_y);
+      compare_state("step_state", step_state);
+    }
+  });
+}
+
+template <class Module, class Options>
+void run_mamba(const std::string& folder, const Options& options) {
+  torch::manual_seed(0); // as in Python: a new layer has the same values
+  Module fresh(options);
   compare_initial(*fresh);
-  run<Mamba>(folder, options, [&](Mamba& module) {
+  run<Module>(folder, options, [&](Module& module) {
     const Tensor &x = answers["x"], &lengths = answers["lengths"];
     compare("y", module->forward(x));
     compare("right", module->forward(x, lengths));
     compare("left", module->forward(x, lengths, "left"));
-    if (options.bidirectional()) return;
+    if constexpr (requires { options.bidirectional(); }) {
+      if (options.bidirectional()) return;
+    }
     const auto compare_both = [](const std::string& name, const auto& result) {
       const auto& [y, state] = result;
       compare(name + "_y", y);
@@ -152,6 +179,24 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
        run_layer<MinLSTM>(
            f, MinLSTMOptions(5, 7).bidirectional(true).activation("g").normalize(false));
      }},
+    {"mlstm",
+     [](auto& f) { run_mlstm(f, MLSTMOptions(5, 8).num_layers(2).num_heads(2).qk_size(6)); }},
+    {"mlstm_raw",
+     [](auto& f) {
+       run_mlstm(
+           f, MLSTMOptions(5, 8).bidirectional(true).num_heads(4).input_gate("sigmoid").normalize(
+                  false));
+     }},
+    {"mlstm_options",
+     [](auto& f) { run_mlstm(f, MLSTMOptions(5, 6).bias(false).input_gate("sigmoid").eps(0.1)); }},
+    {"mlstm_memory",
+     [](auto& f) {
+       run_mlstm(
+           f, MLSTMOptions(5, 6)
+                  .num_heads(2)
+                  .gate_bias_init(GateBiasInit(5, 100))
+                  .input_gate_bias_init(-1));
+     }},
     {"block", [](auto& f) { run_block(f, MinRNNBlockOptions(8)); }},
     {"block_lstm",
      [](auto& f) {
@@ -164,10 +209,10 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
                   .mlp_ratio(2)
                   .activation("g"));
      }},
-    {"mamba", [](auto& f) { run_mamba(f, MambaOptions(20)); }},
+    {"mamba", [](auto& f) { run_mamba<Mamba>(f, MambaOptions(20)); }},
     {"mamba_options",
      [](auto& f) {
-       run_mamba(
+       run_mamba<Mamba>(
            f, MambaOptions(20)
                   .d_state(5)
                   .d_conv(3)
@@ -181,7 +226,37 @@ const std::map<std::string, std::function<void(const std::string& folder)>> kCas
                   .conv_bias(false)
                   .bias(true));
      }},
-    {"mamba_both", [](auto& f) { run_mamba(f, MambaOptions(20).bidirectional(true)); }},
+    {"mamba_both", [](auto& f) { run_mamba<Mamba>(f, MambaOptions(20).bidirectional(true)); }},
+    {"mamba2", [](auto& f) { run_mamba<Mamba2>(f, Mamba2Options(20).d_state(6).headdim(8)); }},
+    {"mamba2_options",
+     [](auto& f) {
+       run_mamba<Mamba2>(
+           f, Mamba2Options(20)
+                  .d_state(5)
+                  .d_conv(3)
+                  .conv_init(0.2)
+                  .expand(1.6)
+                  .headdim(4)
+                  .d_ssm(24)
+                  .ngroups(2)
+                  .A_init_range({2, 5})
+                  .D_has_hdim(true)
+                  .norm_before_gate(true)
+                  .dt_min(0.01)
+                  .dt_max(0.2)
+                  .dt_init_floor(0.05)
+                  .dt_limit({0.1, 0.6})
+                  .bias(true)
+                  .conv_bias(false)
+                  .norm_eps(1e-3));
+     }},
+    {"mamba2_no_norm",
+     [](auto& f) { run_mamba<Mamba2>(f, Mamba2Options(20).d_state(3).headdim(5).rmsnorm(false)); }},
+    {"mambalm_2",
+     [](auto& f) {
+       const auto block = MambaBlockOptions(Mamba2Options(20).d_state(6).headdim(8)).norm_eps(1e-3);
+       run_mamba_lm(f, MambaLMOptions(11, block, 2));
+     }},
     {"mambalm", [](auto& f) { run_mamba_lm(f, MambaLMOptions(11, 20, 2)); }},
     {"mambalm_untied",
      [](auto& f) {

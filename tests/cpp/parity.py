@@ -38,6 +38,20 @@ CASES = {
     "min_lstm_raw": lambda: torch_ext.MinLSTM(
         5, 7, bidirectional=True, activation="g", normalize=False
     ),
+    "mlstm": lambda: torch_ext.MLSTM(5, 8, num_layers=2, num_heads=2, qk_size=6),
+    "mlstm_raw": lambda: torch_ext.MLSTM(
+        5, 8, bidirectional=True, num_heads=4, input_gate="sigmoid", normalize=False
+    ),
+    "mlstm_options": lambda: torch_ext.MLSTM(
+        5,
+        6,
+        bias=False,
+        input_gate="sigmoid",
+        eps=0.1,
+    ),
+    "mlstm_memory": lambda: torch_ext.MLSTM(
+        5, 6, num_heads=2, gate_bias_init=(5, 100), input_gate_bias_init=-1
+    ),
     "block": lambda: torch_ext.MinRNNBlock(8),
     "block_lstm": lambda: torch_ext.MinRNNBlock(
         8,
@@ -64,7 +78,32 @@ CASES = {
         bias=True,
     ),
     "mamba_both": lambda: torch_ext.Mamba(20, bidirectional=True),
+    "mamba2": lambda: torch_ext.Mamba2(20, d_state=6, headdim=8),
+    "mamba2_options": lambda: torch_ext.Mamba2(
+        20,
+        d_state=5,
+        d_conv=3,
+        conv_init=0.2,
+        expand=1.6,
+        headdim=4,
+        d_ssm=24,
+        ngroups=2,
+        A_init_range=(2, 5),
+        D_has_hdim=True,
+        norm_before_gate=True,
+        dt_min=0.01,
+        dt_max=0.2,
+        dt_init_floor=0.05,
+        dt_limit=(0.1, 0.6),
+        bias=True,
+        conv_bias=False,
+        norm_eps=1e-3,
+    ),
+    "mamba2_no_norm": lambda: torch_ext.Mamba2(20, d_state=3, headdim=5, rmsnorm=False),
     "mambalm": lambda: torch_ext.MambaLM(11, 20, 2),
+    "mambalm_2": lambda: torch_ext.MambaLM(
+        11, 20, 2, norm_eps=1e-3, ssm_cfg={"layer": "Mamba2", "d_state": 6, "headdim": 8}
+    ),
     "mambalm_untied": lambda: torch_ext.MambaLM(
         11,
         20,
@@ -92,11 +131,24 @@ def layer_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return answers
 
 
+def mlstm_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    x, lengths = torch.randn(6, 3, 5), torch.tensor([6, 0, 4])
+    y, state = module(x)
+    padded_y, padded_state = module(x, state, lengths)
+    answers = {"x": x, "lengths": lengths, "y": y, "padded_y": padded_y}
+    states = {"state": state, "padded_state": padded_state}
+    if not module.bidirectional:
+        answers["step_y"], states["step_state"] = module.step(x[0], state)
+    for name, each in states.items():
+        answers |= {f"{name}_{part}": t for part, t in zip("Cnm", each, strict=True)}
+    return answers
+
+
 def mamba_answers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     x, lengths = torch.randn(3, 9, 20), torch.tensor([9, 1, 6])
     right, left = module(x, lengths), module(x, lengths, "left")
     answers = {"x": x, "lengths": lengths, "y": module(x), "right": right, "left": left}
-    if not module.bidirectional:
+    if not getattr(module, "bidirectional", False):
         first = module.prefill(x)
         results = {"first": first, "left": module.prefill(x, None, lengths, "left")}
         results["more"] = module.prefill(x, first[1], lengths)
@@ -147,7 +199,7 @@ def main(program: str) -> int:
             for parameter in module.parameters():  # norms and biases too, that all of them count
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             kinds = {"lm": lm_answers, "block": block_answers, "mamba": mamba_answers}
-            kinds["mambalm"] = mamba_lm_answers
+            kinds |= {"mambalm": mamba_lm_answers, "mamba2": mamba_answers, "mlstm": mlstm_answers}
             answers = kinds.get(name.partition("_")[0], layer_answers)(module) | initial
         with tempfile.TemporaryDirectory() as folder:
             torch.save(module.state_dict(), Path(folder, "state_dict.pt"))

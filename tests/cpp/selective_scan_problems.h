@@ -71,8 +71,10 @@ enum Order {
   kTimeInside,
   kShuffled
 }; // kTimeInside: the last dimension but one has stride 1
+// `channels_inside`: the last dimension has stride 1 whatever the order is.
 inline Memory memory(
-    Random& random, DType dtype, const std::vector<int64_t>& size, Order order, bool output) {
+    Random& random, DType dtype, const std::vector<int64_t>& size, Order order, bool output,
+    bool channels_inside = false) {
   Memory m;
   m.dtype = dtype;
   m.size = size;
@@ -80,16 +82,16 @@ inline Memory memory(
   std::vector<size_t> inwards;
   for (size_t d = 0; d < size.size(); ++d) inwards.push_back(d);
   int64_t pad = 0;
-  if (order == kTimeInside && size.size() > 2)
+  if (order == kTimeInside && size.size() > 2 && !channels_inside)
     std::swap(inwards[inwards.size() - 1], inwards[inwards.size() - 2]);
   if (order == kShuffled) {
-    for (size_t d = size.size(); d > 1; --d)
+    for (size_t d = size.size() - channels_inside; d > 1; --d)
       std::swap(inwards[d - 1], inwards[size_t(random.integer(0, int64_t(d) - 1))]);
     pad = random.integer(0, 3);
     m.offset = random.integer(0, 2);
   }
   m.stride.resize(size.size());
-  int64_t count = order == kShuffled ? random.integer(1, 2) : 1;
+  int64_t count = order == kShuffled && !channels_inside ? random.integer(1, 2) : 1;
   for (size_t d = size.size(); d-- > 0;) {
     m.stride[inwards[d]] = count;
     count = count * size[inwards[d]] + (d > 0 ? pad : 0);

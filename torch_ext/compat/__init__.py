@@ -1,14 +1,15 @@
 """Other packages' functions and modules, by their own names and signatures, on our operators.
 
 ``torch_ext.compat.minGRU_pytorch`` stands for ``minGRU_pytorch``, ``.mamba_ssm`` for ``mamba_ssm``
-(Mamba-1), ``.causal_conv1d`` for ``causal_conv1d``. Code that cannot be changed finds ours after
+(Mamba-1 and Mamba-2), ``.causal_conv1d`` for ``causal_conv1d``, ``.mlstm_kernels`` for
+``mlstm_kernels``, ``.xlstm`` for ``xlstm`` (mLSTM). Code that cannot be changed finds ours after
 :func:`install`; transformers' models use ours after :func:`patch_transformers`.
 """
 
 import importlib.util
 import sys
 
-from . import causal_conv1d, mamba_ssm, minGRU_pytorch
+from . import causal_conv1d, mamba_ssm, minGRU_pytorch, mlstm_kernels, xlstm
 from ._stand_in import Package
 from ._transformers import TransformersPatch, patch_transformers
 
@@ -20,18 +21,25 @@ _ALIASES = {
     ),
 }
 
-# The versions are the peers' releases up to whose Mamba-1 and convolution ours go: code that asks
-# takes mamba_ssm from 2.0 on for one that has Mamba-2.
+# The versions are the peers' releases up to which ours go: code that asks takes mamba_ssm from 2.0 on
+# for one that has Mamba-2, and from 2.3 on for one that has Mamba-3.
 _PACKAGES = {
     "mamba_ssm": Package(
         mamba_ssm,
-        "1.2.2+torch.ext",
+        "2.2.6+torch.ext",
         {
-            "mamba_ssm": ["selective_scan_fn", "mamba_inner_fn", "Mamba", "MambaLMHeadModel"],
+            "mamba_ssm": [
+                "selective_scan_fn",
+                "mamba_inner_fn",
+                "Mamba",
+                "Mamba2",
+                "MambaLMHeadModel",
+            ],
             "mamba_ssm.models": [],
             "mamba_ssm.models.config_mamba": ["MambaConfig"],
             "mamba_ssm.models.mixer_seq_simple": ["MambaLMHeadModel"],
             "mamba_ssm.modules": [],
+            "mamba_ssm.modules.mamba2": ["Mamba2"],
             "mamba_ssm.modules.mamba_simple": ["Mamba"],
             "mamba_ssm.ops": [],
             "mamba_ssm.ops.selective_scan_interface": [
@@ -41,6 +49,11 @@ _PACKAGES = {
                 "mamba_inner_ref",
             ],
             "mamba_ssm.ops.triton": [],
+            "mamba_ssm.ops.triton.layernorm_gated": ["RMSNorm", "rmsnorm_fn"],
+            "mamba_ssm.ops.triton.ssd_combined": [
+                "mamba_chunk_scan_combined",
+                "mamba_split_conv1d_scan_combined",
+            ],
             "mamba_ssm.ops.triton.selective_state_update": [
                 "selective_state_update",
                 "selective_state_update_ref",
@@ -66,6 +79,8 @@ _PACKAGES = {
             ],
         },
     ),
+    "mlstm_kernels": Package(mlstm_kernels, "2.0.6+torch.ext", mlstm_kernels.MODULES),
+    "xlstm": Package(xlstm, "2.0.6+torch.ext", xlstm.MODULES),
 }
 
 __all__ = [
@@ -74,7 +89,9 @@ __all__ = [
     "install",
     "mamba_ssm",
     "minGRU_pytorch",
+    "mlstm_kernels",
     "patch_transformers",
+    "xlstm",
 ]
 
 
@@ -84,8 +101,9 @@ def install(*names: str) -> list[str]:
     All of the package's modules whose contents we have are found, by ``importlib.util.find_spec``
     and ``importlib.metadata`` as well. After ``install("mamba_ssm", "causal_conv1d")`` a
     transformers (5.15 and newer) that is imported later takes our operators by itself, for its
-    Mamba, FalconMamba, Jamba and Zamba and for the convolutions of others. For one that has been
-    imported, and for training on padded batches, see :func:`patch_transformers`.
+    Mamba, Mamba2, FalconMamba, Jamba, Zamba, Bamba and so on, and for the convolutions of others,
+    and after ``install("xlstm")`` its xLSTM our blocks. For one that has been imported, and for
+    training on padded batches, see :func:`patch_transformers`.
 
     Args:
         names: packages, such as ``"mamba_ssm"``. All that we have if none is given.

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from .. import _mamba_checkpoint
 from .._sampling import sample
 from ..mamba import Mamba
+from ..mamba2 import Mamba2
 from ..mamba_lm import MambaBackbone, MambaLM
+from ._mamba_ssm_layer import run_packed
 
 __all__ = ["InferenceParams", "MambaConfig", "MambaLMHeadModel"]
 
@@ -87,7 +89,7 @@ class GenerateOutput:
 
 
 class MambaLMHeadModel(nn.Module):
-    """mamba_ssm's ``MambaLMHeadModel``, of Mamba-1 layers.
+    """mamba_ssm's ``MambaLMHeadModel``, of Mamba-1 or Mamba-2 layers.
 
     Args:
         config: a :class:`MambaConfig`.
@@ -97,7 +99,7 @@ class MambaLMHeadModel(nn.Module):
         dtype: of the parameters but ``A_log`` and ``D``.
 
     Raises:
-        ValueError: the config has attention layers, MLPs, or layers other than Mamba-1.
+        ValueError: the config has attention layers, MLPs, or layers other than Mamba-1 and Mamba-2.
 
     Example:
         >>> from torch_ext.compat._mamba_ssm_models import MambaConfig, MambaLMHeadModel
@@ -155,16 +157,35 @@ class MambaLMHeadModel(nn.Module):
             position_ids: taken and ignored, as by the peer.
             inference_params: caches to fill (``seqlen_offset == 0``) or to continue from.
             num_last_tokens: logits of the last so many tokens alone; 0 means all.
-            mixer_kwargs: none is known to Mamba-1 layers.
+            mixer_kwargs: ``seq_idx`` or ``cu_seqlens`` for Mamba-2 layers, without
+                ``inference_params``; none is known to Mamba-1 layers.
 
         Returns:
             A named tuple with ``logits``, ``(B, T, V)`` or ``(B, num_last_tokens, V)``.
         """
-        if mixer_kwargs:
-            raise TypeError(
-                f"MambaLMHeadModel: Mamba-1 layers take no {', '.join(sorted(mixer_kwargs))}"
+        packing = {key: mixer_kwargs.pop(key, None) for key in ("seq_idx", "cu_seqlens")}
+        packing = {key: value for key, value in packing.items() if value is not None}
+        mamba2 = isinstance(self.backbone.layers[0].mixer, Mamba2)
+        unknown = sorted([*mixer_kwargs, *(() if mamba2 else packing)])
+        if unknown:
+            kind = "Mamba-2" if mamba2 else "Mamba-1"
+            raise TypeError(f"MambaLMHeadModel: {kind} layers take no {', '.join(unknown)}")
+        if packing and inference_params is not None:
+            raise ValueError(
+                "MambaLMHeadModel: inference_params is given, expected None beside seq_idx or "
+                "cu_seqlens"
             )
-        if inference_params is None:
+        if packing:
+            x, _ = self.backbone._embed(input_ids, None, "right")
+            for layer in self.backbone.layers:
+                x = layer._widen(x)
+                x = x + run_packed(
+                    layer.mixer, layer.norm(x), packing.get("seq_idx"), packing.get("cu_seqlens")
+                )
+            x = self.backbone.norm_f(x)
+            if num_last_tokens > 0:
+                x = x[:, -num_last_tokens:]
+        elif inference_params is None:
             x = self.backbone(input_ids)
             if num_last_tokens > 0:
                 x = x[:, -num_last_tokens:]
@@ -190,7 +211,7 @@ class MambaLMHeadModel(nn.Module):
         mixer = self.backbone.layers[k].mixer
         scan = mixer.init_state(batch_size)[1]
         conv = scan.new_zeros(
-            batch_size, mixer.d_inner, mixer.d_conv, dtype=dtype or mixer.conv1d.weight.dtype
+            batch_size, mixer.conv_dim, mixer.d_conv, dtype=dtype or mixer.conv1d.weight.dtype
         )
         return conv, scan.to(dtype or scan.dtype)
 
@@ -308,7 +329,7 @@ class MambaLMHeadModel(nn.Module):
         _mamba_checkpoint.write(name, folder, self, self._arguments, "mamba_ssm")
 
 
-def _mix(k: int, mixer: Mamba, x: Tensor, cache: Cache, seqlen_offset: int) -> Tensor:
+def _mix(k: int, mixer: Mamba | Mamba2, x: Tensor, cache: Cache, seqlen_offset: int) -> Tensor:
     """Layer ``k`` on ``x`` ``(B, T, d_model)``. Its cache is changed in place, as captured CUDA
     graphs want it; its convolution's part has one input more than will be needed."""
     conv, scan = cache
@@ -328,7 +349,7 @@ def _mix(k: int, mixer: Mamba, x: Tensor, cache: Cache, seqlen_offset: int) -> T
     else:
         y, after = mixer.prefill(x, state)
     # Column T - 1 of the state's inputs and these, of which the last W are kept.
-    oldest = state[0][:, :, T - 1] if T < W else mixer.in_proj(x[:, T - W]).chunk(2, -1)[0]
+    oldest = state[0][:, :, T - 1] if T < W else mixer._conv_inputs(x[:, T - W])
     oldest = oldest.to(after[0].dtype).unsqueeze(2)
     conv.copy_(torch.cat([oldest, after[0]], 2))
     scan.copy_(after[1])

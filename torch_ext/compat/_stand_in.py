@@ -21,12 +21,13 @@ class Package:
     Attributes:
         source: has everything.
         version: in ``__version__`` and in the metadata.
-        modules: the names of each module, such as ``{"mamba_ssm.ops": []}``.
+        modules: the names of each module, such as ``{"mamba_ssm.ops": []}``; a mapping where the
+            source has them under others.
     """
 
     source: ModuleType
     version: str
-    modules: Mapping[str, list[str]]
+    modules: Mapping[str, list[str] | Mapping[str, str]]
 
     def install(self) -> None:
         if self not in _finder.packages:
@@ -56,7 +57,8 @@ class _Loader(Loader):
         names = self.package.modules[module.__name__]
         module.__all__ = list(names)
         for name in names:
-            setattr(module, name, getattr(self.package.source, name))
+            ours = names[name] if isinstance(names, Mapping) else name
+            setattr(module, name, getattr(self.package.source, ours))
 
 
 class _Distribution(importlib.metadata.Distribution):

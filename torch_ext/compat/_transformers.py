@@ -1,4 +1,5 @@
-"""transformers' Mamba models on our operators, after transformers has been imported."""
+"""transformers' Mamba, Mamba-2 and xLSTM models on our operators, after transformers has been
+imported."""
 
 import importlib
 import inspect
@@ -6,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 
+from . import _transformers_mamba2 as mamba2
+from . import _transformers_xlstm as xlstm
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .mamba_ssm import selective_scan_fn, selective_state_update
 
@@ -34,6 +37,12 @@ _FUNCTIONS: dict[str, tuple[Callable, list[str]]] = {
     ),
 }
 
+# Of each model: the class that calls them, the functions, and the one that is the layer as a whole.
+_MODELS = {
+    **{model: (mixer, _FUNCTIONS, "mamba_inner_fn") for model, mixer in _MIXERS.items()},
+    **{model: (mixer, mamba2.FUNCTIONS, mamba2.FUSED) for model, mixer in mamba2.MIXERS.items()},
+}
+
 _VERSIONS = "5.17 to 5.23"
 
 
@@ -47,12 +56,13 @@ class TransformersPatch:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._replaced: list[tuple[ModuleType, str, Callable, Callable]] = []
+        self._replaced: list[tuple[ModuleType | type, str, Callable, Callable]] = []
 
-    def _replace(self, module: ModuleType, name: str, ours: Callable) -> None:
-        self._replaced.append((module, name, getattr(module, name), ours))
-        self.names.append(f"{module.__name__}.{name}")
-        setattr(module, name, ours)
+    def _replace(self, owner: ModuleType | type, name: str, ours: Callable) -> None:
+        self._replaced.append((owner, name, getattr(owner, name), ours))
+        place = f"{owner.__module__}." if isinstance(owner, type) else ""
+        self.names.append(f"{place}{owner.__name__}.{name}")
+        setattr(owner, name, ours)
 
     def undo(self) -> None:
         """Puts transformers' functions back, but for those that somebody else has replaced since."""
@@ -73,18 +83,22 @@ class TransformersPatch:
 
 
 def patch_transformers(*models: str) -> TransformersPatch:
-    """Makes transformers' Mamba models compute with our operators, on the CPU as well.
+    """Makes transformers' Mamba, Mamba-2 and xLSTM models compute with our operators, on the CPU as
+    well.
 
     For a program in which transformers has been imported already; :func:`install` is for one in
     which it has not. Either way weights, arguments and results stay what they are. Models that were
     made before use ours too: the functions of the model files are replaced, not the models. In
-    training, transformers hands the whole layer to ``mamba_inner_fn`` where there is one, and then
-    forgets the attention mask after the convolution; patched models take the other way, with the
-    mask.
+    training, transformers hands the whole layer to ``mamba_inner_fn`` (or Mamba-2's) where there is
+    one, and then forgets the attention mask after the convolution; patched models take the other
+    way, with the mask. Its xLSTM then takes any length in every mode, not only those that are
+    shorter than ``chunk_size``, and knows no attention mask either way.
 
     Args:
-        models: some of ``"mamba"``, ``"falcon_mamba"``, ``"jamba"``, ``"zamba"``. All if none is
-            given.
+        models: some of ``"mamba"``, ``"falcon_mamba"``, ``"jamba"``, ``"zamba"``, ``"mamba2"``,
+            ``"bamba"``, ``"falcon_h1"``, ``"granitemoehybrid"``, ``"nemotron_h"``, ``"zamba2"``,
+            ``"xlstm"``. All if none is given, but for xLSTM where the package xlstm is installed,
+            from which transformers then takes its blocks.
 
     Returns:
         What was replaced (nothing that had been before), with ``undo()``; also a context manager.
@@ -104,22 +118,39 @@ def patch_transformers(*models: str) -> TransformersPatch:
         >>> patch.undo()
     """
     for model in models:
-        if model not in _MIXERS:
+        if model not in _MODELS and model != xlstm.MODEL:
+            expected = [*_MODELS, xlstm.MODEL]
             raise ValueError(
-                f'patch_transformers: models has "{model}", expected some of {list(_MIXERS)}'
+                f'patch_transformers: models has "{model}", expected some of {expected}'
             )
-    modules = [_module(model) for model in models or _MIXERS]
-    for module, mixer in modules:
-        _check(module, mixer)
+    named = xlstm.MODEL in models
+    backend = _xlstm_backend(named) if named or not models else None
+    chosen = [model for model in models if model in _MODELS] if models else _MODELS
+    modules = [(_module(model), *_MODELS[model]) for model in chosen]
+    for module, mixer, functions, _ in modules:
+        _check(module, mixer, functions)
     patch = TransformersPatch()
-    for module, _ in modules:
-        for name, (ours, _) in _FUNCTIONS.items():
+    for module, _, functions, fused in modules:
+        for name, (ours, _) in functions.items():
             if not hasattr(getattr(module, name), "_torch_ext"):
                 patch._replace(module, name, _stand_in_for(getattr(module, name), ours))
-        inner = getattr(module, "mamba_inner_fn", None)
+        inner = getattr(module, fused, None)
         if inner is not None and not hasattr(inner, "_torch_ext"):
-            patch._replace(module, "mamba_inner_fn", _stand_in_for(inner, _not_fused))
+            patch._replace(module, fused, _stand_in_for(inner, _not_fused))
+    if backend is not None and not hasattr(getattr(backend, xlstm.METHOD), "_torch_ext"):
+        ours = xlstm.stand_in_for(getattr(backend, xlstm.METHOD))
+        patch._replace(backend, xlstm.METHOD, ours)
     return patch
+
+
+def _xlstm_backend(named: bool) -> type | None:
+    """The class that has the method, after a check. None where there is nothing to replace."""
+    module = _module(xlstm.MODEL)
+    if xlstm.ready(module) or (xlstm.external(module) and not named):
+        return None
+    where = f"patch_transformers: transformers {_version()}: {module.__name__}"
+    xlstm.check(module, where, _VERSIONS)
+    return getattr(module, xlstm.CLASS)
 
 
 def _stand_in_for(theirs: Callable, ours: Callable) -> Callable:
@@ -137,7 +168,7 @@ def _stand_in_for(theirs: Callable, ours: Callable) -> Callable:
     return replacement
 
 
-def _not_fused(*args) -> None:
+def _not_fused(*args, **kwargs) -> None:
     """As transformers' own ``mamba_inner_fn``: None sends the layer the other way."""
     return None
 
@@ -146,11 +177,11 @@ def _version() -> str:
     return importlib.import_module("transformers").__version__
 
 
-def _module(model: str) -> tuple[ModuleType, str]:
+def _module(model: str) -> ModuleType:
     importlib.import_module("transformers")
     name = f"transformers.models.{model}.modeling_{model}"
     try:
-        return importlib.import_module(name), _MIXERS[model]
+        return importlib.import_module(name)
     except ModuleNotFoundError as e:
         raise RuntimeError(
             f"patch_transformers: transformers {_version()} has no {name}, expected a version from "
@@ -158,12 +189,14 @@ def _module(model: str) -> tuple[ModuleType, str]:
         ) from e
 
 
-def _check(module: ModuleType, mixer: str) -> None:
+def _check(
+    module: ModuleType, mixer: str, functions: dict[str, tuple[Callable, list[str]]]
+) -> None:
     """Everything that is replaced is there, has the parameters that we expect, and is used."""
     where = f"patch_transformers: transformers {_version()}: {module.__name__}"
     layer = getattr(module, mixer, None)
     forward = inspect.unwrap(layer.forward) if layer is not None else None
-    for name, (_, expected) in _FUNCTIONS.items():
+    for name, (_, expected) in functions.items():
         theirs = getattr(module, name, None)
         if theirs is None:
             raise RuntimeError(f"{where} has no {name}, expected a version from {_VERSIONS}")

@@ -20,9 +20,11 @@
 #include <torch/ordered_dict.h>
 #include <torch/types.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -79,12 +81,49 @@ struct TORCH_EXT_API MinLSTMOptions {
   TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
 };
 
+struct TORCH_EXT_API MLSTMOptions {
+  MLSTMOptions(int64_t input_size, int64_t hidden_size)
+      : input_size_(input_size), hidden_size_(hidden_size) {}
+
+  TORCH_ARG(int64_t, input_size);
+  /// channels of each direction's output, those of the values of all heads
+  TORCH_ARG(int64_t, hidden_size);
+  TORCH_ARG(int64_t, num_layers) = 1;
+  TORCH_ARG(bool, bias) = true;
+  TORCH_ARG(bool, batch_first) = false;
+  TORCH_ARG(double, dropout) = 0.0;
+  TORCH_ARG(bool, bidirectional) = false;
+  /// memories side by side, each with gates of its own
+  TORCH_ARG(int64_t, num_heads) = 1;
+  /// channels of the queries and of the keys of all heads; hidden_size if left out
+  TORCH_ARG(std::optional<int64_t>, qk_size) = std::nullopt;
+  /// "exp" or "sigmoid"
+  TORCH_ARG(std::string, input_gate) = "exp";
+  /// divide by the normaliser; false goes with the input gate "sigmoid" alone
+  TORCH_ARG(bool, normalize) = true;
+  /// added to the divisor
+  TORCH_ARG(double, eps) = 1e-6;
+  /// of the forget gate; 3 to 6 over the heads if left out
+  TORCH_ARG(std::optional<GateBiasInit>, gate_bias_init) = std::nullopt;
+  /// of the input gate
+  TORCH_ARG(double, input_gate_bias_init) = 0.0;
+};
+
+/// The memories C, their normalisers n and their stabilisers m.
+using MLSTMState = std::tuple<torch::Tensor, torch::Tensor, torch::Tensor>;
+
 namespace detail {
+
+/// A state that may be left out: an undefined tensor, or no tuple.
+template <class State>
+using Given =
+    std::conditional_t<std::is_same_v<State, torch::Tensor>, torch::Tensor, std::optional<State>>;
 
 /// What layers with torch::nn::GRU's contract share. Parameters: weight_ih_l{k}[_reverse]
 /// (gates * hidden_size, in) and bias_ih_l{k}[_reverse], the gates' rows one after the other in the
 /// order of the operator's arguments; `in` is input_size for k = 0, else directions * hidden_size.
-template <class Derived, class Options>
+/// State: a tensor, or a tuple of several.
+template <class Derived, class Options, class State = torch::Tensor>
 class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
  public:
   explicit SequenceLayerImpl(const Options& options);
@@ -98,15 +137,15 @@ class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
   ///   lengths  number of steps of each row of a padded batch, integers, (B). What stands after them
   ///            is ignored: the output there is 0 and the state that after a row's last step.
   /// Returns the last layer's output and the state after the last step, of the forms of x and state.
-  std::tuple<torch::Tensor, torch::Tensor> forward(
-      const torch::Tensor& x, const torch::Tensor& state = {}, const torch::Tensor& lengths = {});
+  std::tuple<torch::Tensor, State> forward(
+      const torch::Tensor& x, const Given<State>& state = {}, const torch::Tensor& lengths = {});
 
   /// One step, for streaming: x (B, input_size) and the state before it to the output (B, hidden_size)
   /// and the state after it. Not for bidirectional layers.
-  std::tuple<torch::Tensor, torch::Tensor> step(const torch::Tensor& x, const torch::Tensor& state);
+  std::tuple<torch::Tensor, State> step(const torch::Tensor& x, const State& state);
 
   /// The state before the first step: zeros, (num_layers * directions, B, hidden_size).
-  torch::Tensor init_state(int64_t batch_size) const;
+  State init_state(int64_t batch_size) const;
 
   void reset() override;
   void reset_parameters();
@@ -117,7 +156,8 @@ class TORCH_EXT_API SequenceLayerImpl : public torch::nn::Cloneable<Derived> {
  private:
   int64_t num_directions() const { return options.bidirectional() ? 2 : 1; }
   torch::Tensor project(const torch::Tensor& x, int64_t layer, int64_t direction) const;
-  void check_state(const torch::Tensor& state, int64_t batch_size) const;
+  std::vector<torch::Tensor> zeros(int64_t batch_size) const;
+  void check_state(const std::vector<torch::Tensor>& state, int64_t batch_size) const;
   void check_dtype(const torch::Tensor& x) const;
 
   std::vector<torch::Tensor> weights_, biases_; // of each layer and direction
@@ -160,6 +200,28 @@ class TORCH_EXT_API MinLSTMImpl : public detail::SequenceLayerImpl<MinLSTMImpl, 
 };
 extern template class detail::SequenceLayerImpl<MinLSTMImpl, MinLSTMOptions>;
 TORCH_MODULE(MinLSTM);
+
+/// mLSTM, see torch_ext.MLSTM in Python and mlstm in ops.h. The rows of the parameters: q, k (qk_size each), v
+/// (hidden_size), i, f (num_heads each), the output gate (hidden_size). The state, C (num_layers * directions, B, num_heads,
+/// K, V), n without V, m without K and V, where K = qk_size / num_heads, V = hidden_size / num_heads.
+class TORCH_EXT_API MLSTMImpl
+    : public detail::SequenceLayerImpl<MLSTMImpl, MLSTMOptions, MLSTMState> {
+ public:
+  using SequenceLayerImpl::SequenceLayerImpl;
+  // Here as well, since torch::nn::AnyModule wants it in the class itself.
+  std::tuple<torch::Tensor, MLSTMState> forward(
+      const torch::Tensor& x, const std::optional<MLSTMState>& state = {},
+      const torch::Tensor& lengths = {}) {
+    return SequenceLayerImpl::forward(x, state, lengths);
+  }
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(std::optional<MLSTMState>())},
+      {2, torch::nn::AnyValue(torch::Tensor())})
+};
+extern template class detail::SequenceLayerImpl<MLSTMImpl, MLSTMOptions, MLSTMState>;
+TORCH_MODULE(MLSTM);
 
 // ---- the block around them, and the language model made of it ----
 
@@ -381,11 +443,136 @@ class TORCH_EXT_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
 };
 TORCH_MODULE(Mamba);
 
-struct TORCH_EXT_API MambaBlockOptions {
-  MambaBlockOptions(int64_t d_model) : mixer_(d_model) {}
-  MambaBlockOptions(MambaOptions mixer) : mixer_(std::move(mixer)) {}
+struct TORCH_EXT_API Mamba2Options {
+  Mamba2Options(int64_t d_model) : d_model_(d_model) {}
 
-  TORCH_ARG(MambaOptions, mixer);
+  TORCH_ARG(int64_t, d_model);
+  /// columns of each head's state
+  TORCH_ARG(int64_t, d_state) = 128;
+  /// steps that the convolution sees, the current one included
+  TORCH_ARG(int64_t, d_conv) = 4;
+  /// the convolution's weights begin between plus and minus it; as torch::nn::Conv1d's if left out
+  TORCH_ARG(std::optional<double>, conv_init) = std::nullopt;
+  /// inner channels, in multiples of d_model
+  TORCH_ARG(double, expand) = 2.0;
+  /// rows of each head's state
+  TORCH_ARG(int64_t, headdim) = 64;
+  /// channels that pass through the scan, all inner ones if left out; the others are a gated MLP beside it
+  TORCH_ARG(std::optional<int64_t>, d_ssm) = std::nullopt;
+  /// groups of heads with a B and a C each
+  TORCH_ARG(int64_t, ngroups) = 1;
+  /// -A begins between these two
+  using Range = std::pair<double, double>;
+  TORCH_ARG(Range, A_init_range) = {1, 16};
+  /// D has a number for each channel, not for each head
+  TORCH_ARG(bool, D_has_hdim) = false;
+  /// there is a norm behind the scan
+  TORCH_ARG(bool, rmsnorm) = true;
+  /// RMSNorm(y) silu(z), else RMSNorm(y silu(z))
+  TORCH_ARG(bool, norm_before_gate) = false;
+  /// the step sizes begin between dt_min and dt_max, uniformly in the logarithm, and at least at dt_init_floor
+  TORCH_ARG(double, dt_min) = 0.001;
+  TORCH_ARG(double, dt_max) = 0.1;
+  TORCH_ARG(double, dt_init_floor) = 1e-4;
+  /// step sizes are kept between these two
+  TORCH_ARG(Range, dt_limit) = {0, std::numeric_limits<double>::infinity()};
+  /// in_proj and out_proj have biases
+  TORCH_ARG(bool, bias) = false;
+  /// the convolution has one
+  TORCH_ARG(bool, conv_bias) = true;
+  /// added to the mean square in the norm
+  TORCH_ARG(double, norm_eps) = 1e-5;
+};
+
+namespace detail {
+
+/// RMSNorm of groups of channels, with a gate silu(z) before it or after it.
+class TORCH_EXT_API GatedRMSNormImpl : public torch::nn::Cloneable<GatedRMSNormImpl> {
+ public:
+  GatedRMSNormImpl(int64_t channels, int64_t groups, double eps, bool norm_before_gate);
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& z);
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  torch::Tensor weight;
+
+ private:
+  int64_t channels_, groups_;
+  double eps_;
+  bool norm_before_gate_;
+};
+TORCH_MODULE(GatedRMSNorm);
+
+} // namespace detail
+
+/// Mamba-2, see torch_ext.Mamba2 in Python and ssd in ops.h. Parameters have mamba_ssm's names and shapes: in_proj.weight,
+/// conv1d.weight, conv1d.bias, dt_bias, A_log, D, norm.weight, out_proj.weight. `lengths` and `padding` are those of Mamba.
+class TORCH_EXT_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
+ public:
+  explicit Mamba2Impl(const Mamba2Options& options);
+
+  /// Runs all steps, from zero states, x (B, T, d_model) to (B, T, d_model).
+  torch::Tensor forward(
+      const torch::Tensor& x, const torch::Tensor& lengths = {},
+      const std::string& padding = "right");
+  /// `forward` from a state to a state: that after the last step of each row. Zeros if left out; it has to be
+  /// where padding is on the left.
+  std::tuple<torch::Tensor, MambaState> prefill(
+      const torch::Tensor& x, const std::optional<MambaState>& state = {},
+      const torch::Tensor& lengths = {}, const std::string& padding = "right");
+  /// One step: x and y are (B, d_model).
+  std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
+  /// Zeros: (B, d_ssm + 2 * ngroups * d_state, d_conv - 1) and (B, nheads, headdim, d_state); float32, float64 in a
+  /// double module.
+  MambaState init_state(int64_t batch_size) const;
+
+  /// Draws all parameters again.
+  void reset_parameters();
+
+  int64_t d_inner() const { return int64_t(options.expand() * double(options.d_model())); }
+  int64_t d_ssm() const { return options.d_ssm().value_or(d_inner()); }
+  int64_t nheads() const { return d_ssm() / options.headdim(); }
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  Mamba2Options options;
+  torch::nn::Linear in_proj{nullptr}, out_proj{nullptr};
+  torch::nn::Conv1d conv1d{nullptr};
+  torch::Tensor dt_bias, A_log, D;
+  detail::GatedRMSNorm norm{nullptr}; // null without rmsnorm
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS(
+      {1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(std::string("right"))})
+
+ private:
+  int64_t conv_dim() const { return d_ssm() + 2 * options.ngroups() * options.d_state(); }
+  std::vector<torch::Tensor> project(const torch::Tensor& x);
+  std::vector<torch::Tensor> heads(const torch::Tensor& u) const;
+  std::pair<torch::Tensor, std::optional<torch::Tensor>> time_steps(
+      torch::Tensor dt, const torch::Tensor& valid) const;
+  std::optional<torch::Tensor> gate(const torch::Tensor& z) const;
+  torch::Tensor skip() const;
+  torch::Tensor finish(torch::Tensor y, const torch::Tensor& z, const torch::Tensor& mlp);
+  void reset_recurrence();
+  void check_state(const MambaState& state, int64_t batch_size) const;
+};
+TORCH_MODULE(Mamba2);
+
+struct TORCH_EXT_API MambaBlockOptions {
+  MambaBlockOptions(int64_t d_model) : mixer_(MambaOptions(d_model)) {}
+  MambaBlockOptions(MambaOptions mixer) : mixer_(std::move(mixer)) {}
+  MambaBlockOptions(Mamba2Options mixer) : mixer_(std::move(mixer)) {}
+
+  int64_t d_model() const {
+    return std::visit([](const auto& each) { return each.d_model(); }, mixer_);
+  }
+
+  /// those of Mamba, or of Mamba2, whose norm takes norm_eps too
+  using Mixer = std::variant<MambaOptions, Mamba2Options>;
+  TORCH_ARG(Mixer, mixer);
   /// the norms are RMSNorms, else LayerNorms
   TORCH_ARG(bool, rms_norm) = true;
   /// added to the variance in the norms
@@ -416,8 +603,8 @@ TORCH_MODULE(ResidualNorm);
 
 } // namespace detail
 
-/// A residual around a norm and Mamba, y = x + mixer(norm(x)): see torch_ext.MambaBlock in Python, and Mamba for
-/// the arguments.
+/// A residual around a norm and Mamba or Mamba2, y = x + mixer(norm(x)): see torch_ext.MambaBlock in Python, and Mamba
+/// for the arguments.
 class TORCH_EXT_API MambaBlockImpl : public torch::nn::Cloneable<MambaBlockImpl> {
  public:
   explicit MambaBlockImpl(const MambaBlockOptions& options);
@@ -429,14 +616,16 @@ class TORCH_EXT_API MambaBlockImpl : public torch::nn::Cloneable<MambaBlockImpl>
       const torch::Tensor& x, const std::optional<MambaState>& state = {},
       const torch::Tensor& lengths = {}, const std::string& padding = "right");
   std::tuple<torch::Tensor, MambaState> step(const torch::Tensor& x, const MambaState& state);
-  MambaState init_state(int64_t batch_size) const { return mixer->init_state(batch_size); }
+  MambaState init_state(int64_t batch_size) const {
+    return std::visit([&](const auto& each) { return each->init_state(batch_size); }, mixer);
+  }
 
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
 
   MambaBlockOptions options;
   detail::ResidualNorm norm{nullptr};
-  Mamba mixer{nullptr};
+  std::variant<Mamba, Mamba2> mixer;
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS(
@@ -450,7 +639,7 @@ class TORCH_EXT_API MambaBlockImpl : public torch::nn::Cloneable<MambaBlockImpl>
 TORCH_MODULE(MambaBlock);
 
 struct TORCH_EXT_API MambaLMOptions {
-  /// `block` is d_model, or MambaOptions, or MambaBlockOptions
+  /// `block` is d_model, or MambaOptions, Mamba2Options, or MambaBlockOptions
   MambaLMOptions(int64_t vocab_size, MambaBlockOptions block, int64_t n_layer)
       : vocab_size_(vocab_size), block_(std::move(block)), n_layer_(n_layer) {}
 
@@ -463,7 +652,7 @@ struct TORCH_EXT_API MambaLMOptions {
   TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
 };
 
-/// A state of Mamba for each block.
+/// A state of Mamba or Mamba2 for each block.
 using MambaLMState = std::vector<MambaState>;
 
 namespace detail {
