@@ -73,6 +73,13 @@ class MatrixKernels : public ::testing::TestWithParam<Setting> {
         p, [](DType dtype, const MatrixMemoryForward& f) { forward(dtype, f, GetParam().parts); },
         [](DType, const MatrixMemoryBackward&) {}, {.backward = false, .in_place = in_place});
   }
+  // Sums have another order where keys lie side by side, and in place the state written lies as the one that is read.
+  bool same_in_place(const MatrixCase& p) {
+    cuda::force_order_of_sums(true);
+    const bool equal = same(run(p), run(p, /*in_place=*/true));
+    cuda::force_order_of_sums(false);
+    return equal;
+  }
   // An operand's relative error: of 8, 16 or 24 bits.
   Accuracy accuracy(const MatrixCase& p) {
     const bool two = dtype() == DType::f16 || (dtype() == DType::bf16 && p.wide_keys);
@@ -156,7 +163,7 @@ TEST_P(MatrixKernels, Steps) {
              {1, 1, 2, 1, random.integer(255, 258), random.integer(1, 9)}}) {
       const MatrixCase p = draw_case(random, shape, normalizer);
       ASSERT_NO_FATAL_FAILURE(check_case(p));
-      ASSERT_TRUE(p.packed() || same(run(p), run(p, /*in_place=*/true))) << p.text();
+      ASSERT_TRUE(p.packed() || same_in_place(p)) << p.text();
     }
 }
 
@@ -169,7 +176,7 @@ TEST_P(MatrixKernels, StepByStep) {
              {2, 6, 2, 1, 100, 33}, {1, 3, 1, 1, 300, 9}, {1, 2, 1, 1, 2100, 5}}) {
       const MatrixCase p = draw_case(random, shape, normalizer);
       ASSERT_NO_FATAL_FAILURE(check_case(p));
-      ASSERT_TRUE(same(run(p), run(p, /*in_place=*/true))) << p.text();
+      ASSERT_TRUE(same_in_place(p)) << p.text();
     }
 }
 
