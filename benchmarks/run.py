@@ -23,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -229,12 +230,49 @@ def mamba_modes(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(mode for mode, asked in wanted.items() if asked & set(args.mode))
 
 
+def time_where_right(
+    operators: dict[str, Any],
+    checker: Any,
+    time_operators: Callable[..., Iterator[dict]],
+    case: tuple,
+    effort: Any,
+    settings: dict,
+    result: dict,
+    rows: str,
+) -> None:
+    """Operators of one shape and dtype (`case`: passes, the shape's name, shape, dtype) for each number
+    of threads and instruction set: checked, timed if right, and put into the result's `rows`."""
+    from measure import set_threads
+    from operators import WrongResult
+    from report import mamba_line
+
+    from torch_ext import _C
+
+    _, _, shape, dtype = case
+    errors: dict[str, float] = {}
+    for threads, isa in itertools.product(settings["threads"], settings["isas"]):
+        set_threads(threads, settings["cpus"])
+        _C.force_isa(isa)
+        right = {}  # what may be timed
+        for name, operator in operators.items():
+            try:
+                errors[name] = checker.check(name, operator, shape, dtype, (threads, isa))
+                right[name] = operator
+            except WrongResult as wrong:
+                print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
+                about = {"what": str(wrong), "isa": isa, "threads": threads}
+                result["wrong"].append(about)
+        calibration = settings["calibration_seconds"]
+        for row in time_operators(right, *case, threads, isa, effort, calibration):
+            result[rows].append(row | {"error": errors[row["operator"]]})
+            print(mamba_line(result[rows][-1]), flush=True)
+
+
 def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict) -> None:
     import torch
     from mamba_operators import MambaChecker, add_scaling, make_inputs, time_operators
-    from measure import Effort, set_threads
-    from operators import WrongResult
-    from report import mamba_header, mamba_line, not_run_line, scaling_line
+    from measure import Effort
+    from report import mamba_header, not_run_line, scaling_line
     from shapes import MAMBA_OPERATORS, MAMBA_SHAPES, QUICK_MAMBA_SHAPE, parse_shape
 
     from torch_ext import _C
@@ -268,25 +306,10 @@ def time_mamba_operators(args: argparse.Namespace, settings: dict, result: dict)
                 if dtype_name == "float32" or (op.dtype is None and op.data == "normal")
             }
             shape, dtype = parse_shape(shape_name), getattr(torch, dtype_name)
-            checker, errors = MambaChecker(), {}
-            for threads, isa in itertools.product(settings["threads"], settings["isas"]):
-                set_threads(threads, settings["cpus"])
-                _C.force_isa(isa)
-                right = {}  # what may be timed
-                for name, operator in chosen.items():
-                    try:
-                        errors[name] = checker.check(name, operator, shape, dtype, (threads, isa))
-                        right[name] = operator
-                    except WrongResult as wrong:
-                        print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
-                        about = {"what": str(wrong), "isa": isa, "threads": threads}
-                        result["wrong"].append(about)
-                for row in time_operators(
-                    right, modes, shape_name, shape, dtype, threads, isa, effort,
-                    settings["calibration_seconds"],
-                ):  # fmt: skip
-                    result["mamba"].append(row | {"error": errors[row["operator"]]})
-                    print(mamba_line(result["mamba"][-1]), flush=True)
+            time_where_right(
+                chosen, MambaChecker(), time_operators, (modes, shape_name, shape, dtype), effort, settings,
+                result, "mamba",
+            )  # fmt: skip
             make_inputs.cache_clear()
     _C.force_isa("")
     for row in add_scaling(result["mamba"]):
@@ -297,9 +320,8 @@ def time_matrix_operators(args: argparse.Namespace, settings: dict, result: dict
     import torch
     from mamba_operators import add_scaling
     from matrix_memory_operators import MatrixChecker, make_inputs, time_operators
-    from measure import Effort, set_threads
-    from operators import WrongResult
-    from report import mamba_header, mamba_line, not_run_line, scaling_line
+    from measure import Effort
+    from report import mamba_header, not_run_line, scaling_line
     from shapes import MATRIX_OPERATORS, MATRIX_SHAPES, QUICK_MATRIX_SHAPE, parse_matrix_shape
 
     from torch_ext import _C
@@ -329,25 +351,10 @@ def time_matrix_operators(args: argparse.Namespace, settings: dict, result: dict
                 if dtype_name == "float32" or op.dtype is None
             }
             shape, dtype = parse_matrix_shape(shape_name), getattr(torch, dtype_name)
-            checker, errors = MatrixChecker(), {}
-            for threads, isa in itertools.product(settings["threads"], settings["isas"]):
-                set_threads(threads, settings["cpus"])
-                _C.force_isa(isa)
-                right = {}  # what may be timed
-                for name, operator in chosen.items():
-                    try:
-                        errors[name] = checker.check(name, operator, shape, dtype, (threads, isa))
-                        right[name] = operator
-                    except WrongResult as wrong:
-                        print(f"NOT TIMED, {wrong}; {isa}, {threads} threads", flush=True)
-                        about = {"what": str(wrong), "isa": isa, "threads": threads}
-                        result["wrong"].append(about)
-                for row in time_operators(
-                    right, modes, shape_name, shape, dtype, threads, isa, effort,
-                    settings["calibration_seconds"],
-                ):  # fmt: skip
-                    result["matrix"].append(row | {"error": errors[row["operator"]]})
-                    print(mamba_line(result["matrix"][-1]), flush=True)
+            time_where_right(
+                chosen, MatrixChecker(), time_operators, (modes, shape_name, shape, dtype), effort, settings,
+                result, "matrix",
+            )  # fmt: skip
             make_inputs.cache_clear()
     _C.force_isa("")
     for row in add_scaling(result["matrix"]):
