@@ -455,7 +455,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
         return
     bandwidth, products = limits_of(args, settings, result)
     timer = make_timer(args, settings)
-    checker = GpuMatrixChecker(timer.device)
+    checker = settings.setdefault("checker", GpuMatrixChecker(timer.device))  # for peers as well
     print("\n" + header())
     for name, dtype_name in itertools.product(args.op, args.dtype):
         operator, dtype = MATRIX_OPERATORS[name], getattr(torch, dtype_name)
@@ -519,7 +519,7 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
                 elif kind == "wrong":
                     print(f"NOT TIMED, {row['what']}", flush=True)
 
-    checker = GpuMatrixChecker(device)
+    checker = settings.setdefault("checker", GpuMatrixChecker(device))
     passes = any(mode in PASSES for mode in args.mode)
     for (name, operator), dtype_name in itertools.product(GPU_MATRIX_COMPARED.items(), args.dtype):
         chosen = [peer for peer in GPU_MATRIX_PEERS[name] if peer in names]

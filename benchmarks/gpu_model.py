@@ -36,13 +36,15 @@ kernels, and their times are added up. Of each:
 It is optimistic where the kernels wait for their own results, and does not count the exchange
 between blocks. "roof" is what no implementation can beat: the bytes of shapes.py and the launch; of
 selective_scan the bytes or the instructions there, of mlstm and ssd the bytes or the products, whichever take longer.
-Where results/gpu.json has measured times, they and the model's error stand beside: a list of
-{"device", "operator", "direction", "shape", "dtype", "seconds"}.
+Measured times and the model's error stand beside where gpu_check.py, run.py or gpu_matrix_memory.py have written them
+(--measured FILE...), or a list of {"device", "operator", "direction", "shape", "dtype", "seconds"}. Those of mlstm and
+ssd are of the operator behind them: backward as it is, forward with torch's kernels for the gates.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -416,6 +418,10 @@ def predict_scan(
     )
 
 
+class NotCounted(Exception):
+    """The budget has no instructions of a kernel on an architecture."""
+
+
 @dataclass
 class Kernel:
     """One of the launches of a call, with blocks that each make `passes` tiles one after the other."""
@@ -434,6 +440,8 @@ class Kernel:
             return found
         kernel = budget["kernels"][self.name]
         launch, row = kernel["launch"], kernel[device.code]
+        if "per_element" not in row:
+            raise NotCounted(f"{self.name}, sm_{device.code}")
         counts = row["per_element"]
         over = Residency.of(device, row, launch, self.blocks, launch["dynamic_shared"])
         instructions = 32 * self.products * counts["way"]
@@ -648,6 +656,30 @@ def add_measured(rows: list[Prediction], measured: list[dict]) -> None:
                 row.measured = one["seconds"]
 
 
+# What the model calls otherwise than the benchmark.
+BENCHMARKED = {"selective_scan[fused]": "selective_scan", "selective_scan": None}
+
+
+def measured_in(result: dict | list[dict]) -> list[dict]:
+    """The measured times of a file, as a list of what `add_measured` takes."""
+    if isinstance(result, list):
+        return result
+    device = result.get("machine", {}).get("gpu", "")
+    return [
+        {
+            "device": device,
+            "operator": BENCHMARKED.get(row["operator"], row["operator"]),
+            "direction": row["mode"],
+            "shape": row["shape_name"],
+            "dtype": row["dtype"],
+            "seconds": row["seconds_min"],
+        }
+        for kind in ("operators", "mamba", "matrix")
+        for row in result.get(kind, [])
+        if row["mode"] in DIRECTIONS and row.get("precision") in (None, "highest")
+    ]
+
+
 def markdown(rows: list[Prediction]) -> str:
     measured = any(row.measured is not None for row in rows)
     peers = any(row.peer for row in rows)
@@ -772,7 +804,8 @@ def main(argv: list[str] | None = None) -> int:
         help="or, of mlstm and ssd, BxTxHxKxV:DTYPE and BxTxHxKxVxG:DTYPE",
     )
     add("--budget", type=Path, default=BUDGET, help="what kernel_budget.py has written")
-    add("--measured", type=Path, default=HERE / "results" / "gpu.json")
+    files = [HERE / "out" / name for name in ("gpu.json", "gpu-matrix.json")]
+    add("--measured", nargs="+", type=Path, default=files, metavar="FILE")
     add("--out", type=Path, default=HERE / "results", help="folder for gpu_model.json and .md")
     args = parser.parse_args(argv)
 
@@ -792,15 +825,19 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in MATRIX_DTYPES
             for shape in GPU_MATRIX_SHAPES[operator]
         ]
-    rows = [
-        predict(budget, DEVICES[device], operator, direction, *shape.split(":"))
-        for device in args.device
-        for operator, shape in cases
-        for direction in DIRECTIONS
-    ]
-    if args.measured.exists():
-        add_measured(rows, json.loads(args.measured.read_text()))
+    rows, left_out = [], {}
+    for device, (operator, shape), direction in itertools.product(args.device, cases, DIRECTIONS):
+        try:
+            row = predict(budget, DEVICES[device], operator, direction, *shape.split(":"))
+            rows.append(row)
+        except NotCounted:
+            left_out[f"{operator} on {device}"] = True
+    for file in args.measured:
+        if file.exists():
+            add_measured(rows, measured_in(json.loads(file.read_text())))
     print(text(rows))
+    said = f"Not counted in the budget, and left out: {', '.join(left_out)}." if left_out else ""
+    print(said + "\n" * bool(said), end="")
     lines = [
         "{",
         f' "about": "Written by benchmarks/gpu_model.py: each time is a {LABEL}. Seconds.",',
@@ -813,7 +850,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu_model.json").write_text("\n".join(lines) + "\n")
-    (args.out / "gpu_model.md").write_text(markdown(rows))
+    (args.out / "gpu_model.md").write_text(markdown(rows) + f"\n{said}\n" * bool(said))
     return 0
 
 

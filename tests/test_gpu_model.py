@@ -320,9 +320,57 @@ def test_measured_times_stand_beside(run, tmp_path, shape):
     assert row["error"] == pytest.approx(1e-3 / row["seconds"] - 1, rel=1e-3)
 
 
+def test_times_of_the_benchmarks_stand_beside(run, tmp_path):
+    """Those of what the model predicts, from the files that run.py and gpu_matrix_memory.py write."""
+    row = {"mode": "backward", "shape_name": SHAPE, "dtype": "bfloat16", "seconds_min": 1e-3}
+    matrix = row | {"operator": "mlstm", "shape_name": MLSTM}
+    operators = {
+        "linear_scan": "operators",
+        "selective_scan[fused]": "mamba",
+        "selective_scan": "mamba",
+    }
+    result = {"machine": {"gpu": "NVIDIA H200"}, "operators": [], "mamba": []}
+    for operator, kind in operators.items():
+        result[kind].append(row | {"operator": operator, "seconds_min": len(operator) * 1e-3})
+    result["operators"].append(row | {"operator": "min_gru", "mode": "forward+backward"})
+    other = {"machine": {"gpu": "NVIDIA H200"}, "matrix": [matrix | {"precision": None}]}
+    other["matrix"].append(matrix | {"operator": "ssd", "precision": "high"})
+    files = [tmp_path / "one.json", tmp_path / "other.json", tmp_path / "missing.json"]
+    for file, content in zip(files, (result, other), strict=False):
+        file.write_text(json.dumps(content))
+    shapes = [f"{SHAPE}:bfloat16", f"{MLSTM}:bfloat16"]
+    _, table, found = run("--measured", *map(str, files), "--shapes", *shapes)
+    measured = {row["operator"]: row["measured"] for row in found["rows"] if "measured" in row}
+    assert measured == {"linear_scan": 0.011, "selective_scan": 0.021, "mlstm": 1e-3}
+    assert "| measured | error |" in table
+
+
 def test_with_the_budget_of_the_kernels(run):
     kernels = json.loads(gpu_model.BUDGET.read_text())
     shapes = [f"{shape}:{dtype}" for shape, dtype in gpu_model.SHAPES]
     _, _, result = run("--device", *gpu_model.DEVICES, "--shapes", *shapes, kernels=kernels)
     assert len(result["rows"]) == len(gpu_model.DEVICES) * len(shapes) * 2 * len(gpu_model.MODELLED)
     assert all(row["seconds"] >= row["roof"] * 0.999 for row in result["rows"])
+
+
+def test_matrix_memories_with_the_budget_of_the_kernels(run):
+    """On the architectures whose machine code has been counted; the others are named."""
+    kernels = json.loads(gpu_model.BUDGET.read_text())
+    counted = {
+        device.name
+        for device in gpu_model.DEVICES.values()
+        if "per_element" in kernels["kernels"]["matrix_grad_keys 1"][device.code]
+    }
+    assert {"H200", "H100"} <= counted
+    shapes = [
+        f"{shape}:{dtype}"
+        for shape in {*gpu_model.GPU_MATRIX_SHAPES["mlstm"], *gpu_model.GPU_MATRIX_SHAPES["ssd"]}
+        for dtype in gpu_model.MATRIX_DTYPES
+    ]
+    options = ["--op", "mlstm", "ssd", "--device", *gpu_model.DEVICES, "--shapes", *shapes]
+    printed, table, result = run(*options, kernels=kernels)
+    assert len(result["rows"]) == len(counted) * len(shapes) * 2 * 2
+    assert {row["device"] for row in result["rows"]} == counted
+    assert all(row["seconds"] >= row["roof"] * 0.999 for row in result["rows"])
+    for device in gpu_model.DEVICES.keys() - counted:
+        assert f"mlstm on {device}" in printed and f"ssd on {device}" in table
