@@ -42,6 +42,7 @@ ABOUT = (
     "Written by benchmarks/kernel_budget.py --write. Registers of a thread, bytes of a block, occupancy as a share "
     "of the warps that a multiprocessor can hold; loop, way, mufu, states, products: instructions per element, as "
     "`per_element` says; "
+    "estimated: what of an architecture was not measured, until a --write that compiles all of it; "
     "library: a full build of the package for one architecture (Linux, x86-64, GCC); its bytes without GPUs' machine "
     "code, which is counted in object_bytes."
 )
@@ -694,16 +695,18 @@ def merged(budget: dict, compiler: str, launch: dict, measured: dict[str, dict])
             rows[name] |= {key: old[key] for key in old if key not in ("launch", *measured)}
     for architecture, result in measured.items():
         kernels = result["kernels"]
+        old = architectures.get(architecture, {})
+        timed = result["seconds"] is not None
         architectures[architecture] = {
             "object_bytes": result["object_bytes"],
-            "compile_seconds": architectures.get(architecture, {}).get("compile_seconds", 0)
-            if result["seconds"] is None
-            else result["seconds"],
+            "compile_seconds": result["seconds"] if timed else old.get("compile_seconds", 0),
             "kernels": len(kernels),
             "instructions": sum(row["instructions"] for row in kernels.values()),
             "spilled_bytes": sum(row["spilled_bytes"] for row in kernels.values()),
             "most_registers": max((row["registers"] for row in kernels.values()), default=0),
         }
+        if not timed and "estimated" in old:
+            architectures[architecture]["estimated"] = old["estimated"]
         for name, row in kernels.items():
             rows[name][architecture] = row
     order = sorted(architectures, key=lambda a: int(a.rstrip("af")))

@@ -495,6 +495,15 @@ def test_writing_keeps_other_architectures():
     assert json.loads(budget.to_text(file)) == file
 
 
+def test_what_is_estimated_is_said_until_it_is_measured():
+    file = copy.deepcopy(FILE)
+    file["architectures"]["90a"]["estimated"] = {"compile_seconds": "a part"}
+    kept = budget.merged(file, "13.0.88", LAUNCH, changed(seconds=None))["architectures"]["90a"]
+    assert kept["compile_seconds"] == 30 and kept["estimated"] == {"compile_seconds": "a part"}
+    new = budget.merged(file, "13.0.88", LAUNCH, changed(seconds=40))["architectures"]["90a"]
+    assert new["compile_seconds"] == 40 and "estimated" not in new
+
+
 # ---- what a build has left ---------------------------------------------------------------------------
 
 NVCC = """\
@@ -581,6 +590,8 @@ def test_the_file():
     file = json.loads(text)
     assert budget.to_text(file) == text
     assert list(file["architectures"]) == list(budget.ARCHITECTURES)
+    for key, total in file["total"].items():
+        assert total == sum(row[key] for row in file["architectures"].values())
     assert file["library"]["bytes"] > 10**6 and file["library"]["build_seconds"] > 0
     for name, row in file["kernels"].items():
         assert row.keys() == {"launch", *budget.ARCHITECTURES}, name
