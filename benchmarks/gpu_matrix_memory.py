@@ -457,7 +457,7 @@ def time_operators(args: argparse.Namespace, settings: dict, result: dict) -> No
     timer = make_timer(args, settings)
     checker = settings.setdefault("checker", GpuMatrixChecker(timer.device))  # for peers as well
     print("\n" + header())
-    for name, dtype_name in itertools.product(args.op, args.dtype):
+    for dtype_name, name in itertools.product(args.dtype, args.op):
         operator, dtype = MATRIX_OPERATORS[name], getattr(torch, dtype_name)
         for shape_name in shapes_of(args, name):
             shape = parse_matrix_shape(shape_name)
@@ -521,7 +521,8 @@ def time_peers(args: argparse.Namespace, settings: dict, result: dict) -> None:
 
     checker = settings.setdefault("checker", GpuMatrixChecker(device))
     passes = any(mode in PASSES for mode in args.mode)
-    for (name, operator), dtype_name in itertools.product(GPU_MATRIX_COMPARED.items(), args.dtype):
+    cases = itertools.product(args.dtype, GPU_MATRIX_COMPARED.items())
+    for dtype_name, (name, operator) in cases:
         chosen = [peer for peer in GPU_MATRIX_PEERS[name] if peer in names]
         if not chosen or operator.function not in args.op or not passes:
             continue
