@@ -392,6 +392,17 @@ def test_exact_decays(keeps, dtype, heads, generator):
         assert torch.equal(state.double(), want), member
 
 
+@over()
+def test_no_keys(member, options, generator):
+    """K = 0: a memory without rows, of which nothing is read."""
+    for T in (5, 40):
+        x = member.draw(generator, T=T, K=0, V=3)
+        got = member.call(member.function, x, **options)
+        want = member.call(member.reference, x, **options)
+        for g, w in zip(got, want, strict=True):
+            close(g, w, factor=FACTOR)
+
+
 def test_half_overflow_stays_in_the_output():
     """A state beyond float16's largest number is infinite in h, and only there."""
     one = torch.ones(1, 3, 1, 1, dtype=torch.float16)

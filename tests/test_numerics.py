@@ -415,11 +415,10 @@ def test_every_nan_is_one(case, dtype, generator):
                 if dtype is torch.float64:
                     nan = torch.tensor([bits, bits], dtype=torch.int32).view(dtype)[0]
                     nan = nan if nan.isnan() else torch.tensor(torch.nan, dtype=dtype)
-                for name in set(case.names) - {"candidate"}:
+                for name in set(case.names) - {"z", "C", "D"}:  # what the state depends on
                     y = [z.clone() for z in x]
                     leaf(case, y, name).flatten()[-1:] = nan
-                    h, *finals = case.bind()(*y)
-                    assert h.isnan().any() or finals[0].isnan().any(), f"{isa}: {name}, {bits:#x}"
+                    assert case.bind()(*y)[1].isnan().any(), f"{isa}: {name}, {bits:#x}"
     finally:
         c.force_isa("")
 
