@@ -223,6 +223,7 @@ def same_divisor(case, want, got):
     return h, C * by[..., None, None], n * by[..., None], m
 
 
+@pytest.mark.slow
 @over(dtypes=(torch.float32, torch.bfloat16), cases=MATRICES)
 @pytest.mark.parametrize("memory", ["short", "long", "far"])
 @pytest.mark.parametrize("heads", [2, 3], ids=["by_chunks", "by_steps"])
