@@ -446,9 +446,12 @@ struct MatrixMemory {
                     head * x.head;
       const V f(factor);
       int64_t i = 0;
-      if (stream && sizeof(E) == sizeof(R) && uintptr_t(to) % 64 == 0)
-        for (; i + 64 / int64_t(sizeof(E)) <= size; i += kLanes)
+      if (stream && sizeof(E) == sizeof(R) && uintptr_t(to) % 64 == 0) {
+        // Whole cache lines: one that is half streamed and half stored takes as long as memory does to answer.
+        constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+        for (const int64_t whole = size / kLine * kLine; i < whole; i += kLanes)
           Stored<E>::stream(to + i, f * M::load(from + i));
+      }
       for (; i + kLanes <= size; i += kLanes) Stored<E>::store(to + i, f * M::load(from + i));
       if (i < size) store_some<E>(to + i, f * M::load(from + i), int(size - i));
     }
