@@ -62,15 +62,82 @@ struct Ahead {
 // What a product sums over: all depths, those before the end of its rows, or those from their beginning.
 enum class Part { all, lower, upper };
 
+// Numbers, the largest first, in which a count of rows or vectors is made up.
+template <int... kSizes>
+struct Sizes {
+  // body(size, where) for each; a size is a constant.
+  template <class Body>
+  static void for_each(int64_t n, const Body& body) {
+    int64_t at = 0;
+    const auto with = [&](auto size) __attribute__((always_inline)) {
+      for (; at + size() <= n; at += size()) body(size, at);
+    };
+    (with(std::integral_constant<int, kSizes>{}), ...);
+  }
+};
+
+// Products, cut into blocks. Blocks: what a Term is, and block(), which makes some rows and vectors of y in registers.
+template <class Blocks>
+struct InBlocks : Blocks {
+  using Blocks::kLanes, Blocks::kRows, Blocks::kVectors;
+  using typename Blocks::Number;
+  using typename Blocks::Term;
+
+  // each: row by row. Together, rows meet numbers that only some of them are to meet, times zero.
+  template <int kV>
+  static void rows_of(
+      int64_t rows, const Term& x, const Term& z, int64_t column, Number* y, int64_t y_row,
+      Number keep, bool each) {
+    if (each) {
+      for (int64_t i = 0; i < rows; ++i)
+        Blocks::template block<1, kV>(x, z, i, column, y, y_row, keep);
+      return;
+    }
+    Blocks::RowsOfBlocks::for_each(
+        rows, [&](auto size, int64_t i) __attribute__((always_inline)) {
+          Blocks::template block<size(), kV>(x, z, i, column, y, y_row, keep);
+        });
+  }
+  static int64_t blocks(int64_t rows, int64_t columns) {
+    return (rows + kRows - 1) / kRows * ((columns + kVectors * kLanes - 1) / (kVectors * kLanes));
+  }
+  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is 0.
+  static void multiply(
+      int64_t rows, int64_t columns, const Term& x, const Term& z, Number* y, int64_t y_row,
+      Number keep, bool each = false) {
+    Blocks::VectorsOfBlocks::for_each(
+        columns / kLanes, [&](auto size, int64_t v) __attribute__((always_inline)) {
+          rows_of<size()>(rows, x, z, v * kLanes, y, y_row, keep, each);
+        });
+  }
+  static void multiply(
+      int64_t rows, int64_t columns, const Term& x, Number* y, int64_t y_row,
+      Number keep = Number(0), bool each = false) {
+    multiply(rows, columns, x, Term{}, y, y_row, keep, each);
+  }
+  // Of a square the part on and below the diagonal, and what of that is in the same vectors.
+  static void multiply_lower(int64_t rows, const Term& x, Number* y, int64_t y_row) {
+    constexpr int64_t kSome = kRows * 2;
+    for (int64_t i = 0; i < rows; i += kSome) {
+      const int64_t n = rows - i < kSome ? rows - i : kSome;
+      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, x.from_row(i), y + i * y_row, y_row);
+    }
+  }
+};
+
 template <class R>
-struct Products {
+struct NumberBlocks {
+  using Number = R;
   using V = Vec<R>;
   using M = Stored<R>;
   static constexpr int kLanes = V::kLanes;
+  using RowsOfBlocks = Sizes<6, 5, 4, 3, 2, 1>;
 #if defined(__AVX512F__)
   static constexpr int kRows = 6, kVectors = 4;
+  using VectorsOfBlocks = Sizes<4, 3, 2, 1>;
 #else
   static constexpr int kRows = 6, kVectors = 2;
+  using VectorsOfBlocks = Sizes<2, 1>;
 #endif
   // factors[i] sum over depths of a(i, k) b[k]
   struct Term {
@@ -80,9 +147,13 @@ struct Products {
     const R* factors = nullptr;
     Part part = Part::all;
     Ahead* ahead = nullptr;
+    Term from_row(int64_t row) const {
+      Term rest = *this;
+      rest.a.data += row * a.row;
+      return rest;
+    }
   };
 
-  // Rows of y in registers.
   template <int kR, int kV>
   static void block(
       const Term& x, const Term& z, int64_t first, int64_t column, R* y, int64_t y_row, R keep) {
@@ -125,70 +196,19 @@ struct Products {
         M::store(to, keep == R(0) ? sums[i][v] : fused(V(keep), M::load(to), sums[i][v]));
       }
   }
-  // each: row by row. Together, rows meet numbers that only some of them are to meet, times zero.
-  template <int kV>
-  static void rows_of(
-      int64_t rows, const Term& x, const Term& z, int64_t column, R* y, int64_t y_row, R keep,
-      bool each) {
-    int64_t i = 0;
-    if (each)
-      for (; i < rows; ++i) block<1, kV>(x, z, i, column, y, y_row, keep);
-    for (; i + kRows <= rows; i += kRows) block<kRows, kV>(x, z, i, column, y, y_row, keep);
-    switch (rows - i) {
-      case 5:
-        return block<5, kV>(x, z, i, column, y, y_row, keep);
-      case 4:
-        return block<4, kV>(x, z, i, column, y, y_row, keep);
-      case 3:
-        return block<3, kV>(x, z, i, column, y, y_row, keep);
-      case 2:
-        return block<2, kV>(x, z, i, column, y, y_row, keep);
-      case 1:
-        return block<1, kV>(x, z, i, column, y, y_row, keep);
-    }
-  }
-  static int64_t blocks(int64_t rows, int64_t columns) {
-    return (rows + kRows - 1) / kRows * ((columns + kVectors * kLanes - 1) / (kVectors * kLanes));
-  }
-  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is 0.
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, const Term& z, R* y, int64_t y_row, R keep,
-      bool each = false) {
-    int64_t c = 0;
-    for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes)
-      rows_of<kVectors>(rows, x, z, c, y, y_row, keep, each);
-    switch ((columns - c) / kLanes) {
-      case 1:
-        return rows_of<1>(rows, x, z, c, y, y_row, keep, each);
-      case 2:
-        return rows_of<2>(rows, x, z, c, y, y_row, keep, each);
-      case 3:
-        return rows_of<3>(rows, x, z, c, y, y_row, keep, each);
-    }
-  }
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, R* y, int64_t y_row, R keep = R(0),
-      bool each = false) {
-    multiply(rows, columns, x, Term{}, y, y_row, keep, each);
-  }
-  // Of a square the part on and below the diagonal, and what of that is in the same vectors.
-  static void multiply_lower(int64_t rows, const Term& x, R* y, int64_t y_row) {
-    constexpr int64_t kSome = kRows * 2;
-    for (int64_t i = 0; i < rows; i += kSome) {
-      const int64_t n = rows - i < kSome ? rows - i : kSome;
-      Term some = x;
-      some.a.data += i * x.a.row;
-      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, some, y + i * y_row, y_row);
-    }
-  }
 };
+template <class R>
+using Products = InBlocks<NumberBlocks<R>>;
 
 #if defined(__AVX512F__)
 // The same for bfloat16 in pairs of depths (AVX512-BF16): sums stay float, two products to an instruction. Of the left side
 // two depths lie side by side, data[i row + k]; of the right one they share 32 bits, pairs[k / 2][column].
-struct PairProducts {
+struct PairBlocks {
+  using Number = float;
   using V = Vec<float>;
   static constexpr int kLanes = V::kLanes, kRows = 6, kVectors = 4;
+  using RowsOfBlocks = Sizes<6, 4, 2, 1>;
+  using VectorsOfBlocks = Sizes<4, 2, 1>;
   struct Term {
     const BFloat16* a = nullptr;
     int64_t row = 0;
@@ -197,6 +217,11 @@ struct PairProducts {
     const float* factors = nullptr;
     Part part = Part::all;
     Ahead* ahead = nullptr;
+    Term from_row(int64_t from) const {
+      Term rest = *this;
+      rest.a += from * row;
+      return rest;
+    }
   };
 
   template <int kR, int kV>
@@ -245,35 +270,6 @@ struct PairProducts {
             to, keep == 0.f ? sums[i][v] : fused(V(keep), Stored<float>::load(to), sums[i][v]));
       }
   }
-  template <int kV>
-  static void rows_of(
-      int64_t rows, const Term& x, const Term& z, int64_t column, float* y, int64_t y_row,
-      float keep) {
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) block<kRows, kV>(x, z, i, column, y, y_row, keep);
-    if (i + 4 <= rows) block<4, kV>(x, z, i, column, y, y_row, keep), i += 4;
-    if (i + 2 <= rows) block<2, kV>(x, z, i, column, y, y_row, keep), i += 2;
-    if (i < rows) block<1, kV>(x, z, i, column, y, y_row, keep);
-  }
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, const Term& z, float* y, int64_t y_row,
-      float keep) {
-    int64_t c = 0;
-    for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes)
-      rows_of<kVectors>(rows, x, z, c, y, y_row, keep);
-    if (c + 2 * kLanes <= columns) rows_of<2>(rows, x, z, c, y, y_row, keep), c += 2 * kLanes;
-    if (c < columns) rows_of<1>(rows, x, z, c, y, y_row, keep);
-  }
-  static void multiply_lower(int64_t rows, const Term& x, float* y, int64_t y_row) {
-    constexpr int64_t kSome = kRows * 2;
-    for (int64_t i = 0; i < rows; i += kSome) {
-      const int64_t n = rows - i < kSome ? rows - i : kSome;
-      Term some = x;
-      some.a += i * x.row;
-      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, some, Term{}, y + i * y_row, y_row, 0.f);
-    }
-  }
-
   // Two rows of numbers as one of pairs.
   static __m512i pairs_of(U16 first, U16 second) {
     return _mm512_or_si512(
@@ -294,6 +290,7 @@ struct PairProducts {
       }
   }
 };
+using PairProducts = InBlocks<PairBlocks>;
 #endif
 
 // to[c][r] = from[r][c]. Rows and columns are padded to whole vectors in both.
@@ -1361,8 +1358,8 @@ struct MatrixMemory {
       }
       PairProducts::multiply(
           keys, padded(p.value_size),
-          {weighted, columns, v_pairs, value_row, even(count), nullptr, Part::all, ahead}, {},
-          state.C, value_row, g.decay);
+          {weighted, columns, v_pairs, value_row, even(count), nullptr, Part::all, ahead}, state.C,
+          value_row, g.decay);
       if (p.normalizer == Normalizer::stabilized && count > 0) state.m = g.m[count - 1];
     }
 #endif
