@@ -363,25 +363,8 @@ def test_nan_stays_in_its_channel(case, options, dtype, reverse, generator, devi
                 assert not channels[[k for k in range(37) if k != d]].any()
 
 
-def lost(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @over(dtypes=(torch.float32, torch.bfloat16), variants=False, cases=[MATRICES[2], MATRICES[3]])
-@pytest.mark.parametrize(
-    "heads",
-    [
-        pytest.param(
-            1,
-            marks=lost(
-                "csrc/cpu/matrix_memory.h: a product added to 0 times C does not read C, so that NaN "
-                "ends where the decay of a whole chunk is 0 in floating point"
-            ),
-        ),
-        3,
-    ],
-    ids=["by_chunks", "by_steps"],
-)
+@pytest.mark.parametrize("heads", [1, 3], ids=["by_chunks", "by_steps"])
 def test_nan_does_not_fade(case, dtype, heads, generator, device):
     """NaN in the initial state is there for ever, though a number would long have faded to 0."""
     x = case.leaves(1, 70, heads, dtype, generator, device)
@@ -399,10 +382,6 @@ def test_nan_does_not_fade(case, dtype, heads, generator, device):
 NANS = (0x7FC00000, -0x400000, 0x7FC00001, 0x7FFFFFFF, -1)
 
 
-@lost(
-    "csrc/cpu/simd.h: exp and exp2 add the exponent to the bits of the mantissa, but for float32 with "
-    "AVX-512; of a NaN that has bits set at its end that makes a number"
-)
 @pytest.mark.parametrize("case", [*CASES[1:], OTHERS[1], MATRICES[3]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_nan_is_one(case, dtype, generator):

@@ -76,6 +76,10 @@ struct Sizes {
   }
 };
 
+// Instead of the factor that what is there is kept by, which is never negative.
+template <class R>
+inline constexpr R kOverwrite = -1;
+
 // Products, cut into blocks. Blocks: what a Term is, and block(), which makes some rows and vectors of y in registers.
 template <class Blocks>
 struct InBlocks : Blocks {
@@ -101,7 +105,8 @@ struct InBlocks : Blocks {
   static int64_t blocks(int64_t rows, int64_t columns) {
     return (rows + kRows - 1) / kRows * ((columns + kVectors * kLanes - 1) / (kVectors * kLanes));
   }
-  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is 0.
+  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is
+  // kOverwrite; where it is 0, NaN and infinity in y stay.
   static void multiply(
       int64_t rows, int64_t columns, const Term& x, const Term& z, Number* y, int64_t y_row,
       Number keep, bool each = false) {
@@ -112,7 +117,7 @@ struct InBlocks : Blocks {
   }
   static void multiply(
       int64_t rows, int64_t columns, const Term& x, Number* y, int64_t y_row,
-      Number keep = Number(0), bool each = false) {
+      Number keep = kOverwrite<Number>, bool each = false) {
     multiply(rows, columns, x, Term{}, y, y_row, keep, each);
   }
   // Of a square the part on and below the diagonal, and what of that is in the same vectors.
@@ -193,7 +198,7 @@ struct NumberBlocks {
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) {
         R* const to = y + i * y_row + v * kLanes;
-        M::store(to, keep == R(0) ? sums[i][v] : fused(V(keep), M::load(to), sums[i][v]));
+        M::store(to, keep == kOverwrite<R> ? sums[i][v] : fused(V(keep), M::load(to), sums[i][v]));
       }
   }
 };
@@ -267,7 +272,8 @@ struct PairBlocks {
       for (int v = 0; v < kV; ++v) {
         float* const to = y + i * y_row + v * kLanes;
         Stored<float>::store(
-            to, keep == 0.f ? sums[i][v] : fused(V(keep), Stored<float>::load(to), sums[i][v]));
+            to, keep == kOverwrite<float> ? sums[i][v]
+                                          : fused(V(keep), Stored<float>::load(to), sums[i][v]));
       }
   }
   // Two rows of numbers as one of pairs.
@@ -321,8 +327,13 @@ void turn_any(
 // e^x from 0 to infinity, both ends included: simd.h's exp is bounded.
 template <class R>
 TORCH_EXT_HD Vec<R> exp_unbounded(Vec<R> x) {
-  const Vec<R> root = exp(Vec<R>(R(0.5)) * x);
-  return root * root;
+  using V = Vec<R>;
+  constexpr R kMost = R(kExpLimit<R>), kLeast = sizeof(R) == 8 ? R(-708.5) : R(-87.5);
+  // In two factors where e^x leaves the range of `exp`: 2^64 and the rest.
+  const V far = x.v > V(kMost).v ? V(R(44.361419555836498)).v : V(R(0)).v,
+          scale = x.v > V(kMost).v ? V(R(18446744073709551616.)).v : V(R(1)).v;
+  const V power = exp(x - far) * scale;
+  return x.v < V(kLeast).v ? V(R(0)).v : power.v;
 }
 
 // A number as a sum of two of the kernel's: differences of such are as exact as one number.
@@ -1192,7 +1203,8 @@ struct MatrixMemory {
       const typename Gemm::Term inside{{P, x.columns, 1}, v, row, count, divisors, Part::lower};
       // Zeros above the diagonal times infinity would be NaN in steps before it: then each row by itself.
       Gemm::multiply(
-          count, columns, carried, inside, to, to_row, R(0), !all_finite(v, count, columns, row));
+          count, columns, carried, inside, to, to_row, kOverwrite<R>,
+          !all_finite(v, count, columns, row));
       if (!direct) unpack(p.wide_h, y, p.h, s, first, count, head, p.value_size, R(1));
     }
   };
@@ -1329,7 +1341,8 @@ struct MatrixMemory {
       PairProducts::multiply(
           count, values,
           {q, key_row, C_pairs, value_row, even(p.key_size), carry, Part::all, ahead},
-          {P, columns, v_pairs, value_row, even(count), divisors, Part::lower}, y, value_row, 0.f);
+          {P, columns, v_pairs, value_row, even(count), divisors, Part::lower}, y, value_row,
+          kOverwrite<float>);
       unpack(p.wide_h, y, p.h, s, first, count, head, p.value_size, R(1));
     }
     void advance(
@@ -1694,7 +1707,8 @@ struct MatrixMemory {
     void to_values(const Gates& g, const State& grad, const Weights& w, int64_t head) {
       Gemm::multiply(
           count, columns, {{x.k, key_row, 1}, grad.C, value_row, K, g.to_end, Part::all, &ahead},
-          {{w.P, 1, n}, u, value_row, count, nullptr, Part::upper}, gv, value_row, R(0), w.each);
+          {{w.P, 1, n}, u, value_row, count, nullptr, Part::upper}, gv, value_row, kOverwrite<R>,
+          w.each);
       unpack(false, gv, p.grad_v, *s, first, count, head, p.value_size, R(1), plan.stream);
       add_turned(Y, K, n, gk, key_row);
       Gemm::multiply(
