@@ -265,6 +265,12 @@ def test_layers_have_the_peers_weights(layer, dtype):
     names = ["minGRU-pytorch", "torch.nn"]
     (only,) = peers.layer_comparisons(layer, names, (2, 9, 16), dtype, "cpu")
     rows = list(peers.compare(only, graph_timer(FakeBackend(), rounds=2), None))
+    reasons = [row["reason"] for kind, row in rows if kind == "not_run"]
+    if dtype == torch.bfloat16 and all("primitive descriptor for the LSTM" in r for r in reasons):
+        # oneDNN has no LSTM in bfloat16 where the CPU has no AVX-512
+        rows = [row for row in rows if row[0] != "not_run"]
+        assert [kind for kind, _ in rows] == ["alone", "peers", "peers"][: 3 - len(reasons)], rows
+        return
     assert [kind for kind, _ in rows] == ["alone", "peers", "peers"], rows
 
 
