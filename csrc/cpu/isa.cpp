@@ -2,6 +2,7 @@
 // the diagonal family.
 #include "causal_conv1d_isa.h"
 #include "diagonal.h"
+#include "gated_isa.h"
 #include "matrix_memory_isa.h"
 #include "projection_isa.h"
 #include "selective_scan_isa.h"
@@ -88,6 +89,7 @@ constexpr KernelTable make_table() {
   list_projections(t);
   list_selective_scan(t);
   list_matrix_memory(t);
+  list_gated(t, GatedCells{});
   return t;
 }
 

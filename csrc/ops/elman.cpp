@@ -1,0 +1,234 @@
+// torch_ext::elman, torch.nn.RNN's recurrence, and torch_ext::ind_rnn, whose units see only themselves (csrc/cells/elman.h):
+// cells of the gated family.
+#include "gated.h"
+#include "torch_ext/ops.h"
+
+namespace torch_ext {
+namespace {
+
+using Text = c10::string_view;
+bool is_relu(const char* op, Text nonlinearity) {
+  TORCH_CHECK_VALUE(
+      nonlinearity == "tanh" || nonlinearity == "relu", op, ": nonlinearity is '", nonlinearity,
+      "', expected 'tanh' or 'relu'");
+  return nonlinearity == "relu";
+}
+
+using Result = std::tuple<Tensor, Tensor>; // y, h
+
+Gated arguments(
+    const char* op, const Tensor& x, const Opt& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+  Gated g;
+  g.op = op;
+  g.x = x, g.R = R, g.bias = bias;
+  g.h = h;
+  g.cell = GatedCells::index<Elman>();
+  g.flags = is_relu(op, nonlinearity) ? Elman::kRelu : 0;
+  g.recurrent_mask = recurrent_mask; g.h_update = h_update;
+  g.norm_weight = norm_weight;
+  g.norm_eps = norm_eps;
+  return g;
+}
+
+Result forward(
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& cu_seqlens, bool reverse,
+    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
+  Gated g = arguments(
+      "elman", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
+  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.reverse = reverse, g.gradient_clip = gradient_clip;
+  const GatedOutputs out = call_gated(g);
+  return {out.y, out.h};
+}
+Result step(
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+  const Gated g = arguments(
+      "elman_step", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
+  const GatedOutputs out = gated_step("elman", g, state_indices);
+  return {out.y, out.h};
+}
+Tensor step_(
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+  return gated_step_(
+      "elman_step_",
+      arguments(
+          "elman_step_", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps),
+      state_indices);
+}
+
+// x and the parameters stay what they are: x comes from a product that autocast has chosen the dtype of. States go along.
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Result autocast(
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& cu_seqlens, bool reverse,
+    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  const auto cast = [&](const Opt& state) { return gated_autocast_state<Device>(state, x); };
+  return forward(
+      x, R, bias, cast(h), nonlinearity, cu_seqlens, reverse, reset, recurrent_mask, h_update, norm_weight, norm_eps,
+      gradient_clip);
+}
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Result autocast_step(
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  const auto cast = [&](const Tensor& state) { return *gated_autocast_state<Device>(state, x); };
+  return step(
+      x, R, bias, cast(h), state_indices, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
+}
+
+// ---- ind_rnn: x (B, T, D), u and bias (D,) ----
+
+Gated ind_arguments(
+    const char* op, const Tensor& x, const Tensor& u, const Opt& bias, const Opt& h,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, bool step) {
+  const int64_t dims = step ? 2 : 3;
+  TORCH_CHECK_VALUE(
+      x.dim() == dims, op, ": x has shape ", shape_text(x.sym_sizes()), ", expected ",
+      step ? "(B, D)" : "(B, T, D)");
+  const c10::SymInt width = x.sym_size(-1);
+  const auto vector = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK_TYPE(
+        t.scalar_type() == x.scalar_type() || t.scalar_type() == state_dtype(x.scalar_type()), op,
+        ": ", name, " has dtype ", dtype_text(t.scalar_type()), ", expected ",
+        dtype_text(x.scalar_type()), " or that of the states, beside x");
+    check_shape(op, name, t, {"D"}, {width}, "one per unit of x");
+    return t.to(state_dtype(x.scalar_type())).view_symint({1, width});
+  };
+  const auto one_head = [&](const char* name, const Opt& t, int64_t dim) {
+    if (!defined(t)) return Opt();
+    TORCH_CHECK_VALUE(
+        t->dim() == dim, op, ": ", name, " has shape ", shape_text(t->sym_sizes()), ", expected ",
+        dim == 3 ? "(B, T, D)" : "(B, D)");
+    return Opt(t->unsqueeze(-2));
+  };
+  Gated g;
+  g.op = op;
+  g.cell = GatedCells::index<IndRnn>();
+  g.flags = is_relu(op, nonlinearity) ? IndRnn::kRelu : 0;
+  g.x = x.unsqueeze(-2).unsqueeze(-2);
+  const Tensor weight = vector("u", u);
+  g.weights = at::stack({weight, defined(bias) ? vector("bias", *bias) : at::zeros_like(weight)});
+  g.h = one_head("h", h, 2);
+  g.recurrent_mask = one_head("recurrent_mask", recurrent_mask, 2);
+  g.h_update = one_head("h_update", h_update, dims);
+  return g;
+}
+Result ind_forward(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Opt& h, Text nonlinearity,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, std::optional<double> gradient_clip) {
+  Gated g = ind_arguments(
+      "ind_rnn", x, u, bias, h, nonlinearity, recurrent_mask, h_update, /*step=*/false);
+  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.reverse = reverse, g.gradient_clip = gradient_clip;
+  const GatedOutputs out = call_gated(g);
+  return {out.y.squeeze(2), out.h.squeeze(1)};
+}
+Result ind_step(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update) {
+  const Gated g = ind_arguments(
+      "ind_rnn_step", x, u, bias, h, nonlinearity, recurrent_mask, h_update, /*step=*/true);
+  const GatedOutputs out = gated_step("ind_rnn", g, state_indices);
+  return {out.y.squeeze(1), out.h.squeeze(1)};
+}
+Tensor ind_step_(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update) {
+  return gated_step_(
+             "ind_rnn_step_",
+             ind_arguments(
+                 "ind_rnn_step_", x, u, bias, h, nonlinearity, recurrent_mask, h_update,
+                 /*step=*/true),
+             state_indices)
+      .squeeze(1);
+}
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Result ind_autocast(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Opt& h, Text nonlinearity,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, std::optional<double> gradient_clip) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return ind_forward(
+      x, u, bias, gated_autocast_state<Device>(h, x), nonlinearity, cu_seqlens, reverse, reset,
+      recurrent_mask, h_update, gradient_clip);
+}
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Result ind_autocast_step(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return ind_step(
+      x, u, bias, *gated_autocast_state<Device>(h, x), state_indices, nonlinearity, recurrent_mask,
+      h_update);
+}
+
+TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      torch::schema(
+          "elman(Tensor x, Tensor R, Tensor? bias=None, Tensor? h=None, str nonlinearity=\"tanh\", "
+          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+          "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
+      tags);
+  m.def(
+      torch::schema(
+          "elman_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? state_indices=None, str nonlinearity=\"tanh\", "
+          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
+      tags);
+  m.def(
+      torch::schema(
+          "elman_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? state_indices=None, str nonlinearity=\"tanh\", "
+          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> Tensor y"),
+      tags);
+  m.def(
+      torch::schema(
+          "ind_rnn(Tensor x, Tensor u, Tensor? bias=None, Tensor? h=None, str nonlinearity=\"relu\", "
+          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? recurrent_mask=None, "
+          "Tensor? h_update=None, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
+      tags);
+  m.def(
+      torch::schema(
+          "ind_rnn_step(Tensor x, Tensor u, Tensor? bias, Tensor h, Tensor? state_indices=None, "
+          "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? h_update=None) "
+          "-> (Tensor y, Tensor h_last)"),
+      tags);
+  m.def(
+      torch::schema(
+          "ind_rnn_step_(Tensor x, Tensor u, Tensor? bias, Tensor(a!) h, Tensor? state_indices=None, "
+          "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? h_update=None) -> Tensor y"),
+      tags);
+}
+TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
+  m.impl("ind_rnn", &ind_forward);
+  m.impl("ind_rnn_step", &ind_step);
+  m.impl("ind_rnn_step_", &ind_step_);
+  m.impl("elman", &forward);
+  m.impl("elman_step", &step);
+  m.impl("elman_step_", &step_);
+}
+TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatchedDecomposition, m) { // else vmap would loop
+  m.impl("elman", &forward);
+  m.impl("elman_step", &step);
+  m.impl("ind_rnn", &ind_forward);
+  m.impl("ind_rnn_step", &ind_step);
+}
+TORCH_LIBRARY_IMPL(torch_ext, AutocastCPU, m) {
+  m.impl("ind_rnn", &ind_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("ind_rnn_step", &ind_autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("elman", &autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("elman_step", &autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+}
+TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
+  m.impl("ind_rnn", &ind_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("ind_rnn_step", &ind_autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("elman", &autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("elman_step", &autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+}
+
+} // namespace
+
+} // namespace torch_ext
