@@ -24,6 +24,7 @@ Call = Callable[[], object]
 GRAPH_CALLS = 10
 MOST_SETS = 20
 BUFFER_BYTES = 2**28  # of each array of copy and triad
+PRODUCT_SIZE = 8192  # of the square matrices that are multiplied
 LONG_SECONDS = 15.0  # where all rounds would take longer, five have to do
 WORKING_SET = 4  # times L2: no call finds there what an earlier one has left
 
@@ -234,6 +235,23 @@ class Bandwidth:
             "clocks_after": timer.backend.clocks(),
         }
         return seconds, rates, row
+
+
+class Products:
+    """Matrix products by torch's own kernels, of random bfloat16 numbers: zeros are faster."""
+
+    def __init__(self, device: str, size: int = PRODUCT_SIZE):
+        x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+        out = torch.empty_like(x)
+        self.multiply_adds = size**3
+        self.call: Call = lambda: torch.matmul(x, y, out=out)
+
+    def variants(self) -> dict[str, list[Call]]:
+        return {"products": [self.call]}
+
+    def rate(self, samples: dict[str, Samples]) -> float:
+        """Multiply-adds per nanosecond of the best round."""
+        return self.multiply_adds / samples["products"].best * 1e-9
 
 
 def launch_overhead(timer: GraphTimer) -> dict:

@@ -9,6 +9,7 @@ sanitizer   compute-sanitizer's memcheck, racecheck, initcheck and synccheck ove
 graphs      CUDA graphs: capture and replay, in tests/test_cuda.py and of every consumer
 benchmark   run.py --device cuda: operators, steps, memory; and the shares that are their goals
 peers       run.py --device cuda: layers, and ours beside peers; and the ratios that are its goals
+matrix      gpu_matrix_memory.py: mlstm and ssd, their steps, ours beside peers; and the times that are its goals
 
 Writes gpu_check.json and gpu_check.log into --out. Parts that ran earlier stay in the JSON, so that
 they can be run one by one. A part that fails or is stopped at its limit does not stop the others;
@@ -216,13 +217,13 @@ def run_benchmark(
     name: str,
     options: Sequence[str],
     goals: Callable[[dict], list[dict]],
+    program: str = "run.py",
 ) -> dict:
-    """run.py on the GPU. Stopped at its limit it still writes what it has measured."""
+    """A benchmark on the GPU. Stopped at its limit it still writes what it has measured."""
     file = args.out.resolve() / f"{name}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "run.py"), "--device", "cuda", "--name", name]
-    command += ["--out", str(file.parent), "--markdown", str(file.with_suffix(".md")), *options]
-    command += ["--quick"] if args.quick else []
+    command = [sys.executable, str(HERE / program), "--name", name, "--out", str(file.parent)]
+    command += [*options, *(["--quick"] if args.quick else [])]
     result = run_command(command, args.limit, log)
     del result["output"]
     if file.exists():
@@ -238,13 +239,23 @@ def part_benchmark(args: argparse.Namespace, log: Log) -> dict:
         args,
         log,
         "gpu",
-        [*modes, "--peers", "none"],
+        [*on_cuda(args, "gpu"), *modes, "--peers", "none"],
         lambda result: share_goals(result) + mamba_goals(result),
     )
 
 
 def part_peers(args: argparse.Namespace, log: Log) -> dict:
-    return run_benchmark(args, log, "gpu-peers", ["--mode", "layer", "--shapes"], ratio_goals)
+    options = [*on_cuda(args, "gpu-peers"), "--mode", "layer", "--shapes"]
+    return run_benchmark(args, log, "gpu-peers", options, ratio_goals)
+
+
+def part_matrix(args: argparse.Namespace, log: Log) -> dict:
+    return run_benchmark(args, log, "gpu-matrix", [], matrix_goals, "gpu_matrix_memory.py")
+
+
+def on_cuda(args: argparse.Namespace, name: str) -> list[str]:
+    """What tells run.py that it is on a GPU, and where its tables go."""
+    return ["--device", "cuda", "--markdown", str(args.out.resolve() / f"{name}.md")]
 
 
 def goal_of(what: str, goal: float, found: float | None) -> dict:
@@ -302,6 +313,70 @@ def mamba_goals(result: dict) -> list[dict]:
     return found
 
 
+def matrix_goals(result: dict) -> list[dict]:
+    """Times in which mlstm and ssd are to be done, as ratios: to those that TFLA's authors published of an H100, and to
+    those of their kernels here, where they are installed; and shares of copy bandwidth of steps."""
+    sys.path.insert(0, str(HERE))
+    from shapes import (
+        GPU_MATRIX_PUBLISHED,
+        GPU_MATRIX_STEP_GOALS,
+        GPU_MATRIX_STEP_SHAPES,
+        gpu_matrix_goal,
+        parse_matrix_shape,
+    )
+
+    times = {
+        (row["operator"], row["shape_name"], row["mode"]): row["seconds_min"]
+        for row in result["matrix"]
+        if row["dtype"] == "bfloat16"
+    }
+    found = []
+
+    def goal(what: str, theirs: dict[str, float], ours: dict[str, float | None]) -> None:
+        for mode, seconds in theirs.items():
+            if wanted := gpu_matrix_goal(theirs, mode):
+                is_there = ours.get(mode)
+                found.append(
+                    goal_of(
+                        what.format(mode),
+                        round(seconds / wanted, 2),
+                        is_there and seconds / is_there,
+                    )
+                )
+
+    for (name, shape), published in GPU_MATRIX_PUBLISHED.items():
+        what = f"{name} {{}}, {shape} bfloat16: ratio to what is published of an H100"
+        goal(what, published, {mode: times.get((name, shape, mode)) for mode in published})
+    beside: dict[tuple[str, str, str], list[dict]] = {}
+    for row in result["peers"]:
+        if row["dtype"] != "bfloat16":
+            continue
+        name, _, mode = row["what"].partition(": ")
+        if mode and row["peer"].startswith("mlstm_kernels"):
+            beside.setdefault((name, row["shape_name"], row["peer"]), []).append(row)
+        else:  # not slower, at any shape
+            what = f"{row['what']}, {'x'.join(map(str, row['shape']))} bfloat16: ratio to {row['peer']}"
+            found.append(goal_of(what, 1.0, row["ratio"]))
+    for (name, shape, peer), rows in beside.items():
+        theirs, ours = (
+            {row["what"].partition(": ")[2]: row[whose]["seconds_min"] for row in rows}
+            for whose in ("theirs", "ours")
+        )
+        goal(f"{name} {{}}, {shape} bfloat16: ratio to {peer}", theirs, ours)
+    steps = {
+        (row["operator"], tuple(row["shape"]), row["batch"]): row["fraction_of_copy"]
+        for row in result["matrix_steps"]
+        if row["dtype"] == "bfloat16"
+    }
+    for name, shape in GPU_MATRIX_STEP_SHAPES.items():
+        for batch, share in GPU_MATRIX_STEP_GOALS.items():
+            what = f"{name}_step_, B = {batch} bfloat16: share of copy bandwidth"
+            found.append(
+                goal_of(what, share, steps.get((name, parse_matrix_shape(shape)[2:], batch)))
+            )
+    return found
+
+
 def ratio_goals(result: dict) -> list[dict]:
     """Peers that ours must not be slower than, at any shape; Mamba's, which take a compiler and
     minutes to install, where they are here."""
@@ -336,6 +411,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Log], dict]] = {
     "graphs": part_graphs,
     "benchmark": part_benchmark,
     "peers": part_peers,
+    "matrix": part_matrix,
 }
 
 

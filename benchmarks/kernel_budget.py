@@ -40,7 +40,9 @@ ARCHITECTURES = ("80", "90a", "100", "120")
 GROWTH = 0.05  # what may be added without a new file
 ABOUT = (
     "Written by benchmarks/kernel_budget.py --write. Registers of a thread, bytes of a block, occupancy as a share "
-    "of the warps that a multiprocessor can hold; loop, way, mufu: instructions per element, as `per_element` says; "
+    "of the warps that a multiprocessor can hold; loop, way, mufu, states, products: instructions per element, as "
+    "`per_element` says; "
+    "estimated: what of an architecture was not measured, until a --write that compiles all of it; "
     "library: a full build of the package for one architecture (Linux, x86-64, GCC); its bytes without GPUs' machine "
     "code, which is counted in object_bytes."
 )
@@ -317,23 +319,112 @@ def _scan_counts(flow: sass.Flow, launch: dict) -> dict[str, float] | None:
     }
 
 
+def _product_counts(flow: sass.Flow, launch: dict) -> dict[str, float] | None:
+    """`per_element` of a kernel of matrix products, whose launch says how often the loops inside a tile's are passed.
+
+    A tile's loop is the smallest one with a barrier around a product. Each pass of it makes one of the products in it:
+    a loop of its own, or all that is unrolled. On the usual way through it whole pieces are loaded and stored, also
+    what is stored once in a chunk, and of exponentials there are as many as the launch says.
+    """
+    code = flow.code
+
+    def products(body: Iterable[int]) -> int:
+        return sum(code[at].opcode == sass.MATRIX_PRODUCT for at in body)
+
+    with_products = [loop for loop in flow.loops if products(loop.body)]
+    innermost = [
+        loop for loop in with_products if not any(products(one.body) for one in flow.inside(loop))
+    ]
+    barriers = [
+        loop for loop in flow.loops if any(code[at].opcode == sass.BARRIER for at in loop.body)
+    ]
+    tiles: list[sass.Loop] = []
+    for loop in innermost:
+        around = [one for one in barriers if loop.body < one.body]
+        if not around:
+            return None
+        tile = min(around, key=lambda one: len(one.body))
+        if tile not in tiles:
+            tiles.append(tile)
+    if not tiles:
+        return None
+    most = max(products(loop.body) for loop in innermost)
+    looped = set().union(*(loop.body for loop in innermost))
+    total = made = specials = 0
+    for tile in tiles:
+        kinds: list[sass.Loop | None] = [loop for loop in innermost if loop.body < tile.body]
+        if (
+            products(tile.body - looped) > most
+        ):  # less is the rest of a loop that is partly unrolled
+            kinds.append(None)
+        inner = flow.inside(tile)
+        for kind in kinds:
+            weight = {}
+            for at in tile.body:
+                one = code[at]
+                if one.opcode == sass.COPY_ASYNC:
+                    weight[at] = -1000
+                elif one.opcode == sass.LOAD_GLOBAL:
+                    weight[at] = -1000 if one.store_bytes == 16 else 10**5
+                elif one.opcode == sass.STORE_GLOBAL:
+                    weight[at] = -1000 * one.store_bytes
+                elif one.opcode in sass.SHUFFLES:
+                    weight[at] = 10**5
+                elif kind is None and one.opcode == sass.MATRIX_PRODUCT and at not in looped:
+                    weight[at] = -(10**4)
+            if kind is not None:
+                weight[kind.header] = -(10**9)
+            counted: frozenset[int] = frozenset()
+            if "exponentials" in launch:
+                counted = frozenset(at for at in tile.body if code[at].opcode in sass.MUFU)
+            for at in flow.way(tile, weight, counted, launch.get("exponentials", 0)):
+                if kind is not None and at in kind.body:
+                    continue
+                around = [one for one in inner if at in one.body]
+                times = 1
+                if around:
+                    holds = kind is not None and any(kind.body < one.body for one in around)
+                    times = launch["outer_passes" if holds else "fill_passes"]
+                total += times
+                made += times * (code[at].opcode == sass.MATRIX_PRODUCT)
+                specials += times * (code[at].opcode in sass.MUFU)
+            if kind is not None:
+                own = products(kind.body)
+                passes = launch["product_passes"][0 if own == most else -1]
+                total += passes * len(kind.body)
+                made += passes * own
+    return {
+        "loop": round(sum(len(t.body) for t in tiles) / sum(products(t.body) for t in tiles), 1),
+        "way": round(total / made, 1),
+        "mufu": round(specials / made, 2),
+        "products": round(
+            sum(len(loop.body) for loop in innermost)
+            / sum(products(loop.body) for loop in innermost),
+            1,
+        ),
+    }
+
+
 def per_element(
     code: list[sass.Instruction], architecture: str, launch: dict
 ) -> dict[str, float] | None:
     """Instructions of a thread per element in the kernel's main loop.
 
-    An element is one channel of one step; of a selective scan, one state of one channel of one step.
+    An element is one channel of one step; of a selective scan, one state of one channel of one step;
+    of a matrix memory, one product of matrices by a warp (m16n8k16).
 
     "loop": all of the loop's instructions, without those of the loops inside it that fetch inputs:
     what the compiler made of the source, rare cases included. "way": those that are executed on the
     usual way through it, inputs fetched, and the effects of the other warps folded as often as the
     last warp does. "mufu": of these, exponentials and reciprocals. "states", of a selective scan: those of
-    the loop over its steps alone. None: the kernel has no loop, or its launch does not say how much
-    a pass of it does.
+    the loop over its steps alone; "products", of a matrix memory: those of the loops that do nothing else. None: the
+    kernel has no loop, or its launch does not say how much a pass of it does.
     """
-    if "outputs" not in launch and "state_passes" not in launch:
+    if not {"outputs", "state_passes", "product_passes"} & launch.keys():
         return None
     flow = sass.Flow(code, int(architecture.rstrip("af")))
+    if "product_passes" in launch:
+        return _product_counts(flow, launch)
     if "state_passes" in launch:
         return _scan_counts(flow, launch) if flow.loops else None
     if not flow.loops or not any(code[at].opcode == sass.STORE_GLOBAL for at in flow.loops[0].body):
@@ -604,16 +695,18 @@ def merged(budget: dict, compiler: str, launch: dict, measured: dict[str, dict])
             rows[name] |= {key: old[key] for key in old if key not in ("launch", *measured)}
     for architecture, result in measured.items():
         kernels = result["kernels"]
+        old = architectures.get(architecture, {})
+        timed = result["seconds"] is not None
         architectures[architecture] = {
             "object_bytes": result["object_bytes"],
-            "compile_seconds": architectures.get(architecture, {}).get("compile_seconds", 0)
-            if result["seconds"] is None
-            else result["seconds"],
+            "compile_seconds": result["seconds"] if timed else old.get("compile_seconds", 0),
             "kernels": len(kernels),
             "instructions": sum(row["instructions"] for row in kernels.values()),
             "spilled_bytes": sum(row["spilled_bytes"] for row in kernels.values()),
             "most_registers": max((row["registers"] for row in kernels.values()), default=0),
         }
+        if not timed and "estimated" in old:
+            architectures[architecture]["estimated"] = old["estimated"]
         for name, row in kernels.items():
             rows[name][architecture] = row
     order = sorted(architectures, key=lambda a: int(a.rstrip("af")))
@@ -660,7 +753,32 @@ def quantities(row: dict, launch: dict) -> dict[str, float]:
         found["instructions per element, usual way"] = counts["way"]
     if "states" in counts:
         found["instructions per element, loop over steps"] = counts["states"]
+    if "products" in counts:
+        found["instructions per element, products"] = counts["products"]
     return found
+
+
+def counted(name: str) -> bool:
+    """Is this quantity made from machine code?"""
+    return name.startswith("instructions")
+
+
+def uncounted(budget: dict, launch: dict, measured: dict[str, dict]) -> list[str]:
+    """A line for each architecture whose kernels have counts of instructions that the file has not."""
+    lines = []
+    for architecture, result in measured.items():
+        new = [
+            name
+            for name, row in sorted(result["kernels"].items())
+            if "per_element" in row
+            and architecture in (known := budget["kernels"].get(name, {}))
+            and "per_element" not in known[architecture]
+        ]
+        if new:
+            lines.append(
+                f"sm_{architecture}: the file has no instructions per element of {', '.join(new)}; --write adds them"
+            )
+    return lines
 
 
 def offences(budget: dict, launch: dict, measured: dict[str, dict]) -> list[str]:
@@ -702,8 +820,15 @@ def offences(budget: dict, launch: dict, measured: dict[str, dict]) -> list[str]
                 )
                 continue
             allowed = quantities(rows[name][architecture], rows[name]["launch"])
-            for quantity, value in quantities(row, launch[name]).items():
-                compare(name, architecture, quantity, allowed.get(quantity, 0), value)
+            found = quantities(row, launch[name])
+            for quantity, value in found.items():
+                if quantity in allowed or not counted(quantity) or any(map(counted, allowed)):
+                    compare(name, architecture, quantity, allowed.get(quantity, 0), value)
+            bad += [  # a loop that is not found any more would hide whatever it has become
+                f"{name}, sm_{architecture}: {quantity}: {allowed[quantity]:g} allowed, none found"
+                for quantity in sorted(allowed.keys() - found.keys())
+                if counted(quantity)
+            ]
     return bad
 
 
@@ -773,6 +898,7 @@ def main(argv: list[str] | None = None) -> int:
     elif compiler != budget.get("compiler"):
         print(f"The file is of nvcc {budget.get('compiler')}, this is nvcc {compiler}.")
     bad = offences(budget, launch, measured)
+    print("".join(f"{line}\n" for line in uncounted(budget, launch, measured)), end="")
     if library:
         print(f"The library was built in {library['build_seconds']} s on {library['cores']} cores.")
     if args.library is not None:

@@ -24,7 +24,7 @@ from mamba_operators import (
     options_of,
     step_inputs,
 )
-from matrix_memory_operators import MatrixChecker
+from matrix_memory_operators import MatrixChecker, step_arguments
 from matrix_memory_operators import make_inputs as make_matrix_inputs
 from measure import Samples, first_line
 from operators import Checker, WrongResult, draw_tensors
@@ -40,6 +40,7 @@ from shapes import (
     PEER_GOALS,
     XLSTM_HEADS,
     MambaOperator,
+    MatrixOperator,
     MatrixShape,
 )
 from torch import nn
@@ -59,6 +60,7 @@ LOOP_TOLERANCE = 1e-4
 SCAN_TOLERANCE = 1e-4
 # A divisor may be close to 0, and peers add their eps to other parts of it.
 MATRIX_TOLERANCE = 2e-3
+MATRIX_TF32_TOLERANCE = 1e-2  # peers round float32 operands to the 11 bits of TF32
 # Half precision: inputs and results are rounded, and some peers sum in it as well.
 HALF_TOLERANCE = 5e-2
 
@@ -91,6 +93,10 @@ PEERS = {
         "causal_conv1d", "pip install --no-build-isolation causal-conv1d", ("cuda",)
     ),
     "mlstm_kernels": Peer("mlstm_kernels", "pip install mlstm_kernels", ("cpu",)),
+    "mlstm_kernels xl_chunk": Peer("mlstm_kernels", "pip install mlstm_kernels", ("cuda",)),
+    "mlstm_kernels limit_chunk": Peer("mlstm_kernels", "pip install mlstm_kernels", ("cuda",)),
+    "mlstm_kernels step": Peer("mlstm_kernels", "pip install mlstm_kernels", ("cuda",)),
+    "fla-simple-gla": Peer("fla.ops", "pip install flash-linear-attention", ("cuda",)),
     "xlstm": Peer("xlstm", "pip install xlstm", ("cpu",)),
     "transformers mamba2": Peer("transformers.models.mamba2", "pip install transformers", ("cpu",)),
     "transformers mamba2 compiled": Peer(
@@ -895,6 +901,184 @@ def mlstm_comparisons(shape: MatrixShape) -> Iterator[Comparison]:
         yield Comparison(
             f"mlstm: {mode}", shape, "float32", lambda index, step=step: step, contenders
         )
+
+
+def _mlstm_triton(peer: str, sigmoid: bool) -> tuple[Callable, int]:
+    """A Triton kernel of the package and the chunk that its authors time it with."""
+    kernels = importlib.import_module("mlstm_kernels.torch")
+    if peer.endswith("step"):
+        return kernels.get_mlstm_step_kernel("triton"), 1
+    name = f"chunkwise--triton_{peer.split()[-1]}{'_siging' * sigmoid}"
+    return kernels.get_mlstm_kernel(name), 64 if "limit" in peer else 128
+
+
+def _fla_simple_gla() -> Callable:
+    return importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+
+
+def _mamba_ssm_ssd() -> Callable:
+    return _import_from("mamba_ssm", "ops.triton.ssd_combined").mamba_chunk_scan_combined
+
+
+def _heads_first(results: Results) -> Results:
+    return tuple(x.transpose(1, 2).contiguous() for x in results)
+
+
+def _same(results: Results) -> Results:
+    return results
+
+
+def _matrix_peer(
+    peer: str, inputs: Results, grad: torch.Tensor, options: dict, mode: str
+) -> tuple[Call, Callable[[Results], Results], str]:
+    """A peer's call on buffers of its own layout, how its results become ours, and what to say."""
+    if peer == "mamba_ssm":
+        function = functools.partial(_mamba_ssm_ssd(), chunk_size=256)
+        return _passes(function, inputs, grad, mode), _same, "chunks of 256"
+    if peer == "fla-simple-gla":
+        q, k, v, i, f = inputs
+        gate = i.float().sigmoid()
+        scaled = (k.float() * gate[..., None]).to(k.dtype)
+        decay = F.logsigmoid(f.float())
+        scale, function = q.shape[-1] ** -0.5, _fla_simple_gla()
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor):
+            return function(q, k, v, g=g, scale=scale)[0]
+
+        def ours(results: Results) -> Results:
+            """Its gradients are those of the keys times the gate, and of the logarithm of the decay."""
+            if len(results) == 1:
+                return results
+            h, grad_q, grad_k, grad_v, grad_decay = results
+            of_gate = (grad_k.float() * k.float()).sum(-1)
+            grad_i = of_gate * gate * (1 - gate)
+            return (
+                h, grad_q, grad_k.float() * gate[..., None], grad_v, grad_i,
+                grad_decay.float() * (-f.float()).sigmoid(),
+            )  # fmt: skip
+
+        note = "takes log decays, and keys times the gate"
+        return _passes(call, (q, scaled, v, decay), grad, mode), ours, note
+    sigmoid = options.get("input_gate") == "sigmoid"
+    kernel, chunk = _mlstm_triton(peer, sigmoid)
+    more = {"normalize": False} if sigmoid else {}
+    function = functools.partial(
+        kernel, chunk_size=chunk, autocast_kernel_dtype=inputs[0].dtype, **more
+    )
+    (theirs,) = _heads_first((grad,))
+    note = f"its Triton kernels, chunks of {chunk}, its own layout, (B, H, T, K)"
+    return _passes(function, _heads_first(inputs), theirs, mode), _heads_first, note
+
+
+def matrix_operator_comparisons(
+    names: list[str],
+    name: str,
+    operator: MatrixOperator,
+    shape: MatrixShape,
+    dtype: torch.dtype,
+    checker: MatrixChecker,
+    variant: tuple,
+    sets: int,
+) -> Iterator[Comparison]:
+    """A matrix memory on a GPU beside kernels of the same equations. Forward, and with the gradients of
+    all inputs."""
+    checker.check(name, operator, shape, dtype, variant)
+    checker.references.clear()
+    drawn = make_matrix_inputs(operator, shape, dtype)
+    buffers = [on_device(*drawn, checker.device) for _ in range(sets)]
+    make_matrix_inputs.cache_clear()
+    options = dict(operator.options)
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return getattr(torch_ext, operator.function)(*inputs, **options)[0]
+
+    tolerance = MATRIX_TF32_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+    for mode in ("forward", "forward+backward"):
+        contenders = []
+        for peer in names:
+            contender = Contender(peer, lambda index: None, tolerance)
+
+            def make(
+                index: int, peer: str = peer, contender: Contender = contender, mode: str = mode
+            ) -> Call:
+                call, same, contender.note = _matrix_peer(peer, *buffers[index], options, mode)
+                if index == 0:  # the results that are compared
+                    contender.same = same
+                return call
+
+            contender.make = make
+            contenders.append(contender)
+        yield Comparison(
+            f"{name}: {mode}",
+            shape,
+            _name(dtype),
+            lambda index, mode=mode: _passes(ours, *buffers[index], mode),
+            contenders,
+        )
+
+
+def matrix_step_comparisons(
+    peer: str,
+    operator: MatrixOperator,
+    shape: MatrixShape,
+    batch: int,
+    dtype: torch.dtype,
+    buffers: list[tuple[Results, Results]],
+) -> Iterator[Comparison]:
+    """One token: mlstm_step_ beside mlstm_kernels' step, which gives new states, and ssd_step_ beside
+    mamba_ssm's selective_state_update. h and the states after the first call must agree."""
+    tolerance = SCAN_TOLERANCE if dtype.itemsize >= 4 else HALF_TOLERANCE
+    function = getattr(torch_ext, f"{operator.function}_step_")
+
+    def copied(index: int) -> tuple[Results, Results]:
+        inputs, state = buffers[index]
+        return inputs, tuple(x.clone() for x in state)
+
+    def make_ours(index: int) -> Call:
+        inputs, state = copied(index)
+        arguments = step_arguments(operator, inputs, state)
+
+        def call() -> Results:
+            with torch.inference_mode():
+                return function(*arguments), *state
+
+        return call
+
+    def make_theirs(index: int) -> Call:
+        inputs, state = copied(index)
+        if operator.function == "ssd":
+            x, dt, A, B, C = inputs
+            update, (S,) = _mamba_ssm_step(), state
+            dt = dt[..., None].expand(*x.shape)
+            A = A[:, None, None].expand(*S.shape[1:])
+            # Without a skip connection and a bias it raises; expanded, they are one number to a head.
+            none = torch.zeros_like(A[:, 0, 0])[:, None].expand(*x.shape[1:])
+
+            def call() -> Results:
+                with torch.inference_mode():
+                    return update(S, x, dt, A, B, C, D=none, dt_bias=none), S
+
+            return call
+        kernel, _ = _mlstm_triton(peer, False)
+        q, k, v, i, f = inputs
+        C, n, m = state
+        given = (q, k, v, i[..., None], f[..., None], C, n, m[..., None])
+
+        def call() -> Results:
+            with torch.inference_mode():
+                h, (C, n, m) = kernel(*given)
+                return h, C, n, m.reshape(state[2].shape)
+
+        return call
+
+    note = "its Triton kernel" + ("" if operator.function == "ssd" else ", which gives new states")
+    yield Comparison(
+        f"{operator.function}_step_",
+        (batch, *shape[2:]),
+        _name(dtype),
+        make_ours,
+        [Contender(peer, make_theirs, tolerance, note=note)],
+    )
 
 
 def _make_matrix_layer(who: str, ours: nn.Module, time: int) -> Callable:

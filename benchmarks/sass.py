@@ -23,6 +23,8 @@ COPY_ASYNC = 0xFAE
 FENCE = 0x992
 CALL = 0x944
 WAIT_COPIES = 0x91A
+BARRIER = 0xB1D  # of a block
+MATRIX_PRODUCT = 0x23C  # mma.sync of 16-bit operands: HMMA
 SHUFFLES = frozenset({0x389, 0x589, 0x989, 0xF89})
 
 NEVER = 10**9  # a weight: no usual way leads through this instruction

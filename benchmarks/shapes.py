@@ -386,25 +386,35 @@ class MatrixOperator:
     dtype: str | None = None  # None: what is asked for
     beside: str | None = None  # as in MambaOperator
     at_most: float | None = None
+    options: tuple[tuple[str, object], ...] = ()  # of the function, by name
 
-    def operations(self, mode: str, shape: MatrixShape) -> float:
-        """Vector instructions for one step of one head, of which a core starts as many as it starts
-        multiply-adds, in the form that needs fewer.
+    def products(self, mode: str, shape: MatrixShape) -> float:
+        """Multiply-adds of matrix products for one step of one head, chunk by chunk.
 
-        Chunk by chunk they are products: q C and k v^T, and among the steps of a chunk, half of
-        which come before a step, q k^T and its product with v. Heads of a group share q k^T. The
-        backward has twice as many of the first kind, and of the second q k^T again and the
-        gradients of q, k, v and of the weights between. Step by step an element of the state is
-        decayed, added to and read: 3, and 8 in the backward with the states given.
+        q C and k v^T, and among the steps of a chunk, half of which come before a step, q k^T and
+        its product with v. Heads of a group share q k^T. The backward has twice as many of the
+        first kind, and of the second q k^T again and the gradients of q, k, v and of the weights
+        between.
         """
+        if mode == "forward+backward":
+            return self.products("forward", shape) + self.products("backward", shape)
         _, _, H, K, V, G = shape
         inside = MATRIX_CHUNK // 2
         if mode == "forward":
-            return min(2 * K * V + inside * (K * G / H + V), 3 * K * V)
-        return min(4 * K * V + inside * (K * (2 + G / H) + 2 * V), 8 * K * V)
+            return 2 * K * V + inside * (K * G / H + V)
+        return 4 * K * V + inside * (K * (2 + G / H) + 2 * V)
+
+    def operations(self, mode: str, shape: MatrixShape) -> float:
+        """Vector instructions for one step of one head, of which a core starts as many as it starts
+        multiply-adds, in the form that needs fewer: products, or step by step, where an element of
+        the state is decayed, added to and read: 3, and 8 in the backward with the states given."""
+        K, V = shape[3:5]
+        return min(self.products(mode, shape), (3 if mode == "forward" else 8) * K * V)
 
     def bytes(self, mode: str, shape: MatrixShape, itemsize: int) -> int:
         """Inputs and h; backward the inputs, the gradient of h, and gradients of the inputs."""
+        if mode == "forward+backward":
+            return sum(self.bytes(one, shape, itemsize) for one in mode.split("+"))
         B, T, H, K, V, G = shape
         inputs = 2 * G * K + H * V + self.gates * H
         step = inputs + H * V if mode == "forward" else 2 * inputs + H * V
@@ -468,6 +478,58 @@ MATRIX_LAYER_PEERS = {
 XLSTM_HEADS = 4
 XLSTM_SIZES = ModelSizes(512, 8, XLSTM_HEADS, 50304, (1024,), (1024,))
 QUICK_XLSTM_SIZES = ModelSizes(64, 2, XLSTM_HEADS, 128, (32,), (32,))
+
+# On a GPU: xLSTM 7B's heads, twice as wide ones, and few of them; Mamba-2's 2.7B, a small state of
+# many tokens, and a hybrid model's eight groups.
+GPU_MATRIX_SHAPES = {
+    "mlstm": ("8x8192x16x128x256", "8x8192x8x256x512", "8x2048x4x256x512"),
+    "ssd": ("8x2048x80x128x64x1", "8x8192x64x64x64x1", "1x8192x128x128x64x8"),
+}
+# float32's products by torch.set_float32_matmul_precision: how many of bfloat16 operands the time of
+# one of them is at least ("high" may be TF32, at half the rate).
+GPU_MATRIX_PRECISIONS = {"highest": 6, "high": 2, "medium": 1}
+# What the authors of TFLA's Triton kernels measured on an H100 (https://github.com/NX-AI/mlstm_kernels,
+# raw data of arXiv 2503.14376), 65536 tokens, bfloat16: seconds of the exponential gate's kernels and,
+# at a shape of ssd, of mamba_ssm's with its convolution and its gate z.
+GPU_MATRIX_PUBLISHED = {
+    ("mlstm", "8x8192x16x128x256"): {"forward": 6.37e-3, "forward+backward": 15.2e-3},
+    ("mlstm", "8x8192x8x256x512"): {"forward+backward": 21.1e-3},
+    ("ssd", "8x8192x64x64x64x1"): {"forward": 3.6e-3, "forward+backward": 27e-3},
+}
+# How many times faster we want to be than those, and than the kernels themselves where they are installed.
+GPU_MATRIX_GOALS = {"forward": 3.0, "backward": 2.5}
+GPU_MATRIX_STEP_SHAPES = {"mlstm": "1x1x8x256x512", "ssd": "1x1x128x64x64x1"}
+GPU_MATRIX_STEP_BATCHES = (1, 128, 1024)
+GPU_MATRIX_STEP_GOALS = {128: 0.80, 1024: 0.80}  # of copy bandwidth, by batch
+# Operators beside peers, as these have them: a divisor without a gradient; no divisor and a sigmoid.
+GPU_MATRIX_COMPARED = {
+    "mlstm[constant divisor]": MatrixOperator("mlstm", 2, options=(("normalizer_grad", False),)),
+    "mlstm[sigmoid]": MatrixOperator(
+        "mlstm", 2, options=(("input_gate", "sigmoid"), ("normalize", False))
+    ),
+    "ssd": MATRIX_OPERATORS["ssd"],
+}
+GPU_MATRIX_PEERS = {
+    "mlstm[constant divisor]": ("mlstm_kernels xl_chunk", "mlstm_kernels limit_chunk"),
+    "mlstm[sigmoid]": ("mlstm_kernels xl_chunk", "fla-simple-gla"),
+    "ssd": ("mamba_ssm",),
+}
+GPU_MATRIX_STEP_PEERS = {"mlstm": "mlstm_kernels step", "ssd": "mamba_ssm"}
+
+
+def gpu_matrix_goal(published: dict[str, float], mode: str) -> float | None:
+    """Seconds that a pass may take, by those that somebody else's takes. Where theirs forward is not
+    known, both passes are held to the lower goal."""
+    both, forward = published.get("forward+backward"), published.get("forward")
+    if mode == "forward":
+        return forward and forward / GPU_MATRIX_GOALS["forward"]
+    if mode != "forward+backward" or both is None:
+        return None
+    if forward is None:
+        return both / min(GPU_MATRIX_GOALS.values())
+    backward = (both - forward) / GPU_MATRIX_GOALS["backward"]
+    return forward / GPU_MATRIX_GOALS["forward"] + backward
+
 
 QUICK_MATRIX_SHAPE = "1x70x2x16x24"
 QUICK_MLSTM_SHAPE = "1x256x2x16x32"  # a multiple of the peer's chunks

@@ -1097,3 +1097,390 @@ def test_wrong_matrix_memories_are_found(name, monkeypatch):
     monkeypatch.setattr(torch_ext, f"{name}_step_", state)
     with pytest.raises(WrongResult, match="state in place"):
         benchmark.check_step(name, operator, shape, 3, torch.float32)
+
+
+# ---- matrix memories on a GPU ----
+def stand_in_matrix_peers(monkeypatch, factor=1.0):
+    """The modules of mlstm_kernels, fla and mamba_ssm, by their signatures and layouts. As the package's, mlstm's
+    divisor has no gradient."""
+    import functools
+    import types
+
+    import torch_ext.compat.mamba_ssm as mamba_ssm
+    import torch_ext.compat.mlstm_kernels as mlstm_kernels
+    from torch_ext.compat import _mamba_ssm_ssd
+
+    def kernel(name):
+        assert name.startswith("chunkwise--triton_")
+        found = functools.partial(mlstm_kernels.get_mlstm_kernel(name), normalizer_grad=False)
+        return lambda *args, **options: factor * found(*args, **options)
+
+    def step(name):
+        found = mlstm_kernels.get_mlstm_step_kernel(name)
+
+        def call(*args):
+            h, state = found(*args)
+            return factor * h, state
+
+        return call
+
+    def simple_gla(q, k, v, g, scale):
+        out = torch.ops.torch_ext.matrix_memory(q, k, v, g, scale=scale)
+        return factor * out[0], out[1]
+
+    def chunk_scan(x, dt, A, B, C, chunk_size):
+        return factor * _mamba_ssm_ssd.mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size)
+
+    def update(state, x, dt, A, B, C, D, dt_bias):
+        assert dt.stride(-1) == A.stride(-1) == A.stride(-2) == dt_bias.stride(-1) == 0
+        y = mamba_ssm.selective_state_update(state, x, dt, A, B, C, D=D, dt_bias=dt_bias)
+        return factor * y
+
+    modules = {
+        "mlstm_kernels.torch": {"get_mlstm_kernel": kernel, "get_mlstm_step_kernel": step},
+        "fla.ops.simple_gla": {"chunk_simple_gla": simple_gla},
+        "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": chunk_scan},
+        "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": update},
+    }
+    for name, functions in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def matrix_on_gpu(tmp_path, monkeypatch):
+    """Runs gpu_matrix_memory.py on the backend that stands for CUDA: status and result."""
+    import gpu
+    import gpu_matrix_memory
+
+    rates = {"exp_per_ns": None, "no_exp_because": "not asked", "fma_per_ns": 20.0}
+    monkeypatch.setattr(gpu, "arithmetic_rates", lambda *_: rates)
+
+    def run(*options):
+        arguments = ["--quick", "--seconds", "0.001", "--out", str(tmp_path), *options]
+        status = gpu_matrix_memory.main(arguments, FakeBackend())
+        return status, json.loads((tmp_path / "gpu-matrix.json").read_text())
+
+    return run
+
+
+def test_matrix_memories_on_a_gpu(matrix_on_gpu, tmp_path, monkeypatch, capsys):
+    """Operators, steps and peers, with stand-ins for CUDA and for the peers."""
+    import peers
+    from gpu_check import describe, matrix_goals
+    from shapes import GPU_MATRIX_COMPARED, GPU_MATRIX_PEERS, GPU_MATRIX_PRECISIONS
+
+    stand_in_matrix_peers(monkeypatch)
+    monkeypatch.setattr(peers, "why_not", lambda name, device: None)
+    monkeypatch.setattr("gpu_matrix_memory.why_not", lambda name, device: None)
+    before = torch.get_float32_matmul_precision()
+    status, result = matrix_on_gpu()
+    assert torch.get_float32_matmul_precision() == before
+    assert status == 0 and not result["wrong"] and not result["not_run"]
+    assert result["settings"]["complete"] and result["calibration"]["multiply_adds_per_ns"] > 0
+
+    settings = [("bfloat16", None), *(("float32", name) for name in GPU_MATRIX_PRECISIONS)]
+    cases = {
+        (row["operator"], row["mode"], row["dtype"], row["precision"]) for row in result["matrix"]
+    }
+    modes = ("forward", "backward", "forward+backward")
+    assert cases == {
+        (name, mode, *each) for name in ("mlstm", "ssd") for mode in modes for each in settings
+    }
+    assert len(result["matrix"]) == len(cases)
+    for row in result["matrix"]:
+        parts = [row[f"{part}_seconds"] for part in ("bandwidth", "products")]
+        assert row["floor_seconds"] == max(parts) and row["timed_as"] == "graph"
+        assert row["fraction_of_roof"] == row["floor_seconds"] / row["seconds_min"] > 0
+        assert row["goal_seconds"] is None and row["meets_goal"] and row["sets_of_buffers"] > 1
+        assert 0 < row["error"] < 6e-2
+    steps = {(row["function"], row["batch"], row["dtype"]) for row in result["matrix_steps"]}
+    assert len(result["matrix_steps"]) == len(steps) == 2 * 2 * 2
+    assert {function for function, *_ in steps} == {"mlstm_step_", "ssd_step_"}
+    found = {(row["what"], row["peer"], row["dtype"]) for row in result["peers"]}
+    assert found == {
+        (f"{name}: {mode}", peer, dtype)
+        for name in GPU_MATRIX_COMPARED
+        for mode in ("forward", "forward+backward")
+        for peer in GPU_MATRIX_PEERS[name]
+        for dtype in ("bfloat16", "float32")
+    } | {
+        (f"{name}_step_", peer, dtype)
+        for name, peer in (("mlstm", "mlstm_kernels step"), ("ssd", "mamba_ssm"))
+        for dtype in ("bfloat16", "float32")
+    }
+    assert len(result["peers"]) == 2 * 2 * 5 + 2 * 2 * 2
+    halves = [row["precision"] for row in result["peers"] if ": " in row["what"]]
+    assert halves.count("high") == halves.count(None) == 10
+
+    text = (tmp_path / "gpu-matrix.md").read_text()
+    for words in ("Share of the floor", "float32, medium", "One token", "xl_chunk, its Triton"):
+        assert words in text
+    goals = matrix_goals(result)
+    judged = [goal for goal in goals if "mlstm_kernels xl_chunk" in goal["what"]]
+    assert len(judged) == 4 and all(goal["found"] for goal in judged)
+    assert {goal["goal"] for goal in judged if " forward," in goal["what"]} == {3.0}
+    assert all(2.5 <= g["goal"] <= 3 for g in judged if "forward+backward" in g["what"])
+    assert {goal["goal"] for goal in goals if goal["what"].endswith("mamba_ssm")} == {1.0}
+    missing = [goal for goal in goals if goal["found"] is None]  # other shapes than theirs
+    assert len(missing) == 5 + 4 and not any(goal["met"] for goal in missing)
+    lines = "\n".join(describe("matrix", {"ok": False, "seconds": 1.0, "goals": goals}))
+    assert "mlstm forward, 8x8192x16x128x256 bfloat16: ratio to what is published" in lines
+    assert "products of bfloat16 matrices" in capsys.readouterr().out
+
+
+def test_matrix_peers_that_are_wrong_or_missing(matrix_on_gpu, monkeypatch):
+    stand_in_matrix_peers(monkeypatch, factor=1.1)
+    monkeypatch.setattr(
+        "gpu_matrix_memory.why_not", lambda name, _: None if "mamba" in name else "no"
+    )
+    status, result = matrix_on_gpu("--mode", "forward", "step", "--dtype", "bfloat16")
+    assert status == 1 and not result["peers"]
+    wrong = {(row["what"].split(":")[0].split(", ")[0], row["peer"]) for row in result["wrong"]}
+    assert {peer for _, peer in wrong} == {"mamba_ssm"}
+    assert len(result["wrong"]) == 2 + 2  # both passes; steps of both batches
+    missing = {row["peer"]: row["reason"] for row in result["not_run"]}
+    names = ("xl_chunk", "limit_chunk", "step")
+    assert missing == dict.fromkeys(
+        [*(f"mlstm_kernels {n}" for n in names), "fla-simple-gla"], "no"
+    )
+
+
+def test_matrix_memories_on_a_gpu_fail_one_by_one(matrix_on_gpu, monkeypatch):
+    import gpu_matrix_memory
+
+    import torch_ext
+
+    right = torch_ext.mlstm
+
+    def wrong(*args, **options):  # in half precision
+        h, state = right(*args, **options)
+        return h * (1.2 if h.dtype == torch.bfloat16 else 1.0), state
+
+    def step(name, operator, shape, batch, *_):
+        if batch == 1:
+            raise torch.cuda.OutOfMemoryError("out of memory\nand more")
+        raise RuntimeError("CUDA error: an illegal memory access\nand more")
+
+    monkeypatch.setattr(torch_ext, "mlstm", wrong)
+    monkeypatch.setattr(gpu_matrix_memory, "time_step", step)
+    status, result = matrix_on_gpu("--peers", "none", "--mode", "forward", "step", "--op", "mlstm")
+    assert status == 1
+    assert {(row["dtype"], row["precision"]) for row in result["matrix"]} == {
+        ("float32", name) for name in ("highest", "high", "medium")
+    }
+    assert ["y is wrong" in row["what"] for row in result["wrong"]] == [True, False, False]
+    assert "mlstm_step_ float32, B = 8: RuntimeError: CUDA error" in result["wrong"][2]["what"]
+    assert [row["reason"] for row in result["not_run"]] == ["OutOfMemoryError: out of memory"] * 2
+
+
+def test_options_of_matrix_memories_on_a_gpu(matrix_on_gpu, capsys):
+    import gpu_matrix_memory
+
+    args = gpu_matrix_memory.parse(["--shapes", "1x9x4x3x5x2", "1x9x4x3x5x2", "--peers", "none"])
+    assert args.shapes == ["1x9x4x3x5x2"] and args.peers == [] and args.op == ["mlstm", "ssd"]
+    for wrong in (["--shapes", "2x3x4"], ["--op", "retention"], ["--dtype", "float64"]):
+        with pytest.raises(SystemExit):
+            gpu_matrix_memory.parse(wrong)
+    given = ["--shapes", "1x9x4x3x5x2", "--peers", "none", "--op", "ssd", "--dtype", "float32"]
+    status, result = matrix_on_gpu(*given, "--mode", "backward")
+    assert status == 0 and not result["matrix_steps"]
+    assert {tuple(row["shape"]) for row in result["matrix"]} == {(1, 9, 4, 3, 5, 2)}
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="is_available"):
+            gpu_matrix_memory.main(given)
+
+
+@pytest.mark.parametrize("name", ["mlstm", "ssd"])
+def test_the_backward_alone_is_that_of_autograd(name):
+    from gpu_matrix_memory import make_call
+    from matrix_memory_operators import NAMES, make_inputs
+    from shapes import MATRIX_OPERATORS
+
+    operator, shape = MATRIX_OPERATORS[name], (2, 9, 4, 3, 5, 2)
+    inputs, grad = make_inputs(operator, shape, torch.float64)
+    alone = make_call(operator, "backward", inputs, grad)()
+    names = ("q", "k", "v", "log_decay", "log_input", "input_scale")
+    alone = dict(zip(names, alone[:6], strict=True))
+    both = make_call(operator, "forward+backward", inputs, grad)()
+    grads = dict(zip(NAMES[name], both[1:], strict=True))
+    torch.testing.assert_close(both[0], make_call(operator, "forward", inputs, grad)()[0])
+    if name == "ssd":
+        alone = {"C": alone["q"], "B": alone["k"], "x": alone["v"]} | {
+            "dt": alone["input_scale"] + alone["log_decay"] * inputs[2],
+            "A": (alone["log_decay"] * inputs[1]).sum((0, 1)),
+        }
+    else:
+        f = inputs[4]
+        alone |= {"i": alone["log_input"], "f": alone["log_decay"] * (-f).sigmoid()}
+    for key, expected in grads.items():
+        torch.testing.assert_close(alone[key], expected, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["mlstm", "ssd"])
+def test_wrong_steps_of_matrix_memories_on_a_gpu_are_found(name, monkeypatch):
+    import gpu_matrix_memory as benchmark
+    from operators import WrongResult
+    from shapes import MATRIX_OPERATORS
+
+    import torch_ext
+
+    operator = MATRIX_OPERATORS[name]
+    given = benchmark.step_buffers(operator, (1, 1, 4, 5, 6, 2), 7, torch.float32, "cpu")
+    before = [x.clone() for x in given[1]]
+    assert 0 < benchmark.check_step(name, operator, *given) < 2e-5
+    assert all(torch.equal(a, b) for a, b in zip(given[1], before, strict=True))
+    step = getattr(torch_ext, f"{name}_step_")
+
+    def state(*args):  # in the last row
+        h = step(*args)
+        states = args[-1] if isinstance(args[-1], tuple) else args[-1:]
+        states[0][-1, -1, 0, 0] += 0.1
+        return h
+
+    monkeypatch.setattr(torch_ext, f"{name}_step_", state)
+    with pytest.raises(WrongResult, match="state in place"):
+        benchmark.check_step(name, operator, *given)
+
+
+def test_wrong_options_of_matrix_memories_are_found(monkeypatch):
+    """Each setting has its own tolerance; options reach the operator and its reference."""
+    import gpu_matrix_memory as benchmark
+    from operators import WrongResult
+    from shapes import GPU_MATRIX_COMPARED
+
+    import torch_ext
+
+    shape, right = (1, 70, 4, 5, 6, 2), torch_ext.mlstm
+    monkeypatch.setattr(benchmark.GpuMatrixChecker, "reduced", (1, 9, 4, 3, 2, 2))
+
+    def check(name, setting):
+        operator = GPU_MATRIX_COMPARED[name]
+        return benchmark.GpuMatrixChecker().check(name, operator, shape, torch.float32, (setting,))
+
+    for name in GPU_MATRIX_COMPARED:
+        assert 0 < check(name, "highest") < 5e-4
+
+    def rounded(*args, **options):  # as "medium" would
+        h, state = right(*args, **options)
+        off = 1.0 if h.dtype is torch.float64 else 1.01
+        return h * off, state
+
+    monkeypatch.setattr(torch_ext, "mlstm", rounded)
+    assert 5e-3 < check("mlstm[sigmoid]", "medium") < 6e-2
+    for setting in ("highest", "high"):
+        with pytest.raises(WrongResult, match="y is wrong"):
+            check("mlstm[sigmoid]", setting)
+
+
+def test_what_matrix_memories_need_on_a_gpu():
+    from gpu_matrix_memory import floor_of
+    from shapes import (
+        GPU_MATRIX_PUBLISHED,
+        GPU_MATRIX_SHAPES,
+        MATRIX_OPERATORS,
+        gpu_matrix_goal,
+        parse_matrix_shape,
+    )
+
+    def floor(name, mode, index, dtype=torch.bfloat16, setting=None):
+        shape = parse_matrix_shape(GPU_MATRIX_SHAPES[name][index])
+        return floor_of(MATRIX_OPERATORS[name], mode, shape, dtype, setting, 4300.0, 395e3)
+
+    # 65536 tokens of 16 heads: q and k of 128, v and h of 256, two gates; at 790 TFLOP/s.
+    found = floor("mlstm", "forward", 0)
+    assert found["bytes_moved"] == 65536 * 16 * 2 * (2 * 128 + 2 * 256 + 2)
+    assert found["floor_seconds"] == pytest.approx(376e-6, rel=0.01)
+    assert found["bound_by"] == "bandwidth"
+    assert found["multiply_adds"] == 65536 * 16 * (2 * 128 * 256 + 32 * (128 + 256))
+    both = floor("mlstm", "forward+backward", 0)
+    alone = floor("mlstm", "backward", 0)
+    for key in ("bytes_moved", "multiply_adds", "products_seconds"):
+        assert both[key] == pytest.approx(found[key] + alone[key])
+    wide = floor("mlstm", "forward", 0, torch.float32, "highest")
+    assert wide["products_seconds"] == pytest.approx(6 * found["products_seconds"])
+    assert wide["bound_by"] == "products" and wide["bytes_moved"] == 2 * found["bytes_moved"]
+    medium = floor("mlstm", "forward", 0, torch.float32, "medium")
+    assert medium["products_seconds"] == pytest.approx(found["products_seconds"])
+    # All heads share B and C.
+    shared = floor("ssd", "forward", 1)
+    assert shared["bytes_moved"] == 65536 * 2 * (2 * 64 + 2 * 64 * 64 + 64)
+    assert shared["multiply_adds"] == 65536 * 64 * (2 * 64 * 64 + 32 * (64 / 64 + 64))
+
+    published = {"forward": 6.0, "forward+backward": 16.0}
+    assert gpu_matrix_goal(published, "forward") == 2.0
+    assert gpu_matrix_goal(published, "forward+backward") == 2.0 + 10.0 / 2.5
+    assert gpu_matrix_goal({"forward+backward": 5.0}, "forward+backward") == 2.0
+    assert gpu_matrix_goal({"forward+backward": 5.0}, "forward") is None
+    assert gpu_matrix_goal(published, "backward") is gpu_matrix_goal({}, "forward") is None
+    assert all(shape in GPU_MATRIX_SHAPES[name] for name, shape in GPU_MATRIX_PUBLISHED)
+
+
+def test_goals_of_matrix_memories_on_a_gpu():
+    from gpu_check import matrix_goals
+    from shapes import (
+        GPU_MATRIX_PUBLISHED,
+        GPU_MATRIX_STEP_GOALS,
+        GPU_MATRIX_STEP_SHAPES,
+        gpu_matrix_goal,
+        parse_matrix_shape,
+    )
+
+    rows = [
+        {"operator": name, "shape_name": shape, "mode": mode, "dtype": dtype}
+        | {"seconds_min": gpu_matrix_goal(published, mode) * (1.01 if name == "ssd" else 0.99)}
+        for (name, shape), published in GPU_MATRIX_PUBLISHED.items()
+        for mode in published
+        for dtype in ("bfloat16", "float32")
+    ]
+    steps = [
+        {"operator": name, "shape": list(parse_matrix_shape(shape)[2:]), "batch": batch}
+        | {"dtype": "bfloat16", "fraction_of_copy": goal}
+        for name, shape in GPU_MATRIX_STEP_SHAPES.items()
+        for batch, goal in GPU_MATRIX_STEP_GOALS.items()
+    ]
+    times = {"ours": {"seconds_min": 1.0}, "theirs": {"seconds_min": 2.9}, "ratio": 2.9}
+    row = {"what": "mlstm[sigmoid]: forward", "shape": [1, 2], "shape_name": "1x2", **times}
+    row |= {"dtype": "bfloat16"}
+    peers = [row | {"peer": peer} for peer in ("mlstm_kernels xl_chunk", "fla-simple-gla")]
+    found = matrix_goals({"matrix": rows, "matrix_steps": steps[1:], "peers": peers})
+    missed = [goal["what"] for goal in found if not goal["met"]]
+    assert len(found) == 5 + 2 + 4 and len(missed) == 2 + 1 + 1
+    assert missed[0].startswith("ssd forward,") and missed[1].startswith("ssd forward+backward,")
+    assert missed[2] == "mlstm[sigmoid] forward, 1x2 bfloat16: ratio to mlstm_kernels xl_chunk"
+    assert missed[3].startswith("mlstm_step_, B = 128")
+    assert [goal["found"] for goal in found if "fla-simple-gla" in goal["what"]] == [2.9]
+
+
+def test_the_check_runs_matrix_memories(tmp_path, monkeypatch):
+    """The program and its arguments are those that it takes, and its file is the one that is read."""
+    import gpu_check
+    import gpu_matrix_memory
+    import run
+
+    commands = []
+
+    def run_command(command, seconds, log, environment=None):
+        commands.append(command)
+        (tmp_path / f"{command[command.index('--name') + 1]}.json").write_text("{}")
+        return {"ok": True, "returncode": 0, "output": ""}
+
+    monkeypatch.setattr(gpu_check, "run_command", run_command)
+    for name in ("matrix_goals", "share_goals", "mamba_goals", "ratio_goals"):
+        monkeypatch.setattr(gpu_check, name, lambda result: [{"met": False}])
+    args = gpu_check.parse(["--out", str(tmp_path), "--quick"])
+    assert args.part[-1] == "matrix"
+    for part in ("matrix", "benchmark", "peers"):
+        found = gpu_check.PARTS[part](args, None)
+        assert found["result"] == {} and not found["ok"]
+    (matrix, *others) = commands
+    assert Path(matrix[1]).name == "gpu_matrix_memory.py" and Path(matrix[1]).is_file()
+    parsed = gpu_matrix_memory.parse(matrix[2:])
+    assert parsed.out == tmp_path and parsed.name == "gpu-matrix" and parsed.quick
+    for command in others:
+        assert Path(command[1]).name == "run.py"
+        parsed = run.parse(command[2:])
+        assert parsed.device == "cuda" and parsed.out == tmp_path and parsed.quick
+        assert parsed.markdown == tmp_path / f"{parsed.name}.md"
+    assert run.parse(others[1][2:]).shapes == []

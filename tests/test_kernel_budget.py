@@ -278,6 +278,84 @@ def test_instructions_of_a_scan():
     assert budget.per_element(instructions, "90a", launch | {"state_passes": [[9, 1]]}) is None
 
 
+PRODUCT = one(sass.MATRIX_PRODUCT)
+
+
+def loop_of(*body):
+    """The instructions, and a jump back to the first of them."""
+    return [*body, branch(-len(body) - 1, PREDICATE)]
+
+
+def of_products(*extra):
+    """Tiles: a barrier, then a loop over pieces, then one of two loops of products, or else products in line."""
+    two = loop_of(one(OTHER), PRODUCT, PRODUCT)  # 4
+    only = loop_of(PRODUCT, one(OTHER))  # 3
+    line = [PRODUCT] * 3
+    way = [
+        one(sass.BARRIER),
+        *loop_of(one(sass.LOAD_GLOBAL, high=6 << 9), one(OTHER)),  # whole pieces: 3
+        branch(2, PREDICATE),
+        one(sass.LOAD_GLOBAL, high=4 << 9),  # number by number
+        one(OTHER),
+        branch(len(two) + 1, PREDICATE),
+        *two,
+        branch(len(only) + 2 + len(line)),
+        branch(len(only) + 1, PREDICATE),
+        *only,
+        branch(len(line)),
+        *line,
+        one(sass.STORE_GLOBAL, high=4 << 9),
+        *extra,
+    ]
+    return code(one(OTHER), *loop_of(*way), one(sass.EXIT))
+
+
+PASSES = {"product_passes": [4, 2], "fill_passes": 5, "outer_passes": 7}
+
+
+def test_instructions_of_products():
+    instructions = of_products()
+    flow = sass.Flow(instructions, 90)
+    assert [len(loop.body) for loop in flow.loops] == [23, 4, 3, 3]
+    counts = budget.per_element(instructions, "90a", PASSES)
+    # Around them a barrier, pieces five times 3, two jumps, the store and the jump back: 20. To two
+    # products a pass one jump more, to one of them two, in line one.
+    ways = 20 + 1 + 4 * 4, 20 + 2 + 2 * 3, 20 + 1 + 3
+    products = 4 * 2, 2 * 1, 3
+    assert counts == {
+        "loop": round(23 / 6, 1),
+        "way": round(sum(ways) / sum(products), 1),
+        "mufu": 0.0,
+        "products": round(7 / 3, 1),
+    }
+    more = budget.per_element(of_products(*[one(OTHER)] * 13), "90a", PASSES)
+    assert more["way"] == round((sum(ways) + 39) / sum(products), 1)
+    assert more["products"] == counts["products"] and more["loop"] == round(36 / 6, 1)
+    # Exponentials on the way, as many as the launch says.
+    special = of_products(branch(1, PREDICATE), one(0x308), branch(1, PREDICATE), one(0x308))
+    for number in (0, 1, 2):
+        found = budget.per_element(special, "90a", PASSES | {"exponentials": number})
+        assert found["mufu"] == round(3 * number / sum(products), 2)
+
+
+def test_products_without_a_tile():
+    bare = code(one(OTHER), *loop_of(PRODUCT, one(OTHER)), one(sass.EXIT))
+    assert budget.per_element(bare, "90a", PASSES) is None
+    none = code(one(OTHER), *loop_of(one(sass.BARRIER), one(OTHER)), one(sass.EXIT))
+    assert budget.per_element(none, "90a", PASSES) is None
+
+
+def test_products_in_parts():
+    """A loop of products inside of one over parts: what is around them there is passed as the launch says."""
+    inner = loop_of(PRODUCT, one(OTHER))
+    parts = loop_of(one(OTHER), *inner)  # 5
+    instructions = code(one(OTHER), *loop_of(one(sass.BARRIER), *parts), one(sass.EXIT))
+    counts = budget.per_element(instructions, "90a", PASSES)
+    # The barrier and the jump; seven times two around the products; four passes of them.
+    assert counts["way"] == round((2 + 7 * 2 + 4 * 3) / 4, 1)
+    assert (counts["products"], counts["loop"]) == (3.0, 7.0)
+
+
 # ---- the comparison --------------------------------------------------------------------------------------
 
 NAME = "diagonal_tiles forward min_gru float32"
@@ -374,12 +452,56 @@ def test_spills_fail_even_if_the_file_has_them():
     assert budget.offences(file, LAUNCH, spilled) != []
 
 
+PRODUCTS = {"loop": 100.0, "way": 20.0, "mufu": 0.1, "products": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("counts", "lines"),
+    [
+        (PRODUCTS | {"products": 5.2}, []),
+        (PRODUCTS | {"products": 5.3}, ["products: 5 allowed, 5.3 found"]),
+        (PRODUCTS | {"way": 22.0}, ["usual way: 20 allowed, 22 found"]),
+        # A loop that the count does not find any more.
+        (None, [f"{x}: {y} allowed, none found" for x, y in (
+            ("products", 5), ("usual way", 20), ("whole loop", 100)
+        )]),
+    ],
+)  # fmt: skip
+def test_products_are_compared(counts, lines):
+    def row(counts):
+        kept = {key: value for key, value in ROW.items() if key != "per_element"}
+        return kept | ({"per_element": counts} if counts else {})
+
+    file = budget.merged({}, "13.0.88", LAUNCH, changed(kernels={NAME: row(PRODUCTS)}))
+    found = budget.offences(file, LAUNCH, changed(kernels={NAME: row(counts)}))
+    assert found == [f"{NAME}, sm_90a: instructions per element, {line}" for line in lines]
+
+
+def test_counts_that_the_file_has_not_are_said():
+    bare = {key: value for key, value in ROW.items() if key != "per_element"}
+    file = budget.merged({}, "13.0.88", LAUNCH, changed(kernels={NAME: bare}))
+    assert budget.offences(file, LAUNCH, MEASURED) == []
+    (line,) = budget.uncounted(file, LAUNCH, MEASURED)
+    assert line == f"sm_90a: the file has no instructions per element of {NAME}; --write adds them"
+    assert budget.uncounted(FILE, LAUNCH, MEASURED) == []
+    assert budget.uncounted(FILE, LAUNCH, {"100": MEASURED["90a"]}) == []  # nothing of it is there
+
+
 def test_writing_keeps_other_architectures():
     file = budget.merged(FILE, "13.0.88", LAUNCH, {"80": MEASURED["90a"]})
     assert list(file["architectures"]) == ["80", "90a"]
     assert list(file["kernels"][NAME]) == ["launch", "80", "90a"]
     assert file["total"] == {"object_bytes": 20000, "compile_seconds": 60}
     assert json.loads(budget.to_text(file)) == file
+
+
+def test_what_is_estimated_is_said_until_it_is_measured():
+    file = copy.deepcopy(FILE)
+    file["architectures"]["90a"]["estimated"] = {"compile_seconds": "a part"}
+    kept = budget.merged(file, "13.0.88", LAUNCH, changed(seconds=None))["architectures"]["90a"]
+    assert kept["compile_seconds"] == 30 and kept["estimated"] == {"compile_seconds": "a part"}
+    new = budget.merged(file, "13.0.88", LAUNCH, changed(seconds=40))["architectures"]["90a"]
+    assert new["compile_seconds"] == 40 and "estimated" not in new
 
 
 # ---- what a build has left ---------------------------------------------------------------------------
@@ -468,6 +590,8 @@ def test_the_file():
     file = json.loads(text)
     assert budget.to_text(file) == text
     assert list(file["architectures"]) == list(budget.ARCHITECTURES)
+    for key, total in file["total"].items():
+        assert total == sum(row[key] for row in file["architectures"].values())
     assert file["library"]["bytes"] > 10**6 and file["library"]["build_seconds"] > 0
     for name, row in file["kernels"].items():
         assert row.keys() == {"launch", *budget.ARCHITECTURES}, name
@@ -481,6 +605,15 @@ def test_the_file():
             if name.startswith("selective_scan_wide"):
                 counts = row[architecture]["per_element"]
                 assert 1 < counts["mufu"] < counts["states"] < counts["way"]
+            if "product_passes" in row["launch"]:
+                counts = row[architecture].get("per_element")
+                assert counts or architecture != "90a"
+                if counts:
+                    assert 1 < counts["products"] < counts["way"] < counts["loop"]
+    of_products = [
+        name for name, row in file["kernels"].items() if "product_passes" in row["launch"]
+    ]
+    assert len(of_products) == 4 + 4 + 6
     assert budget.table(file, ["90a"]).count("\n") == len(file["kernels"])
 
 
