@@ -111,6 +111,7 @@ def elman_step(
     state_indices: Tensor | None = None,
     nonlinearity: str = "tanh",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -125,6 +126,7 @@ def elman_step(
             negative index are skipped: their ``h`` is 0 and no state changes.
         nonlinearity: as in :func:`elman`.
         recurrent_mask: ``(B, H, K)``, a row for each of ``x``.
+        h_update: as in :func:`elman`, ``(B, H, K)``.
         norm_weight: as in :func:`elman`.
         norm_eps: as in :func:`elman`.
 
@@ -154,6 +156,7 @@ def elman_step(
         state_indices,
         nonlinearity,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )
@@ -167,6 +170,7 @@ def elman_step_(
     state_indices: Tensor | None = None,
     nonlinearity: str = "tanh",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
@@ -192,6 +196,7 @@ def elman_step_(
         state_indices,
         nonlinearity,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )

@@ -120,6 +120,7 @@ def gru_step(
     state_indices: Tensor | None = None,
     reset_after: bool = True,
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +135,7 @@ def gru_step(
             negative index are skipped: their ``h`` is 0 and no state changes.
         reset_after: as in :func:`gru`.
         recurrent_mask: ``(B, H, K)``, a row for each of ``x``.
+        h_update: as in :func:`gru`, ``(B, H, K)``.
         norm_weight: as in :func:`gru`.
         norm_eps: as in :func:`gru`.
 
@@ -163,6 +165,7 @@ def gru_step(
         state_indices,
         reset_after,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )
@@ -176,6 +179,7 @@ def gru_step_(
     state_indices: Tensor | None = None,
     reset_after: bool = True,
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
@@ -201,6 +205,7 @@ def gru_step_(
         state_indices,
         reset_after,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )

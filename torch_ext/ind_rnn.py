@@ -99,6 +99,7 @@ def ind_rnn_step(
     state_indices: Tensor | None = None,
     nonlinearity: str = "relu",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One step of :func:`ind_rnn`.
 
@@ -111,6 +112,7 @@ def ind_rnn_step(
             negative index are skipped: their ``h`` is 0 and no state changes.
         nonlinearity: as in :func:`ind_rnn`.
         recurrent_mask: ``(B, D)``, a row for each of ``x``.
+        h_update: as in :func:`ind_rnn`, ``(B, D)``.
 
     Returns:
         ``h``, ``(B, D)``, the dtype of ``x``, and the new state; with ``state_indices`` the whole new
@@ -131,7 +133,7 @@ def ind_rnn_step(
         tensor([[3.]])
     """
     return torch.ops.torch_ext.ind_rnn_step(
-        x, u, bias, state, state_indices, nonlinearity, recurrent_mask
+        x, u, bias, state, state_indices, nonlinearity, recurrent_mask, h_update
     )
 
 
@@ -143,6 +145,7 @@ def ind_rnn_step_(
     state_indices: Tensor | None = None,
     nonlinearity: str = "relu",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
 ) -> Tensor:
     r"""One step of :func:`ind_rnn` that overwrites ``state``.
 
@@ -159,7 +162,7 @@ def ind_rnn_step_(
         tensor([4., 4., 3.])
     """
     return torch.ops.torch_ext.ind_rnn_step_(
-        x, u, bias, state, state_indices, nonlinearity, recurrent_mask
+        x, u, bias, state, state_indices, nonlinearity, recurrent_mask, h_update
     )
 
 

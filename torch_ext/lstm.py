@@ -160,6 +160,8 @@ def lstm_step(
     peephole: Tensor | None = None,
     projection: Tensor | None = None,
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
+    c_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     cell_norm_weight: Tensor | None = None,
     cell_norm_bias: Tensor | None = None,
@@ -179,6 +181,8 @@ def lstm_step(
         peephole: as in :func:`lstm`.
         projection: as in :func:`lstm`.
         recurrent_mask: ``(B, H, P)``, a row for each of ``x``.
+        h_update: as in :func:`lstm`, ``(B, H, P)``.
+        c_update: as in :func:`lstm`, ``(B, H, K)``.
         norm_weight: as in :func:`lstm`.
         cell_norm_weight: as in :func:`lstm`.
         cell_norm_bias: as in :func:`lstm`.
@@ -216,6 +220,8 @@ def lstm_step(
         peephole,
         projection,
         recurrent_mask,
+        h_update,
+        c_update,
         norm_weight,
         cell_norm_weight,
         cell_norm_bias,
@@ -234,6 +240,8 @@ def lstm_step_(
     peephole: Tensor | None = None,
     projection: Tensor | None = None,
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
+    c_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     cell_norm_weight: Tensor | None = None,
     cell_norm_bias: Tensor | None = None,
@@ -268,6 +276,8 @@ def lstm_step_(
         peephole,
         projection,
         recurrent_mask,
+        h_update,
+        c_update,
         norm_weight,
         cell_norm_weight,
         cell_norm_bias,

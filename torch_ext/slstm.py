@@ -151,6 +151,7 @@ def slstm_step(
     forget_gate: str = "sigmoid",
     normalizer: str = "sum",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, State]:
@@ -167,6 +168,7 @@ def slstm_step(
         forget_gate: as in :func:`slstm`.
         normalizer: as in :func:`slstm`.
         recurrent_mask: ``(B, H, K)``, a row for each of ``x``.
+        h_update: as in :func:`slstm`, ``(B, H, K)``.
         norm_weight: as in :func:`slstm`.
         norm_eps: as in :func:`slstm`.
 
@@ -204,6 +206,7 @@ def slstm_step(
         forget_gate,
         normalizer,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )
@@ -219,6 +222,7 @@ def slstm_step_(
     forget_gate: str = "sigmoid",
     normalizer: str = "sum",
     recurrent_mask: Tensor | None = None,
+    h_update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
@@ -252,6 +256,7 @@ def slstm_step_(
         forget_gate,
         normalizer,
         recurrent_mask,
+        h_update,
         norm_weight,
         norm_eps,
     )
