@@ -144,8 +144,10 @@ class Recurrence:
 
 
 def sample(name, y):
-    if name in ("R", "u"):
-        return y * 0.5 / max(1, y.shape[-1]) ** (0.5 if name == "R" else 0)
+    if name == "u":
+        return torch.tanh(y)
+    if name == "R":
+        return y * 0.5 / max(1, y.shape[-1]) ** 0.5
     if name == "projection":
         return y / max(1, y.shape[-1]) ** 0.5
     if name.endswith("norm_weight"):
