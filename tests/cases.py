@@ -539,7 +539,9 @@ class ProjectedLSTMCase(LSTMCase):
     """With all that an LSTM may have."""
 
     form = "projected"
-    fixed: ClassVar = {"norm_eps": 0.5}  # by the default, a norm of three numbers makes much of little
+    fixed: ClassVar = {
+        "norm_eps": 0.5
+    }  # by the default, a norm of three numbers makes much of little
     sizes: ClassVar = {"K": 3, "P": 2}
     dims: ClassVar = {
         "x": "BTGHK", "R": "GHKP", "bias": "GHK", "peephole": "JHK", "projection": "HPK",

@@ -11,7 +11,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from cases import close, cotangents
+from cases import GATED, close, cotangents
 from oracle import LN2, LN3, sigmoid
 from torch import nn
 
@@ -144,8 +144,10 @@ class Recurrence:
 
 
 def sample(name, y):
-    if name in ("R", "u"):
-        return y * 0.5 / max(1, y.shape[-1]) ** (0.5 if name == "R" else 0)
+    if name == "u":
+        return torch.tanh(y)
+    if name == "R":
+        return y * 0.5 / max(1, y.shape[-1]) ** 0.5
     if name == "projection":
         return y / max(1, y.shape[-1]) ** 0.5
     if name.endswith("norm_weight"):
@@ -717,9 +719,9 @@ def test_relu_table(name):
     check_table(out, [2, 0, 4], [4], leaves, (2,), grads)
 
 
-def test_every_operator_has_a_table():
-    """slstm, lstm, gru, elman and ind_rnn above; a sixth would not be among the tests here."""
-    assert set(BY_NAME) == {"slstm", "lstm", "gru", "elman", "ind_rnn"}
+def test_every_operator_is_here():
+    """With its table and its second formula."""
+    assert set(BY_NAME) == {case.name for case in GATED}
 
 
 # ---- a peer ----

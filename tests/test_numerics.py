@@ -320,7 +320,8 @@ def test_nan_in_gradients(case, options, dtype, generator, device):
             else:
                 assert torch.equal(g.isnan(), mask), name
             assert torch.equal(g[~mask], c[~mask]), name
-        assert any(w.isnan().any() for w in want)
+        # a unit that is off lets nothing by
+        assert any(w.isnan().any() for w in want) or options.get("nonlinearity") == "relu"
 
 
 def spread(case, mask, name):
