@@ -24,8 +24,9 @@ namespace torch_ext {
 
 // A struct of n fields of type T and an array of n.
 template <template <class> class Fields>
-inline constexpr int num_fields =
-    __is_empty(Fields<float>) ? 0 : int(sizeof(Fields<float>) / sizeof(float));
+inline constexpr int num_fields = __is_empty(Fields<float>)
+                                      ? 0
+                                      : int(sizeof(Fields<float>) / sizeof(float));
 template <template <class> class Fields, class T>
 TORCH_EXT_HD Fields<T> to_fields(const T* v) {
   constexpr int N = num_fields<Fields>;

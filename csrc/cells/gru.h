@@ -35,7 +35,8 @@ struct Gru {
   TORCH_EXT_HD OutputGradient<Gru, T> output_vjp(
       Gates<T> x, State<T> before, State<T>, T, Weights<T>, T dh) const {
     const T r = sigmoid(x.r), z = sigmoid(x.z), not_z = sigmoid(-x.z), zero = dh * 0,
-            n = tanh(fused(r, x.of_h, x.n)), through = not_z * dh, dn = fused(-n * n, through, through);
+            n = tanh(fused(r, x.of_h, x.n)), through = not_z * dh,
+            dn = fused(-n * n, through, through);
     return {
         {fused(-r, r, r) * (x.of_h * dn), z * not_z * ((before.h - n) * dh), dn, r * dn},
         {z * dh},

@@ -56,7 +56,8 @@ struct Slstm {
   template <class T>
   TORCH_EXT_HD OutputGradient<Slstm, T> output_vjp(
       Gates<T> x, State<T>, State<T> after, T seen, Weights<T>, T dh) const {
-    const T o = sigmoid(x.o), r = reciprocal(after.n), ratio = seen * r, zero = dh * 0, odh = o * dh;
+    const T o = sigmoid(x.o), r = reciprocal(after.n), ratio = seen * r, zero = dh * 0,
+            odh = o * dh;
     return {
         {zero, zero, zero, fused(-o, o, o) * (ratio * dh)},
         {zero, zero, zero, zero},

@@ -39,8 +39,8 @@ struct GatedProblem {
   // Packed: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s + 1] of the one row, and num_steps the row's length; the
   // sequences cover the row. Null: sequence s is row s.
   const int64_t* cu_seqlens = nullptr;
-  bool reverse = false;        // from the last step to the first
-  DType R_dtype = DType::f32;  // f32, f64, bf16
+  bool reverse = false;       // from the last step to the first
+  DType R_dtype = DType::f32; // f32, f64, bf16
   double norm_eps = 0;
   OverUnits<const void*> x;
   const void* R = nullptr;           // (gate, head, width, h_width)
@@ -49,7 +49,7 @@ struct GatedProblem {
   const void* projection = nullptr;  // (head, h_width, width)
   const void* norm_weight = nullptr; // (gate, head, width)
   const void *cell_norm_weight = nullptr, *cell_norm_bias = nullptr; // (head, width)
-  OverUnits<const void*> h_update, c_update;                         // gate is not used
+  OverUnits<const void*> h_update, c_update; // gate is not used; of the parameters' dtype
   UnitState<const void*> mask;
   const bool* reset = nullptr; // (sequence, time)
   int64_t reset_sequence = 0, reset_time = 0;
@@ -76,7 +76,8 @@ struct GatedBackward : GatedProblem {
   OverUnits<void*> grad_x;
   // What R's gradient is made of, (token, gate, head, width) of the parameters' dtype: of R h, before bias and norm.
   void* grad_a = nullptr;
-  void* operand = nullptr; // of a cell with two products, what the second one sees: (token, head, h_width)
+  void* operand =
+      nullptr; // of a cell with two products, what the second one sees: (token, head, h_width)
   void* grad_projected = nullptr; // with a projection, of what it yields: (token, head, h_width)
   // One share per sequence, each (sequence, ...) as the parameter; null: not wanted. They begin as zeros.
   void *grad_bias = nullptr, *grad_weights = nullptr, *grad_norm_weight = nullptr,
@@ -90,9 +91,10 @@ constexpr int64_t gated_padded(int64_t width) { return (width + 15) / 16 * 16; }
 // What is kept of a token: (part, head, padded unit). Parts: the gates' pre-activations; the states before the step; with
 // norm_weight, R h itself; with cell_norm_weight, the second state after the step; with a projection, h before it.
 struct GatedKept {
-  int64_t states = 0, products = 0, after = 0, unprojected = 0; // where these parts begin; gates at 0
-  int64_t width = 0; // of a part's head, padded
-  int64_t size = 0;  // numbers of a token
+  int64_t states = 0, products = 0, after = 0,
+          unprojected = 0; // where these parts begin; gates at 0
+  int64_t width = 0;       // of a part's head, padded
+  int64_t size = 0;        // numbers of a token
 };
 inline GatedKept gated_kept(const GatedProblem& p, int gates, int states, int from_h) {
   GatedKept k;

@@ -32,8 +32,8 @@ void GatedPackOf<W>::pack(
   GatedPacking<W>::pack(p, matrix, first_gate, heads, transposed, begin, end);
 }
 
-#define TORCH_EXT_GATED(Cell)            \
-  template struct GatedOf<Cell, float>;  \
+#define TORCH_EXT_GATED(Cell)           \
+  template struct GatedOf<Cell, float>; \
   template struct GatedOf<Cell, double>;
 TORCH_EXT_GATED(Lstm)
 TORCH_EXT_GATED(CoupledLstm)

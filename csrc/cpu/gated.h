@@ -24,7 +24,8 @@ struct GatedProduct {
   using V = Vec<A>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kSums = kVectorBytes == 64 ? 24 : 12; // vector registers for sums
-  static constexpr bool kPairs = sizeof(W) == 2; // two inputs' elements side by side, as one number of 32 bits
+  static constexpr bool kPairs =
+      sizeof(W) == 2; // two inputs' elements side by side, as one number of 32 bits
 
   // kRows rows, `in` one of them with the operands of gate g at in + g * in_gate, times one block; sums to
   // out + row * out_row + gate * out_gate, or, kAdd, those of all gates added up. The first `valid` vectors of each gate exist.
@@ -59,15 +60,20 @@ struct GatedProduct {
       for (int64_t k = 0; k < inputs; k += 2, block += 2 * kAll * kLanes) {
         typename Vec<float>::Int raw[kAll];
         memcpy(raw, block, sizeof raw);
-        add(k, [&](int v) __attribute__((always_inline)) { return V((typename V::Raw)(raw[v] << 16)); });
+        add(
+            k, [&](int v)
+                   __attribute__((always_inline)) { return V((typename V::Raw)(raw[v] << 16)); });
         if (k + 1 < inputs)
-          add(k + 1, [&](int v) __attribute__((always_inline)) {
-            return V((typename V::Raw)(raw[v] & int32_t(0xffff0000)));
-          });
+          add(
+              k + 1, [&](int v) __attribute__((always_inline)) {
+                return V((typename V::Raw)(raw[v] & int32_t(0xffff0000)));
+              });
       }
     } else {
       for (int64_t k = 0; k < inputs; ++k, block += kAll * kLanes)
-        add(k, [&](int v) __attribute__((always_inline)) { return Stored<A>::load(block + v * kLanes); });
+        add(
+            k, [&](int v)
+                   __attribute__((always_inline)) { return Stored<A>::load(block + v * kLanes); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
@@ -82,7 +88,8 @@ struct GatedProduct {
           Stored<A>::store(to, all);
         } else {
 #pragma GCC unroll 4
-          for (int g = 0; g < kGates; ++g) Stored<A>::store(to + g * out_gate, sum[r][g * kVectors + v]);
+          for (int g = 0; g < kGates; ++g)
+            Stored<A>::store(to + g * out_gate, sum[r][g * kVectors + v]);
         }
       }
   }
@@ -96,7 +103,8 @@ struct GatedProduct {
     const auto some = [&]<int kRows>() __attribute__((always_inline)) {
       for (; r + kRows <= rows; r += kRows)
         tile<kGates, kVectors, kRows, kAdd>(
-            block, inputs, in + r * in_row, in_row, in_gate, out + r * out_row, out_row, out_gate, valid);
+            block, inputs, in + r * in_row, in_row, in_gate, out + r * out_row, out_row, out_gate,
+            valid);
     };
     some.template operator()<kMost>();
     if constexpr (kMost > 2) some.template operator()<2>();
@@ -116,15 +124,24 @@ struct GatedProduct {
           data, rows, p.inputs, in, in_row, in_gate, out, out_row, out_gate, valid);
     };
     switch (p.gates * 8 + p.vectors) {
-      case 9: return run.template operator()<1, 1>();
-      case 10: return run.template operator()<1, 2>();
-      case 12: return run.template operator()<1, 4>();
-      case 17: return run.template operator()<2, 1>();
-      case 18: return run.template operator()<2, 2>();
-      case 25: return run.template operator()<3, 1>();
-      case 26: return run.template operator()<3, 2>();
-      case 33: return run.template operator()<4, 1>();
-      case 34: return run.template operator()<4, 2>();
+      case 9:
+        return run.template operator()<1, 1>();
+      case 10:
+        return run.template operator()<1, 2>();
+      case 12:
+        return run.template operator()<1, 4>();
+      case 17:
+        return run.template operator()<2, 1>();
+      case 18:
+        return run.template operator()<2, 2>();
+      case 25:
+        return run.template operator()<3, 1>();
+      case 26:
+        return run.template operator()<3, 2>();
+      case 33:
+        return run.template operator()<4, 1>();
+      case 34:
+        return run.template operator()<4, 2>();
     }
   }
 };
@@ -272,11 +289,11 @@ struct GatedRun {
   }
   template <bool kAdd>
   void product(
-      const GatedPanel& panel, int64_t rows, const A* in, int64_t in_gate, A* out, int64_t out_gate) const {
+      const GatedPanel& panel, int64_t rows, const A* in, int64_t in_gate, A* out,
+      int64_t out_gate) const {
     const Blocks b = own(panel);
     for (int64_t at = b.begin; at < b.end; ++at) {
-      const int64_t head = at / panel.blocks,
-                    unit = at % panel.blocks * panel.vectors * kLanes;
+      const int64_t head = at / panel.blocks, unit = at % panel.blocks * panel.vectors * kLanes;
       const A* from = in + head * wide;
       A* to = out + head * wide + unit;
       const auto run = [&]<class W>(W) {
@@ -302,7 +319,8 @@ struct GatedRun {
     int64_t token = 0;              // of what is kept
     int64_t state = 0;              // the row of states
     bool last = false;
-    bool reset_before = false, reset_after = false; // is the state before this step, or the next one, replaced?
+    bool reset_before = false,
+         reset_after = false; // is the state before this step, or the next one, replaced?
   };
   Place place(int64_t row, int64_t t) const {
     const GatedPlan::Row& r = plan.rows[row];
@@ -359,9 +377,10 @@ struct GatedRun {
     for (int i = 0; i < n; ++i) to[i * stride] = each[i];
   }
   V read_over_time(
-      const OverUnits<const void*>& x, const Place& at, int64_t gate, int64_t head, int64_t unit, int n) const {
-    const int64_t from = at.sequence * x.sequence + at.time * x.time + gate * x.gate +
-                         head * x.head + unit * x.unit;
+      const OverUnits<const void*>& x, const Place& at, int64_t gate, int64_t head, int64_t unit,
+      int n) const {
+    const int64_t from =
+        at.sequence * x.sequence + at.time * x.time + gate * x.gate + head * x.head + unit * x.unit;
     if constexpr (sizeof(A) == 8) {
       return read<double>(x.data, from, x.unit, n);
     } else {
@@ -375,10 +394,17 @@ struct GatedRun {
       }
     }
   }
+  V read_update(
+      const OverUnits<const void*>& x, const Place& at, int64_t head, int64_t unit, int n) const {
+    const int64_t from =
+        at.sequence * x.sequence + at.time * x.time + head * x.head + unit * x.unit;
+    return read<A>(x.data, from, x.unit, n);
+  }
   void write_over_time(
-      const OverUnits<void*>& x, const Place& at, int64_t gate, int64_t head, int64_t unit, V value, int n) const {
-    const int64_t to = at.sequence * x.sequence + at.time * x.time + gate * x.gate +
-                       head * x.head + unit * x.unit;
+      const OverUnits<void*>& x, const Place& at, int64_t gate, int64_t head, int64_t unit, V value,
+      int n) const {
+    const int64_t to =
+        at.sequence * x.sequence + at.time * x.time + gate * x.gate + head * x.head + unit * x.unit;
     if constexpr (sizeof(A) == 8) {
       write<double>(x.data, to, x.unit, value, n);
     } else {
@@ -392,8 +418,10 @@ struct GatedRun {
       }
     }
   }
-  static V read_state(const UnitState<const void*>& s, int64_t row, int64_t head, int64_t unit, int n) {
-    return s.data ? read<A>(s.data, row * s.row + head * s.head + unit * s.unit, s.unit, n) : V(A(0));
+  static V read_state(
+      const UnitState<const void*>& s, int64_t row, int64_t head, int64_t unit, int n) {
+    return s.data ? read<A>(s.data, row * s.row + head * s.head + unit * s.unit, s.unit, n)
+                  : V(A(0));
   }
   static void write_state(
       const UnitState<void*>& s, int64_t row, int64_t head, int64_t unit, V x, int n) {
@@ -452,15 +480,21 @@ struct GatedRun {
   }
   Moments moments(const A* from, int64_t gate_step, int gates) const {
     const A count = A(gates) * A(p.width);
-    const A mean = sum_over(gates, p.width, [&](int g, int64_t unit) {
-                     return get(from + g * gate_step + unit);
-                   }) / count;
-    const A variance = sum_over(gates, p.width, [&](int g, int64_t unit) {
-                         const V d = get(from + g * gate_step + unit) - V(mean);
-                         return d * d;
-                       }) / count;
+    const A mean =
+        sum_over(
+            gates, p.width, [&](int g, int64_t unit) { return get(from + g * gate_step + unit); }) /
+        count;
+    const A variance = sum_over(
+                           gates, p.width,
+                           [&](int g, int64_t unit) {
+                             const V d = get(from + g * gate_step + unit) - V(mean);
+                             return d * d;
+                           }) /
+                       count;
     const A x = variance + A(p.norm_eps);
-    return {mean, A(1) / (sizeof(A) == 8 ? A(__builtin_sqrt(double(x))) : A(__builtin_sqrtf(float(x))))};
+    return {
+        mean,
+        A(1) / (sizeof(A) == 8 ? A(__builtin_sqrt(double(x))) : A(__builtin_sqrtf(float(x))))};
   }
 };
 
@@ -489,18 +523,19 @@ struct GatedForwardScratch {
 template <class Cell, class A>
 struct GatedForwardRun : GatedRun<Cell, A> {
   using Run = GatedRun<Cell, A>;
+  using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates,
+      Run::kLanes, Run::kStates, Run::plan, Run::set, Run::some, Run::wide;
   using typename Run::Gates;
   using typename Run::Moments;
   using typename Run::Place;
   using typename Run::State;
   using typename Run::V;
   using typename Run::Weights;
-  using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates, Run::kLanes,
-      Run::kStates, Run::plan, Run::set, Run::some, Run::wide;
   const GatedForward& p;
   const GatedForwardScratch<Cell> at;
 
-  GatedForwardRun(const GatedForward& problem, const GatedPlan& of, DType dtype, int64_t begin, int64_t end)
+  GatedForwardRun(
+      const GatedForward& problem, const GatedPlan& of, DType dtype, int64_t begin, int64_t end)
       : Run(problem, of, dtype, begin, end), p(problem), at(problem, of) {
     this->kept_data_ = problem.kept;
   }
@@ -514,14 +549,12 @@ struct GatedForwardRun : GatedRun<Cell, A> {
     if (this->me < 0) return;
     begin_rows();
     this->meet();
-    const int64_t steps =
-        this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
+    const int64_t steps = this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t rows = this->longer_than(t), operand = at.operand + (t & 1) * all;
       A* base = this->scratch();
       if (plan.first.data)
-        this->template product<false>(
-            plan.first, rows, base + operand, 0, base + at.products, all);
+        this->template product<false>(plan.first, rows, base + operand, 0, base + at.products, all);
       if constexpr (Cell::two_products) {
         second_operands(t, rows, operand);
         this->meet();
@@ -564,7 +597,8 @@ struct GatedForwardRun : GatedRun<Cell, A> {
               if (here.reset_before) x = V(A(0));
               set(row(here.row, at.state + s * all, head, unit), x);
               if (s == 0)
-                set(row(here.row, at.operand, head, unit), masked(row_of.sequence, x, head, unit, n));
+                set(row(here.row, at.operand, head, unit),
+                    masked(row_of.sequence, x, head, unit, n));
             }
           }
         }
@@ -649,12 +683,11 @@ struct GatedForwardRun : GatedRun<Cell, A> {
       return;
     }
     V seen = kStates > 1 ? parts[kStates > 1 ? 1 : 0] : s.h;
-    if constexpr (kFromH == 0)
-      seen = get(row(r, at.operand + (t & 1) * all, head, unit));
+    if constexpr (kFromH == 0) seen = get(row(r, at.operand + (t & 1) * all, head, unit));
     if constexpr (!kUpdate)
       seen = (seen - V(of_cell.mean)) * V(of_cell.scale) *
                  this->parameter(p.cell_norm_weight, 0, head, unit, n) +
-             this->parameter(p.cell_norm_bias, 0, head, unit, n);
+             (p.cell_norm_bias ? this->parameter(p.cell_norm_bias, 0, head, unit, n) : V(A(0)));
     const V h = cell.output(g, s, after, seen, w);
     V old[kStates];
     to_array<Cell::template State, V>(s, old);
@@ -695,9 +728,9 @@ struct GatedForwardRun : GatedRun<Cell, A> {
   }
   // update * x + (1 - update) * old
   V mixed(
-      const OverUnits<const void*>& update, const Place& here, int64_t head, int64_t unit, V x, V old,
-      int n) const {
-    const V u = this->read_over_time(update, here, 0, head, unit, n);
+      const OverUnits<const void*>& update, const Place& here, int64_t head, int64_t unit, V x,
+      V old, int n) const {
+    const V u = this->read_update(update, here, head, unit, n);
     return fused(u, x, (1 - u) * old);
   }
   // h as it comes out of the cell or the projection.
@@ -739,9 +772,10 @@ struct GatedBackwardScratch {
     };
     constexpr int kFromH = num_from_h<Cell>;
     grad_a = take(2 * kFromH);
-    recurrent = take(1);              // of h, through the product
-    state = take(num_states<Cell>);   // of the state after the step at hand, but for what comes through R
-    beside = take(1);                 // of h, through the operand of the second product, or IndRNN's own weight
+    recurrent = take(1); // of h, through the product
+    state =
+        take(num_states<Cell>); // of the state after the step at hand, but for what comes through R
+    beside = take(1); // of h, through the operand of the second product, or IndRNN's own weight
     through_norm = take(p.norm_weight ? kFromH : 0);
     of_h = take(p.projection ? 2 : 0); // of what the projection yields; of what it sees
     through_cell_norm = take(p.cell_norm_weight ? 1 : 0);
@@ -759,18 +793,19 @@ struct GatedBackwardScratch {
 template <class Cell, class A>
 struct GatedBackwardRun : GatedRun<Cell, A> {
   using Run = GatedRun<Cell, A>;
+  using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates,
+      Run::kLanes, Run::kStates, Run::kWeights, Run::plan, Run::set, Run::some, Run::wide;
   using typename Run::Gates;
   using typename Run::Moments;
   using typename Run::Place;
   using typename Run::State;
   using typename Run::V;
   using typename Run::Weights;
-  using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates, Run::kLanes,
-      Run::kStates, Run::kWeights, Run::plan, Run::set, Run::some, Run::wide;
   const GatedBackward& p;
   const GatedBackwardScratch<Cell> at;
 
-  GatedBackwardRun(const GatedBackward& problem, const GatedPlan& of, DType dtype, int64_t begin, int64_t end)
+  GatedBackwardRun(
+      const GatedBackward& problem, const GatedPlan& of, DType dtype, int64_t begin, int64_t end)
       : Run(problem, of, dtype, begin, end), p(problem), at(problem, of) {
     this->kept_data_ = const_cast<void*>(problem.kept);
   }
@@ -784,8 +819,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   void run() {
     if (this->me < 0) return;
     begin_rows();
-    const int64_t steps =
-        this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
+    const int64_t steps = this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
     A* base = this->scratch();
     this->meet();
     for (int64_t t = steps - 1; t >= -1; --t) {
@@ -793,22 +827,26 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
       const int64_t of_next = at.grad_a + ((t + 1) & 1) * kFromH * all,
                     of_this = at.grad_a + (t & 1) * kFromH * all;
       if (plan.first.data && further)
-        this->template product<true>(plan.first, further, base + of_next, all, base + at.recurrent, 0);
+        this->template product<true>(
+            plan.first, further, base + of_next, all, base + at.recurrent, 0);
       if (t < 0) break;
       if (p.projection) {
-        each(plan.first, rows, t, p.h_width, [&](const Place& here, int64_t head, int64_t unit, int n) {
-          const V d = of_output(here, head, unit, n);
-          set(row(here.row, at.of_h, head, unit), d);
-          put(p.grad_projected, p.h_width, here, 0, 1, head, unit, d, n);
-        });
+        each(
+            plan.first, rows, t, p.h_width,
+            [&](const Place& here, int64_t head, int64_t unit, int n) {
+              const V d = of_output(here, head, unit, n);
+              set(row(here.row, at.of_h, head, unit), d);
+              put(p.grad_projected, p.h_width, here, 0, 1, head, unit, d, n);
+            });
         this->meet();
         this->template product<true>(
             plan.projection, rows, base + at.of_h, 0, base + at.unprojected, 0);
       }
       if (p.cell_norm_weight) {
-        each(of_cell(), rows, t, p.width, [&](const Place& here, int64_t head, int64_t unit, int n) {
-          through_cell_norm(here, head, unit, n);
-        });
+        each(
+            of_cell(), rows, t, p.width, [&](const Place& here, int64_t head, int64_t unit, int n) {
+              through_cell_norm(here, head, unit, n);
+            });
         this->meet();
       }
       cells(rows, t, of_this);
@@ -816,9 +854,11 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
         this->meet();
         this->template product<true>(
             plan.second, rows, base + of_this + kFirst * all, all, base + at.beside, 0);
-        each(plan.first, rows, t, p.width, [&](const Place& here, int64_t head, int64_t unit, int n) {
-          through_operand(here, head, unit, n, of_this);
-        });
+        each(
+            plan.first, rows, t, p.width,
+            [&](const Place& here, int64_t head, int64_t unit, int n) {
+              through_operand(here, head, unit, n, of_this);
+            });
       }
       if (p.norm_weight) {
         this->meet();
@@ -835,7 +875,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     this->own_units(panel, [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
         const Place here = this->place(this->row_begin + r, t);
-        for (int64_t unit = begin; unit < end; unit += kLanes) f(here, head, unit, some(unit, width));
+        for (int64_t unit = begin; unit < end; unit += kLanes)
+          f(here, head, unit, some(unit, width));
       }
     });
   }
@@ -863,7 +904,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
             }
             for (int i = first; i < last; ++i) {
               set(row(r, at.state + i * all, head, unit), d[i]);
-              if (of.length == 0) this->write_state(p.grad_initial_state[i], of.state, head, unit, d[i], n);
+              if (of.length == 0)
+                this->write_state(p.grad_initial_state[i], of.state, head, unit, d[i], n);
             }
             if (first == 0) set(row(r, at.beside, head, unit), V(A(0)));
           }
@@ -900,7 +942,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     V d = of_h(here, head, unit, n), past = V(A(0));
     if (p.grad_h.data) d = d + this->read_over_time(p.grad_h, here, 0, head, unit, n);
     if (p.h_update.data) {
-      const V u = this->read_over_time(p.h_update, here, 0, head, unit, n);
+      const V u = this->read_update(p.h_update, here, head, unit, n);
       past = (1 - u) * d;
       d = u * d;
     }
@@ -938,12 +980,13 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     if constexpr (kFromH == 0) {
       b.seen = s[0];
       if (p.mask.data)
-        b.seen = b.seen * this->read_state(
-                              p.mask, plan.rows[this->row_begin + here.row].sequence, head, unit, n);
+        b.seen =
+            b.seen *
+            this->read_state(p.mask, plan.rows[this->row_begin + here.row].sequence, head, unit, n);
     }
     if (p.cell_norm_weight)
       b.seen = normal(b.seen, m) * this->parameter(p.cell_norm_weight, 0, head, unit, n) +
-               this->parameter(p.cell_norm_bias, 0, head, unit, n);
+               (p.cell_norm_bias ? this->parameter(p.cell_norm_bias, 0, head, unit, n) : V(A(0)));
     return b;
   }
   static V normal(V x, Moments m) { return (x - V(m.mean)) * V(m.scale); }
@@ -952,7 +995,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   }
   // The gradient of the cell's h, which is read once.
   V of_cell_output(const Place& here, int64_t head, int64_t unit, int n) {
-    return p.projection ? get(row(here.row, at.unprojected, head, unit)) : of_output(here, head, unit, n);
+    return p.projection ? get(row(here.row, at.unprojected, head, unit))
+                        : of_output(here, head, unit, n);
   }
 
   // The gradient of the normalised state, for the sums that its norm's gradient needs; the one of h stays where it is read again.
@@ -990,11 +1034,11 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
             return get(d + unit) *
                    this->parameter(p.cell_norm_weight, 0, head, unit, some(unit, p.width));
           };
-          mean = this->sum_over(1, p.width, [&](int, int64_t unit) { return scaled(unit); }) / A(p.width);
+          mean = this->sum_over(1, p.width, [&](int, int64_t unit) { return scaled(unit); }) /
+                 A(p.width);
           mean_normal = this->sum_over(1, p.width, [&](int, int64_t unit) {
-                          return scaled(unit) *
-                                 normal(get(this->kept(here, plan.kept.after, head, unit)), m);
-                        }) / A(p.width);
+            return scaled(unit) * normal(get(this->kept(here, plan.kept.after, head, unit)), m);
+          }) / A(p.width);
         }
         for (int64_t unit = begin; unit < end; unit += kLanes)
           one(here, head, unit, m, mean, mean_normal, of_this);
@@ -1002,7 +1046,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     });
   }
   TORCH_EXT_HD void one(
-      const Place& here, int64_t head, int64_t unit, Moments m, A mean, A mean_normal, int64_t of_this) {
+      const Place& here, int64_t head, int64_t unit, Moments m, A mean, A mean_normal,
+      int64_t of_this) {
     const int n = some(unit, p.width);
     const int64_t r = here.row;
     const Before b = before(here, head, unit, n, m);
@@ -1016,7 +1061,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
       V d = here.reset_after ? V(A(0)) : get(row(r, at.state + i * all, head, unit));
       past[i] = V(A(0));
       if (i == 1 && p.c_update.data) {
-        const V u = this->read_over_time(p.c_update, here, 0, head, unit, n);
+        const V u = this->read_update(p.c_update, here, head, unit, n);
         past[i] = (1 - u) * d;
         d = u * d;
       }
@@ -1072,8 +1117,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
       const Gates g = to_fields<Cell::template Gates, V>(gate);
       V h = get(this->kept(here, plan.kept.states, head, unit));
       if (p.mask.data)
-        h = h * this->read_state(
-                    p.mask, plan.rows[this->row_begin + here.row].sequence, head, unit, n);
+        h = h *
+            this->read_state(p.mask, plan.rows[this->row_begin + here.row].sequence, head, unit, n);
       put(p.operand, p.h_width, here, 0, 1, head, unit, cell.operand(g, h), n);
       const auto d = cell.operand_vjp(g, h, get(row(here.row, at.beside, head, unit)));
       set(row(here.row, at.beside, head, unit), d.h);
@@ -1099,13 +1144,14 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
         const A count = A(kFromH) * A(p.width);
         const A mean = this->sum_over(kFromH, p.width, scaled) / count,
                 mean_normal = this->sum_over(kFromH, p.width, [&](int g, int64_t unit) {
-                                return scaled(g, unit) * normal(get(a + g * all + unit), m);
-                              }) / count;
+                  return scaled(g, unit) * normal(get(a + g * all + unit), m);
+                }) / count;
         for (int64_t unit = begin; unit < end; unit += kLanes) {
           const int n = some(unit, p.width);
           for (int g = 0; g < kFromH; ++g) {
             const V x = normal(get(a + g * all + unit), m);
-            const V d = V(m.scale) * (scaled(g, unit) - V(mean) - x * V(mean_normal)) * this->there(n);
+            const V d =
+                V(m.scale) * (scaled(g, unit) - V(mean) - x * V(mean_normal)) * this->there(n);
             accumulate(
                 p.grad_norm_weight, row(r, at.norm_weight + g * all, head, unit),
                 get(row(r, at.through_norm + g * all, head, unit)) * x);
@@ -1137,7 +1183,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
               if (first > 0 && !reset)
                 to_array<Cell::template State, V>(
                     Cell::leave(
-                        to_fields<Cell::template State, V>(s), to_fields<Cell::template State, V>(d)),
+                        to_fields<Cell::template State, V>(s),
+                        to_fields<Cell::template State, V>(d)),
                     d);
             }
             for (int i = first; i < last; ++i)

@@ -20,7 +20,8 @@ class Team {
     do {
       if (seen & kClosed) return -1;
     } while (!__atomic_compare_exchange_n(
-        &joined_, &seen, seen + (uint64_t(pieces) << 32) + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+        &joined_, &seen, seen + (uint64_t(pieces) << 32) + 1, false, __ATOMIC_ACQ_REL,
+        __ATOMIC_ACQUIRE));
     const int me = int(seen & kMembers);
     for (int64_t spins = 0;; ++spins) {
       seen = __atomic_load_n(&joined_, __ATOMIC_ACQUIRE);
@@ -45,7 +46,8 @@ class Team {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
     } else {
-      for (int64_t spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) rest(spins);
+      for (int64_t spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins)
+        rest(spins);
     }
   }
 

@@ -17,22 +17,26 @@ bool is_relu(const char* op, Text nonlinearity) {
 using Result = std::tuple<Tensor, Tensor>; // y, h
 
 Gated arguments(
-    const char* op, const Tensor& x, const Opt& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const char* op, const Tensor& x, const Opt& R, const Opt& bias, const Opt& h, Text nonlinearity,
+    const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps) {
   Gated g;
   g.op = op;
   g.x = x, g.R = R, g.bias = bias;
   g.h = h;
   g.cell = GatedCells::index<Elman>();
   g.flags = is_relu(op, nonlinearity) ? Elman::kRelu : 0;
-  g.recurrent_mask = recurrent_mask; g.h_update = h_update;
+  g.recurrent_mask = recurrent_mask;
+  g.h_update = h_update;
   g.norm_weight = norm_weight;
   g.norm_eps = norm_eps;
   return g;
 }
 
 Result forward(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& cu_seqlens, bool reverse,
-    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps,
+    std::optional<double> gradient_clip) {
   Gated g = arguments(
       "elman", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
   g.cu_seqlens = cu_seqlens, g.reset = reset;
@@ -41,42 +45,49 @@ Result forward(
   return {out.y, out.h};
 }
 Result step(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   const Gated g = arguments(
       "elman_step", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
   const GatedOutputs out = gated_step("elman", g, state_indices);
   return {out.y, out.h};
 }
 Tensor step_(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   return gated_step_(
       "elman_step_",
       arguments(
-          "elman_step_", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps),
+          "elman_step_", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight,
+          norm_eps),
       state_indices);
 }
 
 // x and the parameters stay what they are: x comes from a product that autocast has chosen the dtype of. States go along.
 template <c10::DispatchKey Key, c10::DeviceType Device>
 Result autocast(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity, const Opt& cu_seqlens, bool reverse,
-    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, Text nonlinearity,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps,
+    std::optional<double> gradient_clip) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
   const auto cast = [&](const Opt& state) { return gated_autocast_state<Device>(state, x); };
   return forward(
-      x, R, bias, cast(h), nonlinearity, cu_seqlens, reverse, reset, recurrent_mask, h_update, norm_weight, norm_eps,
-      gradient_clip);
+      x, R, bias, cast(h), nonlinearity, cu_seqlens, reverse, reset, recurrent_mask, h_update,
+      norm_weight, norm_eps, gradient_clip);
 }
 template <c10::DispatchKey Key, c10::DeviceType Device>
 Result autocast_step(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, Text nonlinearity, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
   const auto cast = [&](const Tensor& state) { return *gated_autocast_state<Device>(state, x); };
   return step(
-      x, R, bias, cast(h), state_indices, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
+      x, R, bias, cast(h), state_indices, nonlinearity, recurrent_mask, h_update, norm_weight,
+      norm_eps);
 }
 
 // ---- ind_rnn: x (B, T, D), u and bias (D,) ----
@@ -171,23 +182,28 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   m.def(
       torch::schema(
           "elman(Tensor x, Tensor R, Tensor? bias=None, Tensor? h=None, str nonlinearity=\"tanh\", "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
+          "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
           "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
       tags);
   m.def(
-      torch::schema(
-          "elman_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? state_indices=None, str nonlinearity=\"tanh\", "
-          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
+      torch::schema("elman_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? "
+                    "state_indices=None, str nonlinearity=\"tanh\", "
+                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+                    "float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
+      tags);
+  m.def(
+      torch::schema("elman_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? "
+                    "state_indices=None, str nonlinearity=\"tanh\", "
+                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+                    "float norm_eps=1e-5) -> Tensor y"),
       tags);
   m.def(
       torch::schema(
-          "elman_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? state_indices=None, str nonlinearity=\"tanh\", "
-          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> Tensor y"),
-      tags);
-  m.def(
-      torch::schema(
-          "ind_rnn(Tensor x, Tensor u, Tensor? bias=None, Tensor? h=None, str nonlinearity=\"relu\", "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? recurrent_mask=None, "
+          "ind_rnn(Tensor x, Tensor u, Tensor? bias=None, Tensor? h=None, str "
+          "nonlinearity=\"relu\", "
+          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
+          "recurrent_mask=None, "
           "Tensor? h_update=None, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
       tags);
   m.def(
@@ -197,9 +213,10 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
           "-> (Tensor y, Tensor h_last)"),
       tags);
   m.def(
-      torch::schema(
-          "ind_rnn_step_(Tensor x, Tensor u, Tensor? bias, Tensor(a!) h, Tensor? state_indices=None, "
-          "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? h_update=None) -> Tensor y"),
+      torch::schema("ind_rnn_step_(Tensor x, Tensor u, Tensor? bias, Tensor(a!) h, Tensor? "
+                    "state_indices=None, "
+                    "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? "
+                    "h_update=None) -> Tensor y"),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {

@@ -18,13 +18,43 @@ using Gradients = std::tuple<
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Upstream = std::array<Opt, 5>; // of y, h, c, n, m
 constexpr std::array kTensorNames{
-    "x", "R", "bias", "weights", "projection", "norm_weight", "cell_norm_weight", "cell_norm_bias",
-    "h", "c", "n", "m", "recurrent_mask", "h_update", "c_update", "reset", "cu_seqlens"};
+    "x",
+    "R",
+    "bias",
+    "weights",
+    "projection",
+    "norm_weight",
+    "cell_norm_weight",
+    "cell_norm_bias",
+    "h",
+    "c",
+    "n",
+    "m",
+    "recurrent_mask",
+    "h_update",
+    "c_update",
+    "reset",
+    "cu_seqlens"};
 
 Tensors to_array(const Gated& g) {
-  return {g.x, g.R, g.bias, g.weights, g.projection, g.norm_weight, g.cell_norm_weight,
-          g.cell_norm_bias, g.h, g.c, g.n, g.m, g.recurrent_mask, g.h_update, g.c_update, g.reset,
-          g.cu_seqlens};
+  return {
+      g.x,
+      g.R,
+      g.bias,
+      g.weights,
+      g.projection,
+      g.norm_weight,
+      g.cell_norm_weight,
+      g.cell_norm_bias,
+      g.h,
+      g.c,
+      g.n,
+      g.m,
+      g.recurrent_mask,
+      g.h_update,
+      g.c_update,
+      g.reset,
+      g.cu_seqlens};
 }
 Gated from_array(
     const Tensors& t, int64_t cell, int64_t flags, double norm_eps,
@@ -33,7 +63,7 @@ Gated from_array(
       0 <= cell && cell < GatedCells::size, kName, ": cell is ", cell, ", expected 0 to ",
       GatedCells::size - 1);
   Gated g;
-  static_cast<GatedTensors&>(g) = {t[0], t[1], t[2],  t[3],  t[4],  t[5],  t[6],  t[7], t[8],
+  static_cast<GatedTensors&>(g) = {t[0], t[1],  t[2],  t[3],  t[4],  t[5],  t[6],  t[7], t[8],
                                    t[9], t[10], t[11], t[12], t[13], t[14], t[15], t[16]};
   g.cell = int(cell), g.flags = unsigned(flags), g.norm_eps = norm_eps;
   g.gradient_clip = gradient_clip, g.reverse = reverse;
@@ -45,7 +75,8 @@ template <class F, class... Cell>
 auto visit(int cell, const F& f, Cells<Cell...>) {
   using Result = decltype(f(static_cast<Lstm*>(nullptr)));
   Result result;
-  ((GatedCells::index<Cell>() == cell ? (void)(result = f(static_cast<Cell*>(nullptr))) : void()), ...);
+  ((GatedCells::index<Cell>() == cell ? (void)(result = f(static_cast<Cell*>(nullptr))) : void()),
+   ...);
   return result;
 }
 template <class F>
@@ -61,11 +92,10 @@ template <class>
 struct Signatures;
 template <size_t... I>
 struct Signatures<std::index_sequence<I...>> {
-  using Forward = Outputs(
-      In<I>..., int64_t, int64_t, double, std::optional<double>, bool, bool);
+  using Forward = Outputs(In<I>..., int64_t, int64_t, double, std::optional<double>, bool, bool);
   using Backward = Gradients(
-      const Opt&, const Opt&, const Opt&, const Opt&, const Opt&, In<I>..., const Tensor&, int64_t, int64_t,
-      double, std::optional<double>, bool);
+      const Opt&, const Opt&, const Opt&, const Opt&, const Opt&, In<I>..., const Tensor&, int64_t,
+      int64_t, double, std::optional<double>, bool);
   using Step = Tensor(In<I>..., const Opt&, int64_t, int64_t, double);
 
   static Outputs call(const Gated& g, bool keep) {
@@ -84,9 +114,8 @@ struct Signatures<std::index_sequence<I...>> {
         g.reverse);
   }
   static Tensor call_step_(const Gated& g, const Opt& state_indices) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("torch_ext::gated_step_", "")
-                               .typed<Step>();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::gated_step_", "").typed<Step>();
     const Tensors t = to_array(g);
     return op.call(t[I]..., state_indices, g.cell, g.flags, g.norm_eps);
   }
@@ -170,9 +199,8 @@ void check(const Gated& g, bool step, const Opt& state_indices) {
       !(defined(g.norm_weight) && sizes.two_products), op,
       ": norm_weight is given, expected None with the reset gate before the product");
   TORCH_CHECK_VALUE(
-      defined(g.cell_norm_weight) == defined(g.cell_norm_bias), op,
-      ": cell_norm_weight and cell_norm_bias are to be given both or neither, but ",
-      defined(g.cell_norm_weight) ? "cell_norm_bias" : "cell_norm_weight", " is None");
+      defined(g.cell_norm_weight) || !defined(g.cell_norm_bias), op,
+      ": cell_norm_bias is given without cell_norm_weight, expected both, or the weight alone");
   parameter(
       "cell_norm_weight", g.cell_norm_weight, false, {"H", "K"}, {heads, width}, "one per unit");
   parameter("cell_norm_bias", g.cell_norm_bias, false, {"H", "K"}, {heads, width}, "one per unit");
@@ -257,11 +285,12 @@ void check(const Gated& g, bool step, const Opt& state_indices) {
         " is None, expected a tensor, which a step has");
     if (!defined(s)) continue;
     TORCH_CHECK_VALUE(i < sizes.states, op, ": ", name, " is given, expected None");
-    check_dtype(
-        op, name, *s, states, "the dtype of the states for inputs of " + dtype_text(dtype));
+    check_dtype(op, name, *s, states, "the dtype of the states for inputs of " + dtype_text(dtype));
     check_device(op, name, *s, x.device(), "the device of x");
     check_shape(
-        op, name, *s, {defined(state_indices) ? "num_rows" : of_rows, "H", i == 0 && defined(g.projection) ? "P" : "K"},
+        op, name, *s,
+        {defined(state_indices) ? "num_rows" : of_rows, "H",
+         i == 0 && defined(g.projection) ? "P" : "K"},
         {state_rows, heads, i == 0 ? h_width : width}, "the states of each sequence");
   }
 }
@@ -295,7 +324,11 @@ Outputs empty_outputs(const Gated& g, bool keep) {
   check(g, /*step=*/false, {});
   const auto s = empty_states(g);
   return {
-      at::empty_symint(y_shape(g), g.x->options()), s[0], s[1], s[2], s[3],
+      at::empty_symint(y_shape(g), g.x->options()),
+      s[0],
+      s[1],
+      s[2],
+      s[3],
       at::empty_symint(
           {keep ? tokens_of(g) * kept_size(g) : SymInt(0)}, g.x->options().dtype(wide(g)))};
 }
@@ -315,9 +348,19 @@ Gradients empty_gradients(const Upstream& u, const Gated& g, const Tensor& kept)
     return defined(t) ? at::empty_symint(t->sym_sizes(), t->options())
                       : at::empty({0}, g.x->options().dtype(wide(g)));
   };
-  return {like(g.x), like(g.R), like(g.bias), like(g.weights), like(g.projection),
-          like(g.norm_weight), like(g.cell_norm_weight), like(g.cell_norm_bias), s[0], s[1], s[2],
-          s[3]};
+  return {
+      like(g.x),
+      like(g.R),
+      like(g.bias),
+      like(g.weights),
+      like(g.projection),
+      like(g.norm_weight),
+      like(g.cell_norm_weight),
+      like(g.cell_norm_bias),
+      s[0],
+      s[1],
+      s[2],
+      s[3]};
 }
 
 // ---- kernels ----
@@ -334,9 +377,8 @@ int64_t unit_stride(const Tensor& t) { return t.size(-1) > 1 ? t.stride(-1) : 1;
 template <class Data>
 OverUnits<Data> over_units(const Opt& t, bool gates, bool step) {
   if (!defined(t)) return {};
-  return {
-      data_of<Data>(*t), t->stride(0), step ? 0 : t->stride(1), gates ? t->stride(-3) : 0,
-      t->stride(-2), unit_stride(*t)};
+  return {data_of<Data>(*t),         t->stride(0),  step ? 0 : t->stride(1),
+          gates ? t->stride(-3) : 0, t->stride(-2), unit_stride(*t)};
 }
 template <class Data>
 UnitState<Data> unit_state(const Opt& t) { // (rows, H, K)
@@ -382,7 +424,8 @@ struct Described {
       held[i] = g.recurrent_mask->to(dtype);
       p.mask = unit_state<const void*>(held[i++]);
     }
-    h_update = as_x(g.h_update, g), c_update = as_x(g.c_update, g);
+    const auto wide_of = [&](const Opt& t) { return defined(t) ? Opt(t->to(dtype)) : Opt(); };
+    h_update = wide_of(g.h_update), c_update = wide_of(g.c_update);
     p.h_update = over_units<const void*>(h_update, false, step);
     p.c_update = over_units<const void*>(c_update, false, step);
     if (defined(g.reset)) {
@@ -393,9 +436,6 @@ struct Described {
     for (size_t s = 0; s < 4; ++s) p.initial_state[s] = unit_state<const void*>(states[s]);
   }
   Opt h_update, c_update;
-  static Opt as_x(const Opt& t, const Gated& g) {
-    return defined(t) ? Opt(t->to(g.x->scalar_type())) : Opt();
-  }
 };
 
 Outputs forward_cpu(const Gated& g, bool keep) {
@@ -490,7 +530,8 @@ Gradients backward_cpu(const Upstream& u, const Gated& g, const Tensor& made) {
   sum(g_cell_norm, s_cell_norm), sum(g_cell_bias, s_cell_bias);
   if (gR.numel() == 0) return grads;
   const GatedKept of = gated_kept(p, sizes.gates, sizes.states, sizes.from_h);
-  const Tensor parts = kept.view({tokens, of.size / std::max<int64_t>(H * of.width, 1), H, of.width});
+  const Tensor parts =
+      kept.view({tokens, of.size / std::max<int64_t>(H * of.width, 1), H, of.width});
   const Tensor before = masked(parts.select(1, of.states).narrow(2, 0, P), g, described.offsets);
   if (!sizes.two_products) {
     gR.copy_(sum_of_products(ga, before));
@@ -501,7 +542,8 @@ Gradients backward_cpu(const Upstream& u, const Gated& g, const Tensor& made) {
   }
   if (g_projection.numel())
     g_projection.copy_(
-        sum_of_products(projected.unsqueeze(1), parts.select(1, of.unprojected).narrow(2, 0, K)).select(0, 0));
+        sum_of_products(projected.unsqueeze(1), parts.select(1, of.unprojected).narrow(2, 0, K))
+            .select(0, 0));
   return grads;
 }
 
@@ -510,8 +552,7 @@ Tensor step_cpu(const Gated& g, const Opt& state_indices) {
   const auto states = states_of(g);
   for (const Opt& s : states)
     if (defined(s)) check_no_overlap(kName, *s);
-  const Tensor rows =
-      state_rows(kName, state_indices, g.x->size(0), g.h->size(0), g.x->device());
+  const Tensor rows = state_rows(kName, state_indices, g.x->size(0), g.h->size(0), g.x->device());
   Tensor y = at::empty(
       {g.x->size(0), g.x->size(2), defined(g.projection) ? g.projection->size(1) : g.x->size(3)},
       g.x->options());
@@ -543,7 +584,8 @@ struct Composite {
   const Cell cell;
   const at::ScalarType dtype;
   const int64_t rows, steps;
-  Tensor x, R, bias, projection, norm_weight, cell_norm_weight, cell_norm_bias, mask, h_update, c_update;
+  Tensor x, R, bias, projection, norm_weight, cell_norm_weight, cell_norm_bias, mask, h_update,
+      c_update;
   Weights weights;
   std::vector<Tensor> initial, last; // states
   std::vector<Tensor> outputs;       // in the order of time
@@ -557,11 +599,7 @@ struct Composite {
   std::vector<Step> trace;
 
   explicit Composite(const Gated& of, bool keep)
-      : g(of),
-        cell(of.flags),
-        dtype(wide(of)),
-        rows(of.x->size(0)),
-        steps(of.x->size(1)) {
+      : g(of), cell(of.flags), dtype(wide(of)), rows(of.x->size(0)), steps(of.x->size(1)) {
     const auto cast = [&](const Opt& t) { return defined(t) ? t->to(dtype) : Tensor(); };
     x = cast(g.x), R = cast(g.R), bias = cast(g.bias), projection = cast(g.projection);
     norm_weight = cast(g.norm_weight), cell_norm_weight = cast(g.cell_norm_weight);
@@ -571,7 +609,8 @@ struct Composite {
     const auto zeros = [&](int64_t units) { return at::zeros({rows, H, units}, x.options()); };
     TensorLane w[kWeights + 1];
     for (int i = 0; i < kWeights; ++i)
-      w[i].v = defined(g.weights) ? g.weights->to(dtype).select(0, i) : at::zeros({H, K}, x.options());
+      w[i].v =
+          defined(g.weights) ? g.weights->to(dtype).select(0, i) : at::zeros({H, K}, x.options());
     weights = to_fields<Cell::template Weights, TensorLane>(w);
     const auto given = states_of(g);
     for (int i = 0; i < kStates; ++i)
@@ -630,9 +669,8 @@ struct Composite {
       add(biased(a, 0), 0);
     }
     if constexpr (Cell::two_products) {
-      s.second = cell.operand(
-                         to_fields<Cell::template Gates, TensorLane>(gate), TensorLane{s.operand})
-                     .v;
+      s.second =
+          cell.operand(to_fields<Cell::template Gates, TensorLane>(gate), TensorLane{s.operand}).v;
       add(biased(times(R.narrow(0, kFirst, 1), s.second), kFirst), kFirst);
     }
     s.gates = to_fields<Cell::template Gates, TensorLane>(gate);
@@ -643,7 +681,8 @@ struct Composite {
     if (cell_norm_weight.defined()) {
       s.cell_centred = s.seen.v - s.seen.v.mean(-1, true);
       s.cell_scale = at::rsqrt(s.cell_centred.square().mean(-1, true) + g.norm_eps);
-      s.seen.v = s.cell_centred * s.cell_scale * cell_norm_weight + cell_norm_bias;
+      s.seen.v = s.cell_centred * s.cell_scale * cell_norm_weight;
+      if (cell_norm_bias.defined()) s.seen.v = s.seen.v + cell_norm_bias;
     }
     Tensor out = cell.output(s.gates, s.before, s.after, s.seen, weights).v;
     s.unprojected = out;
@@ -668,7 +707,7 @@ struct Composite {
     const auto state = [&](int i) {
       return i < kStates ? last[size_t(i)] : at::empty({0}, x.options());
     };
-    return {y.to(g.x->scalar_type()), state(0), state(1), state(2), state(3),
+    return {y.to(g.x->scalar_type()),   state(0), state(1), state(2), state(3),
             at::empty({0}, x.options())};
   }
 
@@ -684,7 +723,8 @@ struct Composite {
     std::vector<Tensor> d; // of the state after the step at hand
     for (int i = 0; i < kStates; ++i)
       d.push_back(
-          defined(u[size_t(i) + 1]) ? u[size_t(i) + 1]->to(dtype) : at::zeros_like(initial[size_t(i)]));
+          defined(u[size_t(i) + 1]) ? u[size_t(i) + 1]->to(dtype)
+                                    : at::zeros_like(initial[size_t(i)]));
     const auto fields = [](const std::vector<Tensor>& from) {
       TensorLane each[kStates];
       for (int i = 0; i < kStates; ++i) each[i].v = from[size_t(i)];
@@ -725,7 +765,7 @@ struct Composite {
       Tensor d_seen = o.seen.v;
       if (cell_norm_weight.defined()) {
         g_cell_norm = g_cell_norm + (d_seen * s.cell_centred * s.cell_scale).sum(0);
-        g_cell_bias = g_cell_bias + d_seen.sum(0);
+        if (cell_norm_bias.defined()) g_cell_bias = g_cell_bias + d_seen.sum(0);
         d_seen = through_norm(d_seen * cell_norm_weight, s.cell_centred, s.cell_scale, {-1});
       }
       if constexpr (kStates > 1) {
@@ -773,7 +813,8 @@ struct Composite {
       }
       if constexpr (kFromH > 0) {
         std::vector<Tensor> of_h;
-        for (int i = 0; i < kFromH; ++i) of_h.push_back(gate[Cell::from_h[i]].v.expand_as(x.select(1, 0).select(1, 0)));
+        for (int i = 0; i < kFromH; ++i)
+          of_h.push_back(gate[Cell::from_h[i]].v.expand_as(x.select(1, 0).select(1, 0)));
         Tensor a = at::stack(of_h, 1); // (B, G, H, K)
         if (bias.defined()) g_bias = g_bias + a.sum(0);
         if (norm_weight.defined()) {
@@ -820,10 +861,18 @@ struct Composite {
     const Tensor of_x = steps > 0 ? at::stack(gx, 1) : at::zeros_like(x);
     const auto state = [&](int i) { return i < kStates ? d[size_t(i)] : none(); };
     return {
-        of_x.to(g.x->scalar_type()), as(g.R, gR), as(g.bias, g_bias), as(g.weights, of_weights),
-        as(g.projection, g_projection), as(g.norm_weight, g_norm),
-        as(g.cell_norm_weight, g_cell_norm), as(g.cell_norm_bias, g_cell_bias), state(0), state(1),
-        state(2), state(3)};
+        of_x.to(g.x->scalar_type()),
+        as(g.R, gR),
+        as(g.bias, g_bias),
+        as(g.weights, of_weights),
+        as(g.projection, g_projection),
+        as(g.norm_weight, g_norm),
+        as(g.cell_norm_weight, g_cell_norm),
+        as(g.cell_norm_bias, g_cell_bias),
+        state(0),
+        state(1),
+        state(2),
+        state(3)};
   }
 };
 
@@ -866,24 +915,27 @@ variable_list composite_forward(const Gated& g) {
   });
   if (parts[0].empty()) { // no sequence
     const auto s = empty_states(g);
-    return {at::zeros_symint(y_shape(g), g.x->options()), s[0], s[1], s[2], s[3],
-            at::empty({0}, s[0].options())};
+    return {
+        at::zeros_symint(y_shape(g), g.x->options()),
+        s[0],
+        s[1],
+        s[2],
+        s[3],
+        at::empty({0}, s[0].options())};
   }
   variable_list out;
   for (size_t i = 0; i < 6; ++i)
-    out.push_back(
-        parts[i][0].dim() == 1 ? parts[i][0] : at::cat(parts[i], i == 0 ? 1 : 0));
+    out.push_back(parts[i][0].dim() == 1 ? parts[i][0] : at::cat(parts[i], i == 0 ? 1 : 0));
   return out;
 }
 variable_list composite_backward(const Upstream& u, const Gated& g) {
   if (!defined(g.cu_seqlens))
-    return visit(g.cell, [&]<class Cell>(Cell*) {
-      return Composite<Cell>(g, /*keep=*/true).backward(u);
-    });
+    return visit(
+        g.cell, [&]<class Cell>(Cell*) { return Composite<Cell>(g, /*keep=*/true).backward(u); });
   std::vector<variable_list> parts;
   each_sequence(g, [&](const Gated& one, int64_t, const auto& tokens, const auto& row) {
-    parts.push_back(composite_backward(
-        {tokens(u[0]), row(u[1]), row(u[2]), row(u[3]), row(u[4])}, one));
+    parts.push_back(
+        composite_backward({tokens(u[0]), row(u[1]), row(u[2]), row(u[3]), row(u[4])}, one));
   });
   if (parts.empty()) {
     const auto like = [&](const Opt& t) {
@@ -926,14 +978,17 @@ Gradients backward_cuda(const Upstream& u, const Gated& g, const Tensor& kept) {
   const Gradients grads = empty_gradients(u, g, kept);
   const variable_list made = composite_backward(u, g);
   size_t i = 0;
-  std::apply([&](const auto&... to) { ((to.numel() ? (void)to.copy_(made[i]) : void(), ++i), ...); }, grads);
+  std::apply(
+      [&](const auto&... to) { ((to.numel() ? (void)to.copy_(made[i]) : void(), ++i), ...); },
+      grads);
   return grads;
 }
 Tensor step_cuda(const Gated& g, const Opt& state_indices) {
   check(g, /*step=*/true, state_indices);
   Gated one = g;
   const auto with_time = [](const Opt& t) { return defined(t) ? Opt(t->unsqueeze(1)) : Opt(); };
-  one.x = with_time(g.x), one.h_update = with_time(g.h_update), one.c_update = with_time(g.c_update);
+  one.x = with_time(g.x), one.h_update = with_time(g.h_update),
+  one.c_update = with_time(g.c_update);
   const std::array<Opt*, 4> states{&one.h, &one.c, &one.n, &one.m};
   const auto pools = states_of(g);
   for (const Opt& s : pools)
@@ -1013,8 +1068,8 @@ struct Nodes<std::index_sequence<I...>> {
       push(all, g);
       all.push_back(std::get<5>(out));
       ctx->save_for_backward(std::move(all));
-      return {std::get<0>(out), std::get<1>(out), std::get<2>(out), std::get<3>(out),
-              std::get<4>(out)};
+      return {
+          std::get<0>(out), std::get<1>(out), std::get<2>(out), std::get<3>(out), std::get<4>(out)};
     }
     static variable_list backward(AutogradContext* ctx, variable_list u) {
       variable_list out(kTensors + 5);
@@ -1077,8 +1132,8 @@ struct Nodes<std::index_sequence<I...>> {
     }
     if (any_requires_grad(g)) {
       const variable_list out = apply_op<Forward>(t..., cell, flags, norm_eps, clip, reverse);
-      return {out[0], out[1], out[2], out[3], out[4],
-              at::empty({0}, g.x->options().dtype(wide(g)))};
+      return {out[0], out[1], out[2],
+              out[3], out[4], at::empty({0}, g.x->options().dtype(wide(g)))};
     }
     BelowAutograd below;
     return Calls::call(g, keep);
@@ -1096,8 +1151,8 @@ struct Nodes<std::index_sequence<I...>> {
     }
     if (tangents) return as_tuple(composite_backward(u, g));
     if (grads)
-      return as_tuple(apply_op<Backward>(
-          gy, gh, gc, gn, gm, t..., kept, cell, flags, norm_eps, clip, reverse));
+      return as_tuple(
+          apply_op<Backward>(gy, gh, gc, gn, gm, t..., kept, cell, flags, norm_eps, clip, reverse));
     BelowAutograd below;
     return Calls::call_backward(u, g, kept);
   }
@@ -1165,26 +1220,28 @@ std::string tensors_schema(bool in_place) {
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      torch::schema((
-          "gated(" + tensors_schema(false) +
-          "int cell, int flags, float norm_eps, float? gradient_clip, bool reverse, bool keep) -> "
-          "(Tensor y, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last, Tensor kept)").c_str()),
+      torch::schema(
+          ("gated(" + tensors_schema(false) +
+           "int cell, int flags, float norm_eps, float? gradient_clip, bool reverse, bool keep) -> "
+           "(Tensor y, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last, Tensor kept)")
+              .c_str()),
       tags);
   m.def(
-      torch::schema((
-          "gated_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_n, "
-          "Tensor? grad_m, " +
-          tensors_schema(false) +
-          "Tensor kept, int cell, int flags, float norm_eps, float? gradient_clip, bool reverse) "
-          "-> (Tensor grad_x, Tensor grad_R, Tensor grad_bias, Tensor grad_weights, "
-          "Tensor grad_projection, Tensor grad_norm_weight, Tensor grad_cell_norm_weight, "
-          "Tensor grad_cell_norm_bias, Tensor grad_initial_h, Tensor grad_initial_c, "
-          "Tensor grad_initial_n, Tensor grad_initial_m)").c_str()),
+      torch::schema(
+          ("gated_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_n, "
+           "Tensor? grad_m, " +
+           tensors_schema(false) +
+           "Tensor kept, int cell, int flags, float norm_eps, float? gradient_clip, bool reverse) "
+           "-> (Tensor grad_x, Tensor grad_R, Tensor grad_bias, Tensor grad_weights, "
+           "Tensor grad_projection, Tensor grad_norm_weight, Tensor grad_cell_norm_weight, "
+           "Tensor grad_cell_norm_bias, Tensor grad_initial_h, Tensor grad_initial_c, "
+           "Tensor grad_initial_n, Tensor grad_initial_m)")
+              .c_str()),
       tags);
   m.def(
-      torch::schema((
-          "gated_step_(" + tensors_schema(true) +
-          "Tensor? state_indices, int cell, int flags, float norm_eps) -> Tensor y").c_str()),
+      torch::schema(("gated_step_(" + tensors_schema(true) +
+                     "Tensor? state_indices, int cell, int flags, float norm_eps) -> Tensor y")
+                        .c_str()),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
@@ -1230,7 +1287,8 @@ GatedOutputs gated_step(const char* op, const Gated& g, const Opt& state_indices
   const auto run = [&](const std::array<Opt, 4>& states) {
     const auto with_time = [](const Opt& t) { return defined(t) ? Opt(t->unsqueeze(1)) : Opt(); };
     Gated one = g;
-    one.x = with_time(g.x), one.h_update = with_time(g.h_update), one.c_update = with_time(g.c_update);
+    one.x = with_time(g.x), one.h_update = with_time(g.h_update),
+    one.c_update = with_time(g.c_update);
     one.h = states[0], one.c = states[1], one.n = states[2], one.m = states[3];
     GatedOutputs out = call_gated(one);
     out.y = out.y.select(1, 0);

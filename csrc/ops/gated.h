@@ -17,7 +17,8 @@ struct Gated : GatedTensors {
   double norm_eps = 1e-5;
   std::optional<double> gradient_clip;
   bool reverse = false;
-  const char* op = "gated"; // whose call it is, and what that calls its weights, for what is wrong with them
+  const char* op =
+      "gated"; // whose call it is, and what that calls its weights, for what is wrong with them
   const char* weights_name = "weights";
 };
 struct GatedOutputs {

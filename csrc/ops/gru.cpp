@@ -9,39 +9,45 @@ using Text = c10::string_view;
 using Result = std::tuple<Tensor, Tensor>; // y, h
 
 Gated arguments(
-    const char* op, const Tensor& x, const Opt& R, const Opt& bias, const Opt& h, bool reset_after, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const char* op, const Tensor& x, const Opt& R, const Opt& bias, const Opt& h, bool reset_after,
+    const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps) {
   Gated g;
   g.op = op;
   g.x = x, g.R = R, g.bias = bias;
   g.h = h;
   g.cell = reset_after ? GatedCells::index<Gru>() : GatedCells::index<GruResetBefore>();
-  g.recurrent_mask = recurrent_mask; g.h_update = h_update;
+  g.recurrent_mask = recurrent_mask;
+  g.h_update = h_update;
   g.norm_weight = norm_weight;
   g.norm_eps = norm_eps;
   return g;
 }
 
 Result forward(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, bool reset_after, const Opt& cu_seqlens, bool reverse,
-    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
-  Gated g = arguments(
-      "gru", x, R, bias, h, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, bool reset_after,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps,
+    std::optional<double> gradient_clip) {
+  Gated g =
+      arguments("gru", x, R, bias, h, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
   g.cu_seqlens = cu_seqlens, g.reset = reset;
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y, out.h};
 }
 Result step(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, bool reset_after, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    bool reset_after, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   const Gated g = arguments(
       "gru_step", x, R, bias, h, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
   const GatedOutputs out = gated_step("gru", g, state_indices);
   return {out.y, out.h};
 }
 Tensor step_(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, bool reset_after, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    bool reset_after, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   return gated_step_(
       "gru_step_",
       arguments(
@@ -52,22 +58,26 @@ Tensor step_(
 // x and the parameters stay what they are: x comes from a product that autocast has chosen the dtype of. States go along.
 template <c10::DispatchKey Key, c10::DeviceType Device>
 Result autocast(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, bool reset_after, const Opt& cu_seqlens, bool reverse,
-    const Opt& reset, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight, double norm_eps, std::optional<double> gradient_clip) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Opt& h, bool reset_after,
+    const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
+    const Opt& h_update, const Opt& norm_weight, double norm_eps,
+    std::optional<double> gradient_clip) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
   const auto cast = [&](const Opt& state) { return gated_autocast_state<Device>(state, x); };
   return forward(
-      x, R, bias, cast(h), reset_after, cu_seqlens, reverse, reset, recurrent_mask, h_update, norm_weight, norm_eps,
-      gradient_clip);
+      x, R, bias, cast(h), reset_after, cu_seqlens, reverse, reset, recurrent_mask, h_update,
+      norm_weight, norm_eps, gradient_clip);
 }
 template <c10::DispatchKey Key, c10::DeviceType Device>
 Result autocast_step(
-    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices, bool reset_after, const Opt& recurrent_mask,
-    const Opt& h_update, const Opt& norm_weight, double norm_eps) {
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    bool reset_after, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
   c10::impl::ExcludeDispatchKeyGuard off(Key);
   const auto cast = [&](const Tensor& state) { return *gated_autocast_state<Device>(state, x); };
   return step(
-      x, R, bias, cast(h), state_indices, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
+      x, R, bias, cast(h), state_indices, reset_after, recurrent_mask, h_update, norm_weight,
+      norm_eps);
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
@@ -75,18 +85,21 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   m.def(
       torch::schema(
           "gru(Tensor x, Tensor R, Tensor? bias=None, Tensor? h=None, bool reset_after=True, "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
+          "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
           "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
       tags);
   m.def(
-      torch::schema(
-          "gru_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? state_indices=None, bool reset_after=True, "
-          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
+      torch::schema("gru_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? "
+                    "state_indices=None, bool reset_after=True, "
+                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+                    "float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
       tags);
   m.def(
-      torch::schema(
-          "gru_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? state_indices=None, bool reset_after=True, "
-          "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> Tensor y"),
+      torch::schema("gru_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? "
+                    "state_indices=None, bool reset_after=True, "
+                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
+                    "float norm_eps=1e-5) -> Tensor y"),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {
