@@ -298,7 +298,8 @@ def slstm_reference(
         # At most 1, also where m is the input gate's because n is 0 (before exp: inf has no gradient).
         i, f = torch.exp((i - m).clamp(max=0)), torch.exp((kept - m).clamp(max=0))
         c, n = f * c + i * torch.tanh(z), f * n + i
-        n = n if normalizer == "sum" else n.clamp(min=1)
+        if normalizer == "at_least_one":  # at 1 itself the gradient passes
+            n = torch.where(n < 1, 1.0, n)
         return torch.sigmoid(o) * c / n, c, n, m
 
     rows = [R.shape[1:3]] * 4
