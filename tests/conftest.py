@@ -103,7 +103,11 @@ def child_environment():
 
 
 # ---- several processes: pytest -n 2 --dist loadgroup, as run.sh does ----
-ONE_AT_A_TIME = {"test_more_elements_than_int32": "memory"}  # groups of tests, by their names
+# Groups of tests, by their names.
+ONE_AT_A_TIME = {
+    "test_more_elements_than_int32": "memory",
+    "test_more_elements_than_int32_of_a_matrix_memory": "memory",
+}
 
 
 def group(item):

@@ -458,3 +458,74 @@ def loop(name, inputs, state, cu_seqlens=None, reverse=False, **options):
         finals.append(np.array(h))
     h = join(rows, terms[1], cu_seqlens, reverse)
     return read(name, h, inputs, options), np.array(finals).reshape(np.shape(state))
+
+
+# ---- matrix memories, of long sequences ----
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
+
+
+def mlstm_gates(q, k, v, i, f, C, n, m, input_gate="exp", normalize=True):
+    """Decay and weight of every step and head, what divides without the normaliser, and m."""
+    log_f = log_sigmoid(f)
+    if input_gate == "sigmoid":
+        return sigmoid(f), sigmoid(i), np.ones_like(i), [m]
+    before, after, last = np.empty_like(i), np.empty_like(i), m
+    for t in range(i.shape[1]):
+        before[:, t] = last
+        last = after[:, t] = np.maximum(log_f[:, t] + last, i[:, t])
+    return np.exp(log_f + before - after), np.exp(i - after), np.exp(-after), [last]
+
+
+def elu_features(x):
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def memorise(decay, weight, q, k, v, state):
+    """S = decay * S + weight * k v^T, step by step, and S^T q of each: decay and weight (B, T, H), q
+    and k (B, T, H, K), v (B, T, H, V). Also the last S."""
+    out, state = np.empty_like(v), state.copy()
+    k, decay, q = (weight[..., None] * k)[..., None], decay[..., None, None], q[..., None, :]
+    v = v[..., None, :]
+    for t in range(len(out[0])):
+        state *= decay[:, t]
+        state += k[:, t] * v[:, t]
+        out[:, t] = (q[:, t] @ state)[..., 0, :]
+    return out, state
+
+
+def with_normaliser(C, n):
+    """A normaliser is one more column of the memory, of values that are 1."""
+    return np.concatenate([C, n[..., None]], -1)
+
+
+def matrix_loop(name, leaves, **options):
+    """The recurrences step by step: h and the final states, of leaves by name."""
+    x, eps, normalize = leaves, 1e-6, options.get("normalize", True)
+    names = ("C", "B", "x") if name == "ssd" else ("q", "k", "v")
+    q, k, v = (x[n] for n in names)
+    heads = v.shape[:3]
+    q, k = (np.broadcast_to(y, (*heads, y.shape[3])) for y in (q, k))
+    if name == "ssd":
+        dt = x["dt"] + x["dt_bias"]
+        dt = np.logaddexp(0, dt) if options["dt_softplus"] else dt
+        y, S = memorise(np.exp(dt * x["A"]), dt, q, k, v, x["initial_state"].swapaxes(2, 3))
+        z = x["z"]
+        return (y + x["D"][:, None] * v) * z * sigmoid(z), [S.swapaxes(2, 3)]
+    one = np.ones((*heads, 1))
+    q = elu_features(q) if name == "linear_attention" else q * q.shape[3] ** -0.5
+    if name == "retention":
+        h, S = memorise(one[..., 0] * x["decay"], one[..., 0], q, k, v, x["initial_state"])
+        return h, [S]
+    if name == "linear_attention":
+        k, decay, weight, others = elu_features(k), one[..., 0], one[..., 0], []
+        state = with_normaliser(x["S"], x["z"])
+    else:
+        decay, weight, least, others = mlstm_gates(**x, **options)
+        state = with_normaliser(x["C"], x["n"])
+    h, last = memorise(decay, weight, q, k, np.concatenate([v, one], -1), state)
+    h, r, C, n = h[..., :-1], h[..., -1:], last[..., :-1], last[..., -1]
+    if not normalize:
+        return h, [C, x["z" if name == "linear_attention" else "n"], *others]
+    d = r if name == "linear_attention" else np.maximum(np.abs(r), least[..., None])
+    return h / (d + eps), [C, n, *others]

@@ -300,6 +300,41 @@ def test_something_else_than_a_state(name, generator):
         layer.step(inputs(generator)[:, 0], [None, None])
 
 
+@BOTH
+def test_wrong_dtypes(name, generator):
+    """Each error names what is wrong, not what the layer made of it."""
+    layer, x = make(name, generator, torch.float32), inputs(generator, dtype=torch.float32)
+    state = layer.init_state(B)
+    half = [s.half() for s in tensors(state)]
+    half = half if isinstance(state, tuple) else half[0]
+    for call in (lambda: layer.step(x[:, 0], half), lambda: layer.prefill(x, half)):
+        with pytest.raises(TypeError, match=r"(state|S) has dtype float16, expected float32"):
+            call()
+    with pytest.raises(TypeError, match=r"lengths is list, expected a tensor of integers"):
+        layer(x, [1] * B)
+
+
+@BOTH
+def test_reset_parameters(name, generator):
+    """The constructor's values again, as after to_empty."""
+    kind, options = LAYERS[name]
+    torch.manual_seed(3)
+    want = kind(D, HEADS, **options)
+    with torch.device("meta"):
+        layer = kind(D, HEADS, **options)
+    layer.to_empty(device="cpu")
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    for (key, got), parameter in zip(layer.named_parameters(), want.parameters(), strict=True):
+        # Retention's constructor has drawn torch.nn's values first
+        assert got.isfinite().all(), key
+        if parameter.abs().max() > 0:
+            assert 0.8 < got.abs().max() / parameter.abs().max() < 1.25, key
+    if name == "linear":
+        for got, parameter in zip(layer.parameters(), want.parameters(), strict=True):
+            assert torch.equal(got, parameter)
+
+
 @pytest.mark.parametrize("name", ["retention", "linear"])
 def test_learns_to_look_back(name, generator):
     """The first input's sign, after 20 steps of noise: an error of chance is 0.69."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import ALL, HALF, close, cotangents, gradients, over, wide
 
+import torch_ext
+
 # Each lays the same (B, T, D) or (B, T, H, K) values out in another way. None copies back to contiguous.
 LAYOUTS = {
     # (B, D, T) memory, time contiguous; (B, H, T, K) memory, as other packages have theirs
@@ -264,3 +266,25 @@ def test_more_elements_than_int32(case, generator, device):
         part = case.function(*[y[:, start : start + 64] for y in x], h[:, start - 1].float())
         close(h[:, start : start + 64], wide(part[0]), factor=4)
     close(h[:, -1], wide(final), factor=2)
+
+
+@pytest.mark.slow
+@pytest.mark.unpoisoned
+def test_more_elements_than_int32_of_a_matrix_memory(generator, device):
+    """Likewise of retention, whose memory of the steps before is short: a later row must equal that of
+    a short call which begins a little earlier."""
+    H, V, T = 16, 64, 2**21 + 72
+    need = 2 * 2 * T * H * V
+    if device == "cpu" and available_bytes() < need:
+        pytest.skip(f"needs {need / 1e9:.0f} GB of free memory")
+    q, k, v = (torch.randn(T + H * V, generator=generator).bfloat16().to(device) for _ in "qkv")
+    q, k = (x.as_strided((1, T, 1, 1), (0, 1, 1, 1)) for x in (q, k))
+    v = v.as_strided((1, T, H, V), (0, 1, V, 1))
+    decay = torch.full((H,), 0.9, device=device)
+    h, final = torch_ext.retention(q, k, v, decay)
+    assert h.numel() > 2**31
+    for start in (2**20, 2**21 - 32, 2**21, T - 64):
+        q_, k_, v_ = (x[:, start - 448 : start + 64] for x in (q, k, v))
+        part, last = torch_ext.retention(q_, k_, v_, decay)
+        close(h[:, start : start + 64], wide(part[:, 448:]), factor=4)
+    close(final, wide(last), factor=8)

@@ -675,6 +675,11 @@ def call_cases():
         "lengths has dtype torch.float32, expected an integer",
     )
     yield (
+        lambda m: m(x, None, [1, 2, 3]),
+        TypeError,
+        "lengths is list, expected a tensor of integers, (B,)",
+    )
+    yield (
         lambda m: m(x, None, torch.tensor([1, 8, 2])),
         ValueError,
         "lengths has values from 1 to 8, expected values from 0 to T=7",

@@ -577,6 +577,7 @@ def test_errors(generator):
             call()
     for call, message in (
         (lambda: block(x, torch.ones(3)), "lengths has dtype torch.float32"),
+        (lambda: block(x, [1, 2, 3]), "mLSTMBlock: lengths is list, expected a tensor of integers"),
         (
             lambda: block.step(x[:, 0], state[:3]),
             r"state is \[Tensor, Tensor, Tensor\], expected a",

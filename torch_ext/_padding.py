@@ -4,7 +4,7 @@ the length of the longest on either side."""
 import torch
 from torch import Tensor
 
-from ._sequence_layer import is_compiling, shape_text
+from ._sequence_layer import check_lengths_type, is_compiling, shape_text
 
 
 def valid_steps(name: str, x: Tensor, lengths: Tensor | None, padding: str) -> Tensor | None:
@@ -13,6 +13,8 @@ def valid_steps(name: str, x: Tensor, lengths: Tensor | None, padding: str) -> T
         raise ValueError(f'{name}: padding is "{padding}", expected "right" or "left"')
     if lengths is None:
         return None
+    if not torch.jit.is_scripting():
+        check_lengths_type(name, lengths)
     if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
         raise ValueError(
             f"{name}: lengths has shape {shape_text(lengths)}, expected (B={x.shape[0]},)"

@@ -357,6 +357,8 @@ class SequenceLayer(nn.Module):
                 )
 
     def _check_lengths(self, lengths: Tensor, batch_size: int, num_steps: int) -> None:
+        if not torch.jit.is_scripting():
+            check_lengths_type(self._name, lengths)
         if lengths.dim() != 1 or lengths.shape[0] != batch_size:
             raise ValueError(
                 f"{self._name}: lengths has shape {shape_text(lengths)}, expected (B={batch_size})"
@@ -486,6 +488,14 @@ def is_compiling() -> bool:
 
 def shape_text(x: Tensor) -> str:
     return "(" + ", ".join([str(size) for size in x.shape]) + ")"
+
+
+def check_lengths_type(owner: str, lengths: object) -> None:
+    """That lengths are a tensor. For Python: TorchScript knows by itself."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"{owner}: lengths is {type(lengths).__name__}, expected a tensor of integers, (B,)"
+        )
 
 
 def check_state_type(owner: str, state: object, tensors: int = 1) -> None:

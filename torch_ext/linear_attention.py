@@ -314,6 +314,16 @@ class LinearAttention(nn.Module):
         self.value_projection = nn.Linear(d_model, n_heads * self.d_values, **factory)
         self.out_projection = nn.Linear(n_heads * self.d_values, d_model, **factory)
 
+    def reset_parameters(self) -> None:
+        """Draws all parameters again, as the constructor does: also after ``to_empty``."""
+        for linear in (
+            self.query_projection,
+            self.key_projection,
+            self.value_projection,
+            self.out_projection,
+        ):
+            linear.reset_parameters()
+
     def extra_repr(self) -> str:
         return f"{self.d_model}, n_heads={self.n_heads}, feature_map={self.feature_map!r}"
 

@@ -260,7 +260,7 @@ def mlstm_reference(
     if input_gate == "exp" and not normalize:
         raise ValueError('mlstm: normalize is False, expected True with input_gate "exp"')
     heads, wide = v.shape[2], state_dtype(v.dtype)
-    s = k.shape[3] ** -0.5 if scale is None else scale
+    s = max(k.shape[3], 1) ** -0.5 if scale is None else scale
 
     def step(
         state: State, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor

@@ -168,7 +168,7 @@ def retention_reference(
     if decay is None:
         decay = 1 - 2 ** (-5 - torch.arange(heads, dtype=wide, device=v.device))
     factor = decay.to(wide)[:, None, None]
-    s = k.shape[3] ** -0.5 if scale is None else scale
+    s = max(k.shape[3], 1) ** -0.5 if scale is None else scale
 
     def step(state: tuple[Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor]]:
         S = factor * state[0] + k[..., None] * v[..., None, :]
@@ -340,7 +340,7 @@ class Retention(nn.Module):
         steps = torch.arange(x.shape[1], device=x.device)
         if self.rotate:
             q, k = self._turn(q, steps[None, :, None]), self._turn(k, steps[None, :, None])
-        decay = torch.tensor(self.decay, dtype=state.dtype, device=x.device)
+        decay = torch.tensor(self.decay, dtype=state_dtype(q.dtype), device=x.device)
         ends = torch.full([1], x.shape[1], device=x.device)
         if valid is None:
             h, state = retention(q, k, v, decay, state)
@@ -348,7 +348,7 @@ class Retention(nn.Module):
             # Padding neither enters the state nor lets it fade, so decays differ between steps: a
             # step of size 0 does that.
             k, v = torch.where(valid[..., None], k, 0.0), torch.where(valid[..., None], v, 0.0)
-            sizes = valid.to(state.dtype).expand(-1, -1, self.num_heads)
+            sizes = valid.to(decay.dtype).expand(-1, -1, self.num_heads)
             h, turned = ssd(
                 v, sizes, torch.log(decay), k, q * k.shape[3] ** -0.5,
                 initial_state=state.transpose(2, 3),
@@ -381,7 +381,7 @@ class Retention(nn.Module):
             )
         self._check_state(state, x.shape[0])
         q, k, v = self._project(x)
-        decay = torch.tensor(self.decay, dtype=state.dtype, device=x.device)
+        decay = torch.tensor(self.decay, dtype=state_dtype(q.dtype), device=x.device)
         h, state = retention_step(q, k, v, decay, state)
         if self.rotate:
             state = self._turn_state(state, torch.full([1], -1, device=x.device))

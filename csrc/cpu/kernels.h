@@ -84,6 +84,23 @@ struct SelectiveScanKernels {
                               reduce_tokens = nullptr;
 };
 
+// Numbers of a state's gradient, backward in passes: C in rows of whole cache lines, n, m (a double).
+constexpr int64_t matrix_memory_grad_state_size(int64_t key_size, int64_t value_size) {
+  return key_size * (matrix_memory_padded(value_size) + 16) + matrix_memory_padded(key_size) + 16;
+}
+// Of a chunk and a head of a matrix memory, backward: what its queries leave to its keys, its values and the state before
+// it.
+template <class R>
+struct MatrixMemoryWeights {
+  static constexpr int64_t kChunk = 64;                 // at most
+  alignas(64) R P[kChunk * kChunk], E[kChunk * kChunk]; // of values; of queries and keys
+  alignas(64) R d[kChunk], e[kChunk];                   // divisors; gradients of r
+  R columns[kChunk];                                    // sums of G o E
+  double rows[kChunk], of_m[kChunk]; // what decays meet of these steps; gradients of stabilisers
+  double of_last_m; // of the last chunk: what C and n, which are divided by e^m, add to that
+  bool each;
+};
+
 // How a matrix memory is cut up: an item is a sequence and up to `heads` heads of one group. Backward, the gradients of
 // queries and keys of more than one block are added up in order; `heads` follows from shapes alone.
 inline constexpr int64_t kMatrixMemoryHeads = 8;
@@ -91,13 +108,19 @@ struct MatrixMemoryPlan {
   int64_t chunk = 0,
           few = 0; // steps of a chunk; of sequences up to which the recurrence goes step by step
   // Few heads: states at the starts of all chunks first, an item being `keys` rows of a state; then outputs, an item being
-  // one of those of `all` and a chunk.
-  enum class Pass { all, states, outputs } pass = Pass::all;
+  // one of those of `all` and a chunk. Backward: first what no gradient of a state goes into (gradients of queries), then
+  // those gradients, then what they go into.
+  enum class Pass { all, states, outputs, queries, values } pass = Pass::all;
   bool stream = false; // kept states and gradients are stored around the cache
   int64_t keys = 0;
   int64_t heads = 1, blocks = 1;                       // of a block; blocks of a group
   int64_t rows = 0;                                    // tokens of all sequences
   void *shares_of_q = nullptr, *shares_of_k = nullptr; // (block, row, group, padded key)
+  // Backward in passes, over some chunks at a time: gradients of states, from that at their start to that at their end, and
+  // MatrixMemoryWeights.
+  int64_t first_chunk = 0, end_chunk = 0;
+  void *grad_states = nullptr,
+       *weights = nullptr; // (chunk and one more, sequence, head); (chunk, sequence, head)
 
   struct Item {
     int64_t sequence, block, head, heads;

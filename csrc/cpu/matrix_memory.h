@@ -14,6 +14,7 @@
 #pragma once
 #include <math.h>
 #include <stdlib.h>
+#include <initializer_list>
 #include <type_traits>
 
 #include "kernels.h"
@@ -36,7 +37,7 @@ struct Ahead {
     const char* data;
     int64_t step, bytes, count;
   };
-  Rows rows[5];
+  Rows rows[6];
   int used = 0, now = 0;
   int64_t row = 0, byte = 0, lines = 0, at_once = 0;
   void clear() { used = now = 0, row = byte = lines = 0; }
@@ -61,15 +62,87 @@ struct Ahead {
 // What a product sums over: all depths, those before the end of its rows, or those from their beginning.
 enum class Part { all, lower, upper };
 
+// Numbers, the largest first, in which a count of rows or vectors is made up.
+template <int... kSizes>
+struct Sizes {
+  // body(size, where) for each; a size is a constant.
+  template <class Body>
+  static void for_each(int64_t n, const Body& body) {
+    int64_t at = 0;
+    const auto with = [&](auto size) __attribute__((always_inline)) {
+      for (; at + size() <= n; at += size()) body(size, at);
+    };
+    (with(std::integral_constant<int, kSizes>{}), ...);
+  }
+};
+
+// Instead of the factor that what is there is kept by, which is never negative.
 template <class R>
-struct Products {
+inline constexpr R kOverwrite = -1;
+
+// Products, cut into blocks. Blocks: what a Term is, and block(), which makes some rows and vectors of y in registers.
+template <class Blocks>
+struct InBlocks : Blocks {
+  using Blocks::kLanes, Blocks::kRows, Blocks::kVectors;
+  using typename Blocks::Number;
+  using typename Blocks::Term;
+
+  // each: row by row. Together, rows meet numbers that only some of them are to meet, times zero.
+  template <int kV>
+  static void rows_of(
+      int64_t rows, const Term& x, const Term& z, int64_t column, Number* y, int64_t y_row,
+      Number keep, bool each) {
+    if (each) {
+      for (int64_t i = 0; i < rows; ++i)
+        Blocks::template block<1, kV>(x, z, i, column, y, y_row, keep);
+      return;
+    }
+    Blocks::RowsOfBlocks::for_each(
+        rows, [&](auto size, int64_t i) __attribute__((always_inline)) {
+          Blocks::template block<size(), kV>(x, z, i, column, y, y_row, keep);
+        });
+  }
+  static int64_t blocks(int64_t rows, int64_t columns) {
+    return (rows + kRows - 1) / kRows * ((columns + kVectors * kLanes - 1) / (kVectors * kLanes));
+  }
+  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is
+  // kOverwrite; where it is 0, NaN and infinity in y stay.
+  static void multiply(
+      int64_t rows, int64_t columns, const Term& x, const Term& z, Number* y, int64_t y_row,
+      Number keep, bool each = false) {
+    Blocks::VectorsOfBlocks::for_each(
+        columns / kLanes, [&](auto size, int64_t v) __attribute__((always_inline)) {
+          rows_of<size()>(rows, x, z, v * kLanes, y, y_row, keep, each);
+        });
+  }
+  static void multiply(
+      int64_t rows, int64_t columns, const Term& x, Number* y, int64_t y_row,
+      Number keep = kOverwrite<Number>, bool each = false) {
+    multiply(rows, columns, x, Term{}, y, y_row, keep, each);
+  }
+  // Of a square the part on and below the diagonal, and what of that is in the same vectors.
+  static void multiply_lower(int64_t rows, const Term& x, Number* y, int64_t y_row) {
+    constexpr int64_t kSome = kRows * 2;
+    for (int64_t i = 0; i < rows; i += kSome) {
+      const int64_t n = rows - i < kSome ? rows - i : kSome;
+      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, x.from_row(i), y + i * y_row, y_row);
+    }
+  }
+};
+
+template <class R>
+struct NumberBlocks {
+  using Number = R;
   using V = Vec<R>;
   using M = Stored<R>;
   static constexpr int kLanes = V::kLanes;
+  using RowsOfBlocks = Sizes<6, 5, 4, 3, 2, 1>;
 #if defined(__AVX512F__)
   static constexpr int kRows = 6, kVectors = 4;
+  using VectorsOfBlocks = Sizes<4, 3, 2, 1>;
 #else
   static constexpr int kRows = 6, kVectors = 2;
+  using VectorsOfBlocks = Sizes<2, 1>;
 #endif
   // factors[i] sum over depths of a(i, k) b[k]
   struct Term {
@@ -79,9 +152,13 @@ struct Products {
     const R* factors = nullptr;
     Part part = Part::all;
     Ahead* ahead = nullptr;
+    Term from_row(int64_t row) const {
+      Term rest = *this;
+      rest.a.data += row * a.row;
+      return rest;
+    }
   };
 
-  // Rows of y in registers.
   template <int kR, int kV>
   static void block(
       const Term& x, const Term& z, int64_t first, int64_t column, R* y, int64_t y_row, R keep) {
@@ -121,73 +198,22 @@ struct Products {
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) {
         R* const to = y + i * y_row + v * kLanes;
-        M::store(to, keep == R(0) ? sums[i][v] : fused(V(keep), M::load(to), sums[i][v]));
+        M::store(to, keep == kOverwrite<R> ? sums[i][v] : fused(V(keep), M::load(to), sums[i][v]));
       }
   }
-  // each: row by row. Together, rows meet numbers that only some of them are to meet, times zero.
-  template <int kV>
-  static void rows_of(
-      int64_t rows, const Term& x, const Term& z, int64_t column, R* y, int64_t y_row, R keep,
-      bool each) {
-    int64_t i = 0;
-    if (each)
-      for (; i < rows; ++i) block<1, kV>(x, z, i, column, y, y_row, keep);
-    for (; i + kRows <= rows; i += kRows) block<kRows, kV>(x, z, i, column, y, y_row, keep);
-    switch (rows - i) {
-      case 5:
-        return block<5, kV>(x, z, i, column, y, y_row, keep);
-      case 4:
-        return block<4, kV>(x, z, i, column, y, y_row, keep);
-      case 3:
-        return block<3, kV>(x, z, i, column, y, y_row, keep);
-      case 2:
-        return block<2, kV>(x, z, i, column, y, y_row, keep);
-      case 1:
-        return block<1, kV>(x, z, i, column, y, y_row, keep);
-    }
-  }
-  static int64_t blocks(int64_t rows, int64_t columns) {
-    return (rows + kRows - 1) / kRows * ((columns + kVectors * kLanes - 1) / (kVectors * kLanes));
-  }
-  // y = z.factors o (x.factors o (x.a x.b) + z.a z.b) + keep y. columns: whole vectors. y is not read where keep is 0.
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, const Term& z, R* y, int64_t y_row, R keep,
-      bool each = false) {
-    int64_t c = 0;
-    for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes)
-      rows_of<kVectors>(rows, x, z, c, y, y_row, keep, each);
-    switch ((columns - c) / kLanes) {
-      case 1:
-        return rows_of<1>(rows, x, z, c, y, y_row, keep, each);
-      case 2:
-        return rows_of<2>(rows, x, z, c, y, y_row, keep, each);
-      case 3:
-        return rows_of<3>(rows, x, z, c, y, y_row, keep, each);
-    }
-  }
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, R* y, int64_t y_row, R keep = R(0),
-      bool each = false) {
-    multiply(rows, columns, x, Term{}, y, y_row, keep, each);
-  }
-  // Of a square the part on and below the diagonal, and what of that is in the same vectors.
-  static void multiply_lower(int64_t rows, const Term& x, R* y, int64_t y_row) {
-    constexpr int64_t kSome = kRows * 2;
-    for (int64_t i = 0; i < rows; i += kSome) {
-      const int64_t n = rows - i < kSome ? rows - i : kSome;
-      Term some = x;
-      some.a.data += i * x.a.row;
-      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, some, y + i * y_row, y_row);
-    }
-  }
 };
+template <class R>
+using Products = InBlocks<NumberBlocks<R>>;
 
 #if defined(__AVX512F__)
 // The same for bfloat16 in pairs of depths (AVX512-BF16): sums stay float, two products to an instruction. Of the left side
 // two depths lie side by side, data[i row + k]; of the right one they share 32 bits, pairs[k / 2][column].
-struct PairProducts {
+struct PairBlocks {
+  using Number = float;
   using V = Vec<float>;
   static constexpr int kLanes = V::kLanes, kRows = 6, kVectors = 4;
+  using RowsOfBlocks = Sizes<6, 4, 2, 1>;
+  using VectorsOfBlocks = Sizes<4, 2, 1>;
   struct Term {
     const BFloat16* a = nullptr;
     int64_t row = 0;
@@ -196,6 +222,11 @@ struct PairProducts {
     const float* factors = nullptr;
     Part part = Part::all;
     Ahead* ahead = nullptr;
+    Term from_row(int64_t from) const {
+      Term rest = *this;
+      rest.a += from * row;
+      return rest;
+    }
   };
 
   template <int kR, int kV>
@@ -241,38 +272,10 @@ struct PairProducts {
       for (int v = 0; v < kV; ++v) {
         float* const to = y + i * y_row + v * kLanes;
         Stored<float>::store(
-            to, keep == 0.f ? sums[i][v] : fused(V(keep), Stored<float>::load(to), sums[i][v]));
+            to, keep == kOverwrite<float> ? sums[i][v]
+                                          : fused(V(keep), Stored<float>::load(to), sums[i][v]));
       }
   }
-  template <int kV>
-  static void rows_of(
-      int64_t rows, const Term& x, const Term& z, int64_t column, float* y, int64_t y_row,
-      float keep) {
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) block<kRows, kV>(x, z, i, column, y, y_row, keep);
-    if (i + 4 <= rows) block<4, kV>(x, z, i, column, y, y_row, keep), i += 4;
-    if (i + 2 <= rows) block<2, kV>(x, z, i, column, y, y_row, keep), i += 2;
-    if (i < rows) block<1, kV>(x, z, i, column, y, y_row, keep);
-  }
-  static void multiply(
-      int64_t rows, int64_t columns, const Term& x, const Term& z, float* y, int64_t y_row,
-      float keep) {
-    int64_t c = 0;
-    for (; c + kVectors * kLanes <= columns; c += kVectors * kLanes)
-      rows_of<kVectors>(rows, x, z, c, y, y_row, keep);
-    if (c + 2 * kLanes <= columns) rows_of<2>(rows, x, z, c, y, y_row, keep), c += 2 * kLanes;
-    if (c < columns) rows_of<1>(rows, x, z, c, y, y_row, keep);
-  }
-  static void multiply_lower(int64_t rows, const Term& x, float* y, int64_t y_row) {
-    constexpr int64_t kSome = kRows * 2;
-    for (int64_t i = 0; i < rows; i += kSome) {
-      const int64_t n = rows - i < kSome ? rows - i : kSome;
-      Term some = x;
-      some.a += i * x.row;
-      multiply(n, (i + n + kLanes - 1) / kLanes * kLanes, some, Term{}, y + i * y_row, y_row, 0.f);
-    }
-  }
-
   // Two rows of numbers as one of pairs.
   static __m512i pairs_of(U16 first, U16 second) {
     return _mm512_or_si512(
@@ -293,6 +296,7 @@ struct PairProducts {
       }
   }
 };
+using PairProducts = InBlocks<PairBlocks>;
 #endif
 
 // to[c][r] = from[r][c]. Rows and columns are padded to whole vectors in both.
@@ -323,8 +327,13 @@ void turn_any(
 // e^x from 0 to infinity, both ends included: simd.h's exp is bounded.
 template <class R>
 TORCH_EXT_HD Vec<R> exp_unbounded(Vec<R> x) {
-  const Vec<R> root = exp(Vec<R>(R(0.5)) * x);
-  return root * root;
+  using V = Vec<R>;
+  constexpr R kMost = R(kExpLimit<R>), kLeast = sizeof(R) == 8 ? R(-708.5) : R(-87.5);
+  // In two factors where e^x leaves the range of `exp`: 2^64 and the rest.
+  const V far = x.v > V(kMost).v ? V(R(44.361419555836498)).v : V(R(0)).v,
+          scale = x.v > V(kMost).v ? V(R(18446744073709551616.)).v : V(R(1)).v;
+  const V power = exp(x - far) * scale;
+  return x.v < V(kLeast).v ? V(R(0)).v : power.v;
 }
 
 // A number as a sum of two of the kernel's: differences of such are as exact as one number.
@@ -446,9 +455,12 @@ struct MatrixMemory {
                     head * x.head;
       const V f(factor);
       int64_t i = 0;
-      if (stream && sizeof(E) == sizeof(R) && uintptr_t(to) % 64 == 0)
-        for (; i + 64 / int64_t(sizeof(E)) <= size; i += kLanes)
+      if (stream && sizeof(E) == sizeof(R) && uintptr_t(to) % 64 == 0) {
+        // Whole cache lines: one that is half streamed and half stored takes as long as memory does to answer.
+        constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+        for (const int64_t whole = size / kLine * kLine; i < whole; i += kLanes)
           Stored<E>::stream(to + i, f * M::load(from + i));
+      }
       for (; i + kLanes <= size; i += kLanes) Stored<E>::store(to + i, f * M::load(from + i));
       if (i < size) store_some<E>(to + i, f * M::load(from + i), int(size - i));
     }
@@ -754,9 +766,8 @@ struct MatrixMemory {
     }
   }
 
-  // ---- few steps ----
-  // The recurrence as it stands: some numbers of C stay in registers over some steps, three instructions per number and
-  // step, and C is read and written once. Where a chunk's preparations do not pay: plan.few.
+  // ---- few steps ---- The recurrence as it stands: some numbers of C stay in registers over some steps, three instructions
+  // per number and step, and C is read and written once. Where a chunk's preparations do not pay: plan.few.
   struct Few {
     // The stabiliser, step by step by the formula of Gates from the chunk's start on: the backward, which goes by chunks,
     // divides by the same e^m at their ends, to the last bit.
@@ -1192,14 +1203,14 @@ struct MatrixMemory {
       const typename Gemm::Term inside{{P, x.columns, 1}, v, row, count, divisors, Part::lower};
       // Zeros above the diagonal times infinity would be NaN in steps before it: then each row by itself.
       Gemm::multiply(
-          count, columns, carried, inside, to, to_row, R(0), !all_finite(v, count, columns, row));
+          count, columns, carried, inside, to, to_row, kOverwrite<R>,
+          !all_finite(v, count, columns, row));
       if (!direct) unpack(p.wide_h, y, p.h, s, first, count, head, p.value_size, R(1));
     }
   };
 
-  // ---- forward in bfloat16, where the machine multiplies that ----
-  // Queries, keys and values are what they are; weights, and the state where queries meet it, are rounded to bfloat16. The
-  // state itself and every sum are float.
+  // ---- forward in bfloat16, where the machine multiplies that ---- Queries, keys and values are what they are; weights,
+  // and the state where queries meet it, are rounded to bfloat16. The state itself and every sum are float.
   static constexpr bool kPairs =
 #if defined(__AVX512F__)
       std::is_same_v<S, BFloat16>;
@@ -1330,7 +1341,8 @@ struct MatrixMemory {
       PairProducts::multiply(
           count, values,
           {q, key_row, C_pairs, value_row, even(p.key_size), carry, Part::all, ahead},
-          {P, columns, v_pairs, value_row, even(count), divisors, Part::lower}, y, value_row, 0.f);
+          {P, columns, v_pairs, value_row, even(count), divisors, Part::lower}, y, value_row,
+          kOverwrite<float>);
       unpack(p.wide_h, y, p.h, s, first, count, head, p.value_size, R(1));
     }
     void advance(
@@ -1359,8 +1371,8 @@ struct MatrixMemory {
       }
       PairProducts::multiply(
           keys, padded(p.value_size),
-          {weighted, columns, v_pairs, value_row, even(count), nullptr, Part::all, ahead}, {},
-          state.C, value_row, g.decay);
+          {weighted, columns, v_pairs, value_row, even(count), nullptr, Part::all, ahead}, state.C,
+          value_row, g.decay);
       if (p.normalizer == Normalizer::stabilized && count > 0) state.m = g.m[count - 1];
     }
 #endif
@@ -1452,31 +1464,291 @@ struct MatrixMemory {
 
   // ---- backward ----
 
+  // Which part of the work a call does: plan.pass.
   static void backward(
       const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    const int64_t K = p.key_size, keys = padded(K), key_row = stride(K),
-                  columns = padded(p.value_size), value_row = stride(p.value_size),
-                  interval = plan.chunk, shares = p.num_heads / p.num_groups,
-                  state_size = K * value_row + keys;
-    Scratch scratch(
-        Shared::size(p) + plan.heads * (state_size + 32) + 4 * kChunk * kChunk +
-        6 * kChunk * key_row + 5 * kChunk * value_row + 256);
-    Shared x(p, scratch);
-    const auto over_keys = [&] { return scratch.take(kChunk * key_row); };
-    const auto over_values = [&] { return scratch.take(kChunk * value_row); };
-    R *const W = scratch.take(kChunk * kChunk), *const P = scratch.take(kChunk * kChunk),
-             *const E = scratch.take(kChunk * kChunk), *const U = scratch.take(kChunk * kChunk);
-    R *const qT = over_keys(), *const carried_q = over_keys(), *const Z = over_keys(),
-             *const Y = over_keys(), *const gq = over_keys(), *const gk = over_keys();
-    R *const v = over_values(), *const vT = over_values(), *const u = over_values(),
-             *const uT = over_values(), *const gv = over_values();
+    switch (plan.pass) {
+      case MatrixMemoryPlan::Pass::queries:
+        back_to_queries(p, plan, begin, end);
+        break;
+      case MatrixMemoryPlan::Pass::states:
+        back_to_states(p, plan, begin, end);
+        break;
+      case MatrixMemoryPlan::Pass::values:
+        back_to_values(p, plan, begin, end);
+        break;
+      default:
+        all_back(p, plan, begin, end);
+    }
+    if (plan.stream) fence_streams();
+  }
+
+  using Weights = MatrixMemoryWeights<R>;
+  static_assert(Weights::kChunk == kChunk);
+  static State kept_state(
+      const MatrixMemoryBackward& p, const Sequence& s, int64_t chunk, int64_t head,
+      int64_t interval) {
+    State state;
+    state.C = kept(p, const_cast<void*>(p.checkpoints), s, chunk, head, interval);
+    state.n = state.C + p.key_size * padded(p.value_size);
+    state.m = double(state.n[padded(p.key_size)]);
+    return state;
+  }
+
+  // The gradients of a chunk: of its queries, which the state at its start goes into; of its keys, values and gates, which
+  // the gradient of the state at its end goes into; and of the state at its start.
+  struct Gradients {
+    const MatrixMemoryBackward& p;
+    const MatrixMemoryPlan& plan;
+    const int64_t K, keys, key_row, columns, value_row;
+    Shared x;
+    R *W, *U, *qT, *carried_q, *Z, *Y, *gq, *gk, *v, *vT, *u, *uT, *gv;
+    Ahead ahead;
+    // The chunk.
+    const Sequence* s = nullptr;
+    int64_t first = 0, count = 0, n = 0;
+    static int64_t size(const MatrixMemoryProblem& p) {
+      return Shared::size(p) + 2 * kChunk * kChunk + 6 * kChunk * stride(p.key_size) +
+             5 * kChunk * stride(p.value_size) + 256;
+    }
+    Gradients(const MatrixMemoryBackward& of, const MatrixMemoryPlan& by, Scratch& scratch)
+        : p(of),
+          plan(by),
+          K(p.key_size),
+          keys(padded(K)),
+          key_row(stride(K)),
+          columns(padded(p.value_size)),
+          value_row(stride(p.value_size)),
+          x(p, scratch),
+          W(scratch.take(kChunk * kChunk)),
+          U(scratch.take(kChunk * kChunk)) {
+      for (R** each : {&qT, &carried_q, &Z, &Y, &gq, &gk}) *each = scratch.take(kChunk * key_row);
+      for (R** each : {&v, &vT, &u, &uT, &gv}) *each = scratch.take(kChunk * value_row);
+    }
+
+    void at(const Sequence& sequence, int64_t from, int64_t steps) {
+      s = &sequence, first = from, count = steps, n = padded(steps);
+    }
+    void load(int64_t group) { x.load(p, *s, first, count, group); }
+    void load_keys(int64_t group) { x.load_keys(p, *s, first, count, group); }
+    void load_queries(int64_t group) {
+      pack(p.wide_keys, p.q, *s, first, count, group, K, R(p.scale), x.q);
+    }
+    void turn_queries(int64_t first_key, int64_t rows) {
+      turn(x.q + first_key, key_row, n, padded(rows), qT, n);
+    }
+    void load_values(int64_t head) {
+      pack(false, p.v, *s, first, count, head, p.value_size, R(1), v);
+      turn(v, value_row, n, columns, vT, n);
+    }
+    void load_upstream(int64_t head) {
+      if (p.grad_h.data)
+        pack(p.wide_h, p.grad_h, *s, first, count, head, p.value_size, R(1), u);
+      else
+        memset(u, 0, size_t(n * value_row) * sizeof(R));
+    }
+    void divide_upstream(const R* d) {
+      if (p.normalizer == Normalizer::none) return;
+      for (int64_t t = 0; t < count; ++t) {
+        const V by(R(1) / d[t]);
+        for (int64_t i = 0; i < columns; i += kLanes)
+          M::store(u + t * value_row + i, M::load(u + t * value_row + i) * by);
+      }
+    }
+
+    // What is read next, while products run: another head of the chunk, or one of another chunk, and with it the queries and
+    // keys.
+    void fetch_next(int64_t next, int64_t head, bool of_chunk, int64_t group) {
+      ahead.clear();
+      if (next < 0 || next >= s->steps) return;
+      const int64_t row = columns * int64_t(sizeof(R));
+      const State before = kept_state(p, *s, next / plan.chunk, head, plan.chunk);
+      fetch(false, p.v, *s, next, plan.chunk, head, p.value_size, ahead);
+      fetch(p.wide_h, p.grad_h, *s, next, plan.chunk, head, p.value_size, ahead);
+      ahead.add({reinterpret_cast<const char*>(before.C), row, row, K});
+      if (of_chunk) fetch(p.wide_keys, p.k, *s, next, plan.chunk, group, K, ahead);
+      if (of_chunk) fetch(p.wide_keys, p.q, *s, next, plan.chunk, group, K, ahead);
+    }
+
+    // From what has been loaded: the divisors, by which the gradients of outputs are divided, the weights, and gq of this
+    // head, added up. before: the state at the start.
+    void to_queries(const Gates& g, const State& before, Weights& w) {
+      R *const P = w.P, *const E = w.E, *const e = w.e;
+      // The forward's weights, products and sums.
+      alignas(64) R r[kChunk], r_carried[kChunk];
+      for (int64_t t = 0; t < kChunk; ++t) r[t] = r_carried[t] = R(0), w.d[t] = R(1);
+      scores(g, x.G, n, g.input, count, P, r, W);
+      if (p.normalizer != Normalizer::none) {
+        dots(x.q, key_row, before.n, keys, count, r_carried);
+        for (int64_t t = 0; t < count; ++t) {
+          r_carried[t] *= g.carry[t];
+          r[t] += r_carried[t];
+          w.d[t] = divisor(p, g.least[t], r[t]);
+        }
+        divide_upstream(w.d);
+      }
+      w.each =
+          !(all_finite(u, count, columns, value_row) && all_finite(x.q, count, keys, key_row) &&
+            all_finite(x.k, count, keys, key_row));
+      turn(u, value_row, n, columns, uT, n);
+
+      // u v^T, and what u meets of the state at the start.
+      Gemm::multiply_lower(count, {{u, value_row, 1}, vT, n, p.value_size}, U, n);
+      Gemm::multiply(
+          K, n, {{before.C, columns, 1}, uT, n, p.value_size, nullptr, Part::all, &ahead}, Z, n);
+      R q_carried[kChunk]; // q . C0 u, as it comes to step t
+      for (int64_t t = 0; t < n; t += kLanes) {
+        V sum(R(0));
+        for (int64_t k = 0; k < K; ++k)
+          sum = fused(M::load(qT + k * n + t), M::load(Z + k * n + t), sum);
+        M::store(q_carried + t, sum * M::load(g.carry + t));
+      }
+
+      // The gradients of r and of the stabiliser; E: of G, but for the weights of its elements.
+      for (int64_t t = 0; t < kChunk; ++t) e[t] = R(0), w.of_m[t] = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        const R u_numerator = dot_up_to(P + t * n, U + t * n, t) + q_carried[t];
+        const R slope = divisor_slope(p, g, t, r[t]);
+        if (p.exact) {
+          e[t] = -slope * u_numerator / w.d[t];
+          if (slope == R(0)) e[t] = R(0);
+          if (p.normalizer == Normalizer::stabilized)
+            w.of_m[t] = -double(u_numerator) * p.eps / double(w.d[t]);
+        }
+        for (int64_t j = 0; j < n; j += kLanes) {
+          const V weighted =
+              j > t ? V(R(0))
+                    : up_to((M::load(U + t * n + j) + V(e[t])) * M::load(W + t * n + j), t - j);
+          M::store(E + t * n + j, weighted);
+        }
+      }
+
+      // What decays and inputs meet inside the chunk: sums over the rows from t on.
+      for (int64_t t = 0; t < kChunk; ++t) w.columns[t] = R(0);
+      double carried = 0;
+      for (int64_t t = count - 1; t >= 0; --t) {
+        V inside(R(0));
+        for (int64_t j = 0; j <= t; j += kLanes) {
+          const V sum = M::load(w.columns + j) +
+                        up_to(M::load(x.G + t * n + j) * M::load(E + t * n + j), t - j);
+          M::store(w.columns + j, sum);
+          inside = inside + up_to(sum * M::load(g.input + j), t - 1 - j);
+        }
+        carried += double(q_carried[t]) + double(e[t]) * double(r_carried[t]);
+        w.rows[t] = double(sum_of(inside)) + carried;
+      }
+
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t j = 0; j <= t; j += kLanes)
+          M::store(E + t * n + j, M::load(E + t * n + j) * M::load(g.input + j));
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t t = 0; t < n; t += kLanes) {
+          const V z = fused(M::load(e + t), V(before.n[k]), M::load(Z + k * n + t));
+          M::store(Z + k * n + t, M::load(g.carry + t) * z);
+        }
+      add_turned(Z, K, n, gq, key_row);
+      Gemm::multiply(
+          count, keys, {{E, n, 1}, x.k, key_row, count, nullptr, Part::lower, &ahead}, gq, key_row,
+          R(1), w.each);
+    }
+
+    // What steps meet of the gradient of the state at the end, and that of the state at the start.
+    struct End {
+      alignas(64) R k[kChunk];
+      double through, ended[kChunk + 1]; // before step j
+    };
+    void meet_end(const Gates& g, const State& before, const State& grad, End& end) {
+      Gemm::multiply(
+          K, n, {{grad.C, value_row, 1}, vT, n, p.value_size, nullptr, Part::all, &ahead}, Y, n);
+      for (int64_t j = 0; j < n; j += kLanes) {
+        V sum(R(0));
+        for (int64_t k = 0; k < K; ++k) {
+          const V y = M::load(Y + k * n + j) + V(grad.n[k]);
+          sum = fused(M::load(x.kT + k * n + j), y, sum);
+          M::store(Y + k * n + j, y * M::load(g.to_end + j));
+        }
+        M::store(end.k + j, sum);
+      }
+      end.through = double(g.decay) *
+                    (dot_of_states(p, before.C, grad.C) + double(dot(before.n, grad.n, keys)));
+      end.ended[0] = 0;
+      for (int64_t j = 0; j < count; ++j)
+        end.ended[j + 1] = end.ended[j] + double(g.to_end[j]) * double(end.k[j]);
+    }
+    // The last C and n are divided by e^m.
+    double of_last_m(const End& end) const { return -(end.through + end.ended[count]); }
+
+    // Is the stabiliser of step t that of the step before it?
+    static bool decayed(const Gates& g, double m0, int64_t t) {
+      return g.log_decay[t] + (t > 0 ? g.m[t - 1] : m0) >= g.log_input[t];
+    }
+    // The gradients of gates; and m's, from the chunk's end to its start. Nothing is taken from what has been added up, so
+    // small gradients of strong decays are as exact as large ones.
+    void to_gates(
+        const Gates& g, double m0, const Weights& w, const End& end, int64_t head, double& grad_m) {
+      for (int64_t t = count - 1; t >= 0; --t) {
+        double of_decay = w.rows[t] + end.ended[t] + end.through;
+        const double own = double(w.columns[t]) + double(g.end[t]) * double(end.k[t]);
+        double of_input = own * double(g.input[t]);
+        set_gate(p.grad_input_scale, *s, first + t, head, R(own));
+        if (p.normalizer == Normalizer::stabilized) {
+          const double of_own = w.of_m[t] + grad_m;
+          const bool from_before = decayed(g, m0, t);
+          (from_before ? of_decay : of_input) += of_own;
+          grad_m = from_before ? of_own : 0;
+        }
+        set_gate(p.grad_log_decay, *s, first + t, head, R(of_decay));
+        set_gate(p.grad_log_input, *s, first + t, head, R(of_input));
+      }
+    }
+
+    // The gradients of values, and gk of this head, added up. grad: of the state at the end, which has been met.
+    void to_values(const Gates& g, const State& grad, const Weights& w, int64_t head) {
+      Gemm::multiply(
+          count, columns, {{x.k, key_row, 1}, grad.C, value_row, K, g.to_end, Part::all, &ahead},
+          {{w.P, 1, n}, u, value_row, count, nullptr, Part::upper}, gv, value_row, kOverwrite<R>,
+          w.each);
+      unpack(false, gv, p.grad_v, *s, first, count, head, p.value_size, R(1), plan.stream);
+      add_turned(Y, K, n, gk, key_row);
+      Gemm::multiply(
+          count, keys, {{w.E, 1, n}, x.q, key_row, count, nullptr, Part::upper, &ahead}, gk,
+          key_row, R(1), w.each);
+    }
+
+    // From the gradient of some rows of the state at the end to that at the start; qT: of those rows.
+    void to_state(const Gates& g, const R* e, int64_t rows, State& grad) {
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t t = 0; t < n; t += kLanes)
+          M::store(carried_q + k * n + t, M::load(g.carry + t) * M::load(qT + k * n + t));
+      Gemm::multiply(
+          rows, columns, {{carried_q, n, 1}, u, value_row, count, nullptr, Part::all, &ahead},
+          grad.C, value_row, g.decay);
+      for (int64_t k = 0; k < rows; ++k)
+        grad.n[k] = torch_ext::fused(g.decay, grad.n[k], dot(carried_q + k * n, e, n));
+    }
+
+    void clear(R* of_keys) { memset(of_keys, 0, size_t(n * key_row) * sizeof(R)); }
+    void store(const MatrixMemoryPlan::Item& it, bool of_keys) const {
+      store_shared(p, plan, it, *s, first, count, of_keys, of_keys ? gk : gq);
+    }
+  };
+
+  // Sequences and heads, all steps of them.
+  static void all_back(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end) {
+    const int64_t K = p.key_size, keys = padded(K), columns = padded(p.value_size),
+                  value_row = stride(p.value_size), interval = plan.chunk,
+                  shares = p.num_heads / p.num_groups, state_size = K * value_row + keys;
+    constexpr int64_t kWeights = sizeof(Weights) / sizeof(R);
+    Scratch scratch(Gradients::size(p) + kWeights + plan.heads * (state_size + 32) + 256);
+    Gradients x(p, plan, scratch);
+    Weights& w = *reinterpret_cast<Weights*>(scratch.take(kWeights));
     R* const grads = scratch.take(plan.heads * (state_size + 16)); // of the states
     for (int64_t item = begin; item < end; ++item) {
       const MatrixMemoryPlan::Item it = plan.item(item, p);
       const Sequence s(p, it.sequence);
       const int64_t group = it.head / shares;
-      Ahead ahead;
       double grad_m[kMatrixMemoryHeads];
       const auto grad_of = [&](int64_t h) {
         return State{grads + h * state_size, grads + h * state_size + K * value_row};
@@ -1490,201 +1762,233 @@ struct MatrixMemory {
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t first = chunk * interval,
                       count = s.steps - first < interval ? s.steps - first : interval;
-        x.load(p, s, first, count, group);
-        const int64_t n = x.columns;
-        turn(x.q, key_row, n, keys, qT, n);
-        memset(gq, 0, size_t(n * key_row) * sizeof(R));
-        memset(gk, 0, size_t(n * key_row) * sizeof(R));
+        x.at(s, first, count);
+        x.load(group);
+        x.turn_queries(0, K);
+        x.clear(x.gq), x.clear(x.gk);
         for (int64_t h = 0; h < it.heads; ++h) {
           const int64_t head = it.head + h;
-          State before, grad = grad_of(h);
-          before.C = kept(p, const_cast<void*>(p.checkpoints), s, chunk, head, interval);
-          before.n = before.C + K * columns;
-          before.m = double(before.n[keys]);
+          State grad = grad_of(h);
+          const State before = kept_state(p, s, chunk, head, interval);
           const Gates g(p, s, first, count, head, before.m);
-          const bool stabilized = p.normalizer == Normalizer::stabilized;
-          pack(false, p.v, s, first, count, head, p.value_size, R(1), v);
-          if (p.grad_h.data)
-            pack(p.wide_h, p.grad_h, s, first, count, head, p.value_size, R(1), u);
-          else
-            memset(u, 0, size_t(n * value_row) * sizeof(R));
+          x.load_values(head);
+          x.load_upstream(head);
 
-          // What comes next: another head, or the chunk before this one.
-          ahead.clear();
           const bool last = h == it.heads - 1;
-          const int64_t next = last ? first - interval : first,
-                        next_head = last ? it.head : head + 1;
-          if (next >= 0) {
-            const R* const C =
-                kept(p, const_cast<void*>(p.checkpoints), s, next / interval, next_head, interval);
-            fetch(false, p.v, s, next, interval, next_head, p.value_size, ahead);
-            fetch(p.wide_h, p.grad_h, s, next, interval, next_head, p.value_size, ahead);
-            ahead.add(
-                {reinterpret_cast<const char*>(C), columns * int64_t(sizeof(R)),
-                 columns * int64_t(sizeof(R)), K});
-          }
-          if (last) fetch(p.wide_keys, p.k, s, next, interval, group, K, ahead);
-          if (last) fetch(p.wide_keys, p.q, s, next, interval, group, K, ahead);
-          ahead.spread_over(
-              2 * Gemm::blocks(K, n) + 2 * Gemm::blocks(count, keys) +
+          x.fetch_next(last ? first - interval : first, last ? it.head : head + 1, last, group);
+          x.ahead.spread_over(
+              2 * Gemm::blocks(K, x.n) + 2 * Gemm::blocks(count, keys) +
               Gemm::blocks(count, columns) + Gemm::blocks(K, columns));
 
-          // The forward's weights, products and sums.
-          alignas(64) R r[kChunk], r_carried[kChunk], d[kChunk];
-          for (int64_t t = 0; t < kChunk; ++t) r[t] = r_carried[t] = R(0), d[t] = R(1);
-          scores(g, x.G, n, g.input, count, P, r, W);
-          if (p.normalizer != Normalizer::none) {
-            dots(x.q, key_row, before.n, keys, count, r_carried);
-            for (int64_t t = 0; t < count; ++t) {
-              r_carried[t] *= g.carry[t];
-              r[t] += r_carried[t];
-              d[t] = divisor(p, g.least[t], r[t]);
-              const V by(R(1) / d[t]);
-              for (int64_t i = 0; i < columns; i += kLanes)
-                M::store(u + t * value_row + i, M::load(u + t * value_row + i) * by);
-            }
-          }
-          const bool each =
-              !(all_finite(u, count, columns, value_row) && all_finite(x.q, count, keys, key_row) &&
-                all_finite(x.k, count, keys, key_row));
-          turn(u, value_row, n, columns, uT, n);
-          turn(v, value_row, n, columns, vT, n);
-
-          // u v^T, and what u meets of the state at the start.
-          Gemm::multiply_lower(count, {{u, value_row, 1}, vT, n, p.value_size}, U, n);
-          Gemm::multiply(
-              K, n, {{before.C, columns, 1}, uT, n, p.value_size, nullptr, Part::all, &ahead}, Z,
-              n);
-          R q_carried[kChunk]; // q . C0 u, as it comes to step t
-          for (int64_t t = 0; t < n; t += kLanes) {
-            V sum(R(0));
-            for (int64_t k = 0; k < K; ++k)
-              sum = fused(M::load(qT + k * n + t), M::load(Z + k * n + t), sum);
-            M::store(q_carried + t, sum * M::load(g.carry + t));
-          }
-
-          // The gradients of r and of the stabiliser; E: of G, but for the weights of its elements.
-          R e[kChunk];
-          double of_m[kChunk];
-          for (int64_t t = 0; t < kChunk; ++t) e[t] = R(0), of_m[t] = 0;
-          for (int64_t t = 0; t < count; ++t) {
-            const R u_numerator = dot_up_to(P + t * n, U + t * n, t) + q_carried[t];
-            const R slope = divisor_slope(p, g, t, r[t]);
-            if (p.exact) {
-              e[t] = -slope * u_numerator / d[t];
-              if (slope == R(0)) e[t] = R(0);
-              if (stabilized) of_m[t] = -double(u_numerator) * p.eps / double(d[t]);
-            }
-            for (int64_t j = 0; j < n; j += kLanes) {
-              const V weighted =
-                  j > t ? V(R(0))
-                        : up_to((M::load(U + t * n + j) + V(e[t])) * M::load(W + t * n + j), t - j);
-              M::store(E + t * n + j, weighted);
-            }
-          }
-
-          // What steps meet of the gradient of the state at the end.
-          Gemm::multiply(
-              K, n, {{grad.C, value_row, 1}, vT, n, p.value_size, nullptr, Part::all, &ahead}, Y,
-              n);
-          R k_end[kChunk];
-          for (int64_t j = 0; j < n; j += kLanes) {
-            V sum(R(0));
-            for (int64_t k = 0; k < K; ++k) {
-              const V y = M::load(Y + k * n + j) + V(grad.n[k]);
-              sum = fused(M::load(x.kT + k * n + j), y, sum);
-              M::store(Y + k * n + j, y * M::load(g.to_end + j));
-            }
-            M::store(k_end + j, sum);
-          }
-
-          // ---- gates ----
-          // Nothing is taken from what has been added up, so small gradients of strong decays are as exact as large ones.
-          const double through = double(g.decay) * (dot_of_states(p, before.C, grad.C) +
-                                                    double(dot(before.n, grad.n, keys)));
-          double of_decay[kChunk], of_input[kChunk], ended[kChunk + 1];
-          ended[0] = 0;
-          for (int64_t j = 0; j < count; ++j)
-            ended[j + 1] = ended[j] + double(g.to_end[j]) * double(k_end[j]);
-          if (stabilized && chunk == chunks - 1) // the last C and n are divided by e^m
-            grad_m[h] -= through + ended[count];
-          R sums[kChunk] = {}; // over the rows from t on
-          double carried = 0;
-          for (int64_t t = count - 1; t >= 0; --t) {
-            V inside(R(0));
-            for (int64_t j = 0; j <= t; j += kLanes) {
-              const V sum = M::load(sums + j) +
-                            up_to(M::load(x.G + t * n + j) * M::load(E + t * n + j), t - j);
-              M::store(sums + j, sum);
-              inside = inside + up_to(sum * M::load(g.input + j), t - 1 - j);
-            }
-            carried += double(q_carried[t]) + double(e[t]) * double(r_carried[t]);
-            of_decay[t] = double(sum_of(inside)) + carried + ended[t] + through;
-          }
-          for (int64_t t = count - 1; t >= 0; --t) {
-            const double own = double(sums[t]) + double(g.end[t]) * double(k_end[t]);
-            of_input[t] = own * double(g.input[t]);
-            set_gate(p.grad_input_scale, s, first + t, head, R(own));
-            if (stabilized) {
-              const double m_before = t > 0 ? g.m[t - 1] : before.m, of_own = of_m[t] + grad_m[h];
-              const bool decayed = g.log_decay[t] + m_before >= g.log_input[t];
-              (decayed ? of_decay : of_input)[t] += of_own;
-              grad_m[h] = decayed ? of_own : 0;
-            }
-            set_gate(p.grad_log_decay, s, first + t, head, R(of_decay[t]));
-            set_gate(p.grad_log_input, s, first + t, head, R(of_input[t]));
-          }
-
-          // ---- values ----
-          Gemm::multiply(
-              count, columns,
-              {{x.k, key_row, 1}, grad.C, value_row, K, g.to_end, Part::all, &ahead},
-              {{P, 1, n}, u, value_row, count, nullptr, Part::upper}, gv, value_row, R(0), each);
-          unpack(false, gv, p.grad_v, s, first, count, head, p.value_size, R(1), plan.stream);
-
-          // ---- queries and keys ----
-          for (int64_t t = 0; t < count; ++t)
-            for (int64_t j = 0; j <= t; j += kLanes)
-              M::store(E + t * n + j, M::load(E + t * n + j) * M::load(g.input + j));
-          for (int64_t k = 0; k < K; ++k)
-            for (int64_t t = 0; t < n; t += kLanes) {
-              const V carry = M::load(g.carry + t);
-              const V z = fused(M::load(e + t), V(before.n[k]), M::load(Z + k * n + t));
-              M::store(Z + k * n + t, carry * z);
-              M::store(carried_q + k * n + t, carry * M::load(qT + k * n + t));
-            }
-          add_turned(Z, K, n, gq, key_row);
-          add_turned(Y, K, n, gk, key_row);
-          Gemm::multiply(
-              count, keys, {{E, n, 1}, x.k, key_row, count, nullptr, Part::lower, &ahead}, gq,
-              key_row, R(1), each);
-          Gemm::multiply(
-              count, keys, {{E, 1, n}, x.q, key_row, count, nullptr, Part::upper, &ahead}, gk,
-              key_row, R(1), each);
-
-          // ---- the state at the start ----
-          Gemm::multiply(
-              K, columns, {{carried_q, n, 1}, u, value_row, count, nullptr, Part::all, &ahead},
-              grad.C, value_row, g.decay);
-          for (int64_t k = 0; k < K; ++k)
-            grad.n[k] = torch_ext::fused(g.decay, grad.n[k], dot(carried_q + k * n, e, n));
+          x.to_queries(g, before, w);
+          typename Gradients::End met;
+          x.meet_end(g, before, grad, met);
+          if (p.normalizer == Normalizer::stabilized && chunk == chunks - 1)
+            grad_m[h] += x.of_last_m(met);
+          x.to_gates(g, before.m, w, met, head, grad_m[h]);
+          x.to_values(g, grad, w, head);
+          x.to_state(g, w.e, K, grad);
         }
-        store_shared(p, plan, it, s, first, count, gq, gk);
+        x.store(it, false), x.store(it, true);
       }
       for (int64_t h = 0; h < it.heads; ++h) {
         State g = grad_of(h);
-        if (p.normalizer == Normalizer::stabilized && s.steps > 0) {
-          // C0 and n0 are divided by e^m0.
-          State before;
-          before.C = kept(p, const_cast<void*>(p.checkpoints), s, 0, it.head + h, interval);
-          before.n = before.C + K * columns;
-          grad_m[h] += dot_of_states(p, before.C, g.C) + double(dot(before.n, g.n, keys));
-        }
+        if (s.steps > 0) grad_m[h] += of_first_m(p, s, it.head + h, interval, g);
         g.m = grad_m[h];
         store_state(p, g, p.grad_initial_state, it.sequence, it.head + h);
       }
     }
-    if (plan.stream) fence_streams();
+  }
+  // The initial C and n are divided by e^m; grad: of them.
+  static double of_first_m(
+      const MatrixMemoryBackward& p, const Sequence& s, int64_t head, int64_t interval,
+      const State& grad) {
+    if (p.normalizer != Normalizer::stabilized) return 0;
+    const State before = kept_state(p, s, 0, head, interval);
+    return dot_of_states(p, before.C, grad.C) + double(dot(before.n, grad.n, padded(p.key_size)));
+  }
+
+  // In three passes, for few heads, of which the first and the last go over all chunks, and the second one over rows of C,
+  // which are independent: the same sums.
+  static State grad_state(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, const Sequence& s, int64_t chunk,
+      int64_t head) {
+    const int64_t place =
+        ((chunk - plan.first_chunk) * p.num_sequences + s.index) * p.num_heads + head;
+    State state;
+    state.C = static_cast<R*>(plan.grad_states) +
+              place * matrix_memory_grad_state_size(p.key_size, p.value_size);
+    state.n = state.C + p.key_size * stride(p.value_size);
+    return state;
+  }
+  static R* m_of(const MatrixMemoryBackward& p, const State& grad) {
+    return grad.n + padded(p.key_size); // a double
+  }
+  static Weights& weights_of(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, const Sequence& s, int64_t chunk,
+      int64_t head) {
+    const int64_t place =
+        ((chunk - plan.first_chunk) * p.num_sequences + s.index) * p.num_heads + head;
+    return static_cast<Weights*>(plan.weights)[place];
+  }
+  // body(item, sequence, chunk, first step, steps) of items that are those of `all` and a chunk.
+  template <class Body>
+  static void for_chunks(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end,
+      const Body& body) {
+    const int64_t chunks = plan.end_chunk - plan.first_chunk;
+    for (int64_t i = begin; i < end; ++i) {
+      const MatrixMemoryPlan::Item it = plan.item(i / chunks, p);
+      const int64_t chunk = plan.first_chunk + i % chunks, first = chunk * plan.chunk,
+                    left = p.num_steps - first;
+      body(it, Sequence(p, it.sequence), chunk, first, left < plan.chunk ? left : plan.chunk);
+    }
+  }
+  static void back_to_queries(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end) {
+    const int64_t shares = p.num_heads / p.num_groups;
+    Scratch scratch(
+        Gradients::size(p) + matrix_memory_grad_state_size(p.key_size, p.value_size) + 64);
+    Gradients x(p, plan, scratch);
+    for_chunks(
+        p, plan, begin, end,
+        [&](const MatrixMemoryPlan::Item& it, const Sequence& s, int64_t chunk, int64_t first,
+            int64_t count) {
+          x.at(s, first, count);
+          x.load(it.head / shares);
+          x.turn_queries(0, p.key_size);
+          x.clear(x.gq);
+          for (int64_t head = it.head; head < it.head + it.heads; ++head) {
+            const State before = kept_state(p, s, chunk, head, plan.chunk);
+            const Gates g(p, s, first, count, head, before.m);
+            x.load_values(head);
+            x.load_upstream(head);
+            const bool last = head == it.head + it.heads - 1;
+            x.fetch_next(
+                last ? first + plan.chunk : first, last ? it.head : head + 1, last,
+                it.head / shares);
+            x.ahead.spread_over(Gemm::blocks(p.key_size, x.n) + Gemm::blocks(count, x.keys));
+            Weights& w = weights_of(p, plan, s, chunk, head);
+            x.to_queries(g, before, w);
+            w.of_last_m = 0;
+            if (p.normalizer != Normalizer::stabilized || first + count < s.steps) continue;
+            R* const C = scratch.data + scratch.used;
+            State grad{C, C + p.key_size * stride(p.value_size)};
+            load_state(p, p.grad_final_state, s.index, head, grad);
+            typename Gradients::End met;
+            x.meet_end(g, before, grad, met);
+            w.of_last_m = x.of_last_m(met);
+          }
+          x.store(it, false);
+        });
+  }
+  static void back_to_states(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end) {
+    const int64_t K = p.key_size, value_row = stride(p.value_size), interval = plan.chunk,
+                  shares = p.num_heads / p.num_groups, slices = (K + plan.keys - 1) / plan.keys;
+    Scratch scratch(Gradients::size(p) + plan.keys * value_row + padded(plan.keys) + 64);
+    Gradients x(p, plan, scratch);
+    State grad{scratch.take(plan.keys * value_row), scratch.take(plan.keys)};
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / slices % p.num_heads, first_key = item % slices * plan.keys,
+                    keys = K - first_key < plan.keys ? K - first_key : plan.keys;
+      const Sequence s(p, item / slices / p.num_heads);
+      const bool with_m = first_key == 0 && p.normalizer == Normalizer::stabilized;
+      if (plan.end_chunk * interval >= s.steps) {
+        load_state(p, p.grad_final_state, s.index, head, grad, first_key, keys);
+      } else { // where the chunks after these have come to
+        const State from = grad_state(p, plan, s, plan.first_chunk, head);
+        memcpy(grad.C, from.C + first_key * value_row, size_t(keys * value_row) * sizeof(R));
+        memcpy(grad.n, from.n + first_key, size_t(padded(keys)) * sizeof(R));
+        if (with_m) memcpy(&grad.m, m_of(p, from), sizeof grad.m);
+      }
+      const auto keep = [&](int64_t chunk) {
+        const State to = grad_state(p, plan, s, chunk, head);
+        memcpy(to.C + first_key * value_row, grad.C, size_t(keys * value_row) * sizeof(R));
+        memcpy(to.n + first_key, grad.n, size_t(padded(keys)) * sizeof(R));
+        if (with_m) memcpy(m_of(p, to), &grad.m, sizeof grad.m);
+      };
+      for (int64_t chunk = plan.end_chunk - 1; chunk >= plan.first_chunk; --chunk) {
+        const int64_t first = chunk * interval,
+                      count = s.steps - first < interval ? s.steps - first : interval;
+        const Weights& w = weights_of(p, plan, s, chunk, head);
+        const double m0 = kept_state(p, s, chunk, head, interval).m;
+        const Gates g(p, s, first, count, head, m0);
+        if (with_m) grad.m += w.of_last_m;
+        keep(chunk + 1);
+        x.at(s, first, count);
+        x.load_queries(head / shares);
+        x.turn_queries(first_key, keys);
+        x.load_upstream(head);
+        x.divide_upstream(w.d);
+        x.ahead.clear();
+        fetch(p.wide_h, p.grad_h, s, first - interval, interval, head, p.value_size, x.ahead);
+        fetch(p.wide_keys, p.q, s, first - interval, interval, head / shares, K, x.ahead);
+        x.ahead.spread_over(Gemm::blocks(keys, x.columns));
+        x.to_state(g, w.e, keys, grad);
+        for (int64_t t = count - 1; t >= 0 && with_m; --t)
+          grad.m = Gradients::decayed(g, m0, t) ? w.of_m[t] + grad.m : 0;
+      }
+      keep(plan.first_chunk);
+      if (plan.first_chunk > 0) continue;
+      MatrixState<void*> to = p.grad_initial_state;
+      to.m = nullptr; // all rows go into that
+      store_state(p, grad, to, s.index, head, first_key, keys);
+    }
+  }
+  static void back_to_values(
+      const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, int64_t begin, int64_t end) {
+    const int64_t shares = p.num_heads / p.num_groups;
+    Scratch scratch(Gradients::size(p));
+    Gradients x(p, plan, scratch);
+    for_chunks(
+        p, plan, begin, end,
+        [&](const MatrixMemoryPlan::Item& it, const Sequence& s, int64_t chunk, int64_t first,
+            int64_t count) {
+          const int64_t group = it.head / shares;
+          x.at(s, first, count);
+          x.load_keys(group);
+          x.load_queries(group);
+          x.clear(x.gk);
+          for (int64_t head = it.head; head < it.head + it.heads; ++head) {
+            const State before = kept_state(p, s, chunk, head, plan.chunk),
+                        grad = grad_state(p, plan, s, chunk + 1, head);
+            const Weights& w = weights_of(p, plan, s, chunk, head);
+            const Gates g(p, s, first, count, head, before.m);
+            double grad_m = 0;
+            if (p.normalizer == Normalizer::stabilized)
+              memcpy(&grad_m, m_of(p, grad), sizeof grad_m);
+            x.load_values(head);
+            x.load_upstream(head);
+            x.divide_upstream(w.d);
+            const bool last = head == it.head + it.heads - 1;
+            const int64_t next = last ? first + plan.chunk : first,
+                          next_head = last ? it.head : head + 1;
+            x.fetch_next(next, next_head, last, group);
+            if (next < s.steps && next / plan.chunk < plan.end_chunk) {
+              const int64_t row = x.columns * int64_t(sizeof(R));
+              const State next_grad = grad_state(p, plan, s, next / plan.chunk + 1, next_head);
+              x.ahead.add(
+                  {reinterpret_cast<const char*>(next_grad.C), x.value_row * int64_t(sizeof(R)),
+                   row, p.key_size});
+            }
+            x.ahead.spread_over(
+                Gemm::blocks(p.key_size, x.n) + Gemm::blocks(count, x.columns) +
+                Gemm::blocks(count, x.keys));
+            typename Gradients::End met;
+            x.meet_end(g, before, grad, met);
+            x.to_gates(g, before.m, w, met, head, grad_m);
+            x.to_values(g, grad, w, head);
+            if (chunk == 0 && p.grad_initial_state.m) {
+              State initial = grad_state(p, plan, s, 0, head);
+              initial.m = grad_m + of_first_m(p, s, head, plan.chunk, initial);
+              MatrixState<void*> only_m = p.grad_initial_state;
+              only_m.C = only_m.n = nullptr;
+              store_state(p, initial, only_m, s.index, head);
+            }
+          }
+          x.store(it, true);
+        });
   }
 
   // The gradients of queries and keys: of all heads that share them, or this task's share, added up by reduce().
@@ -1696,21 +2000,17 @@ struct MatrixMemory {
   }
   static void store_shared(
       const MatrixMemoryBackward& p, const MatrixMemoryPlan& plan, const MatrixMemoryPlan::Item& it,
-      const Sequence& s, int64_t first, int64_t count, const R* gq, const R* gk) {
+      const Sequence& s, int64_t first, int64_t count, bool of_keys, const R* from) {
     const int64_t group = it.head / (p.num_heads / p.num_groups), keys = padded(p.key_size);
-    if (plan.blocks == 1) {
-      unpack(
-          p.wide_keys, gq, p.grad_q, s, first, count, group, p.key_size, R(p.scale), plan.stream);
-      unpack(p.wide_keys, gk, p.grad_k, s, first, count, group, p.key_size, R(1), plan.stream);
-      return;
-    }
+    if (plan.blocks == 1)
+      return unpack(
+          p.wide_keys, from, of_keys ? p.grad_k : p.grad_q, s, first, count, group, p.key_size,
+          R(of_keys ? 1 : p.scale), plan.stream);
+    void* const to = of_keys ? plan.shares_of_k : plan.shares_of_q;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = s.row * p.num_steps + s.token(first + t);
       memcpy(
-          share(plan, plan.shares_of_q, p, it.block, row, group), gq + t * stride(p.key_size),
-          size_t(keys) * sizeof(R));
-      memcpy(
-          share(plan, plan.shares_of_k, p, it.block, row, group), gk + t * stride(p.key_size),
+          share(plan, to, p, it.block, row, group), from + t * stride(p.key_size),
           size_t(keys) * sizeof(R));
     }
   }

@@ -159,7 +159,9 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
   const V p = r * fused(r, V(0.5f), V(1.0000146627426147f));
   return fused(t, p, t);
 #else
-  const V shifted = fused(x, V(sign * 1.4426950408889634f), V(kMagic)), n = shifted - V(kMagic);
+  // With the exponent's bias in the bits that are moved into its place: 2^n, and a product that keeps NaN, whatever its bits.
+  const V shifted = fused(x, V(sign * 1.4426950408889634f), V(kMagic + 127)),
+          n = shifted - V(kMagic + 127);
 #if defined(__FP_FAST_FMAF)
   const V r = fused(n, V(-0.69314718055994531f), x * V(sign));
 #else
@@ -172,7 +174,7 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
   p = fused(p, r, V(0.4999915063381195f));
   p = fused(p, r, V(0.9999997615814209f));
   p = fused(p, r, V(1.f));
-  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 23));
+  return p * V((V::Raw)((V::Int)shifted.v << 23));
 #endif
 }
 
@@ -249,13 +251,13 @@ TORCH_EXT_HD Vec<float> tanh(Vec<float> x) {
 TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
   x = at_least(at_most(x, 700), -708);
-  constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
+  constexpr double kMagic = 6755399441055744. + 1023; // 1.5 * 2^52, and the exponent's bias
   const V shifted = fused(x, V(1.4426950408889634), V(kMagic)), n = shifted - V(kMagic);
   const V f = fused(n, V(-1.90821492927058770002e-10), fused(n, V(-0.693147180369123816490), x));
   V p = V(kInverseFactorial[0]);
 #pragma GCC unroll 13
   for (int i = 1; i < 14; ++i) p = fused(p, f, V(kInverseFactorial[i]));
-  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
+  return p * V((V::Raw)((V::Int)shifted.v << 52));
 }
 
 TORCH_EXT_HD Vec<double> tanh(Vec<double> x) {
@@ -294,7 +296,7 @@ TORCH_EXT_HD Vec<float> exp2(Vec<float> x) {
   return fused(t, p, t);
 #else
   x = at_least(at_most(x, 115), -126);
-  const V shifted = x + V(12582912.f), r = x - (shifted - V(12582912.f));
+  const V shifted = x + V(12583039.f), r = x - (shifted - V(12583039.f));
   // exp_bounded's polynomial, its argument in octaves
   V p = V(0.0013264727727616567f);
   p = fused(p, r, V(0.009671512849267927f));
@@ -302,18 +304,18 @@ TORCH_EXT_HD Vec<float> exp2(Vec<float> x) {
   p = fused(p, r, V(0.240222426153651f));
   p = fused(p, r, V(0.6931470153007794f));
   p = fused(p, r, V(1.f));
-  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 23));
+  return p * V((V::Raw)((V::Int)shifted.v << 23));
 #endif
 }
 TORCH_EXT_HD Vec<double> exp2(Vec<double> x) {
   using V = Vec<double>;
   x = at_least(at_most(x, 1009), -1022);
-  constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
+  constexpr double kMagic = 6755399441055744. + 1023; // 1.5 * 2^52, and the exponent's bias
   const V shifted = x + V(kMagic), f = (x - (shifted - V(kMagic))) * V(0.69314718055994530942);
   V p = V(kInverseFactorial[0]);
 #pragma GCC unroll 13
   for (int i = 1; i < 14; ++i) p = fused(p, f, V(kInverseFactorial[i]));
-  return (V::Raw)((V::Int)p.v + ((V::Int)shifted.v << 52));
+  return p * V((V::Raw)((V::Int)shifted.v << 52));
 }
 
 // ---- lanes against registers ----

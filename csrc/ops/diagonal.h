@@ -519,7 +519,16 @@ struct Diagonal<Op, std::index_sequence<I...>, Options<O...>> {
         at::autocast::cached_cast(widest, x, Device)..., state, cu_seqlens, options..., reverse);
   }
   template <c10::DispatchKey Key, c10::DeviceType Device>
-  static Tensor autocast_step_(
+  static Pair autocast_step(
+      In<I>... x, const Tensor& state, const Opt& state_indices, O... options) {
+    c10::impl::ExcludeDispatchKeyGuard off(Key);
+    const at::ScalarType widest = widest_of(x...);
+    return step(
+        at::autocast::cached_cast(widest, x, Device)...,
+        at::autocast::cached_cast(state_dtype(widest), state, Device), state_indices, options...);
+  }
+  template <c10::DispatchKey Key, c10::DeviceType Device>
+  static Tensor autocast_step_( // the state is written: it has its dtype, or is refused
       In<I>... x, const Tensor& state, const Opt& state_indices, O... options) {
     c10::impl::ExcludeDispatchKeyGuard off(Key);
     const at::ScalarType widest = widest_of(x...);
@@ -635,16 +644,19 @@ struct RegisterDiagonal {
       library(torch::Library::IMPL, key)
           .impl(step_.c_str(), torch::CppFunction::makeFromBoxedFunction<&resolve_lazy>());
     library(torch::Library::IMPL, Key::CompositeImplicitAutograd).impl(step.c_str(), &D::step);
-    const auto autocast = [&](Key key, auto f, auto s) {
+    const auto autocast = [&](Key key, auto f, auto s, auto in_place) {
       auto& m = library(torch::Library::IMPL, key);
       m.impl(name.c_str(), f);
-      m.impl(step_.c_str(), s);
+      m.impl(step.c_str(), s);
+      m.impl(step_.c_str(), in_place);
     };
     autocast(
         Key::AutocastCPU, &D::template autocast<Key::AutocastCPU, at::kCPU>,
+        &D::template autocast_step<Key::AutocastCPU, at::kCPU>,
         &D::template autocast_step_<Key::AutocastCPU, at::kCPU>);
     autocast(
         Key::AutocastCUDA, &D::template autocast<Key::AutocastCUDA, at::kCUDA>,
+        &D::template autocast_step<Key::AutocastCUDA, at::kCUDA>,
         &D::template autocast_step_<Key::AutocastCUDA, at::kCUDA>);
   }
 };

@@ -89,6 +89,16 @@ Result autocast_step(
       x, R, bias, cast(h), state_indices, nonlinearity, recurrent_mask, h_update, norm_weight,
       norm_eps);
 }
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Tensor autocast_step_( // the states are written: they have their dtype, or are refused
+
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return step_(
+      x, R, bias, h, state_indices, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
+}
 
 // ---- ind_rnn: x (B, T, D), u and bias (D,) ----
 
@@ -176,6 +186,13 @@ Result ind_autocast_step(
       x, u, bias, *gated_autocast_state<Device>(h, x), state_indices, nonlinearity, recurrent_mask,
       h_update);
 }
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Tensor ind_autocast_step_(
+    const Tensor& x, const Tensor& u, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return ind_step_(x, u, bias, h, state_indices, nonlinearity, recurrent_mask, h_update);
+}
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -236,14 +253,18 @@ TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatchedDecomposition, m) { // else vmap w
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCPU, m) {
   m.impl("ind_rnn", &ind_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("ind_rnn_step", &ind_autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("ind_rnn_step_", &ind_autocast_step_<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("elman", &autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("elman_step", &autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("elman_step_", &autocast_step_<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("ind_rnn", &ind_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("ind_rnn_step", &ind_autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("ind_rnn_step_", &ind_autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("elman", &autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("elman_step", &autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("elman_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
 } // namespace

@@ -79,6 +79,16 @@ Result autocast_step(
       x, R, bias, cast(h), state_indices, reset_after, recurrent_mask, h_update, norm_weight,
       norm_eps);
 }
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Tensor autocast_step_( // the states are written: they have their dtype, or are refused
+
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Opt& state_indices,
+    bool reset_after, const Opt& recurrent_mask, const Opt& h_update, const Opt& norm_weight,
+    double norm_eps) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return step_(
+      x, R, bias, h, state_indices, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
+}
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -114,10 +124,12 @@ TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatchedDecomposition, m) { // else vmap w
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCPU, m) {
   m.impl("gru", &autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("gru_step", &autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("gru_step_", &autocast_step_<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("gru", &autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("gru_step", &autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("gru_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
 } // namespace

@@ -97,6 +97,18 @@ Result autocast_step(
       x, R, bias, cast(h), cast(c), state_indices, coupled, peephole, projection, recurrent_mask,
       h_update, c_update, norm_weight, cell_norm_weight, cell_norm_bias, norm_eps);
 }
+template <c10::DispatchKey Key, c10::DeviceType Device>
+Tensor autocast_step_( // the states are written: they have their dtype, or are refused
+
+    const Tensor& x, const Tensor& R, const Opt& bias, const Tensor& h, const Tensor& c,
+    const Opt& state_indices, bool coupled, const Opt& peephole, const Opt& projection,
+    const Opt& recurrent_mask, const Opt& h_update, const Opt& c_update, const Opt& norm_weight,
+    const Opt& cell_norm_weight, const Opt& cell_norm_bias, double norm_eps) {
+  c10::impl::ExcludeDispatchKeyGuard off(Key);
+  return step_(
+      x, R, bias, h, c, state_indices, coupled, peephole, projection, recurrent_mask, h_update,
+      c_update, norm_weight, cell_norm_weight, cell_norm_bias, norm_eps);
+}
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -138,10 +150,12 @@ TORCH_LIBRARY_IMPL(torch_ext, FuncTorchBatchedDecomposition, m) { // else vmap w
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCPU, m) {
   m.impl("lstm", &autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("lstm_step", &autocast_step<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("lstm_step_", &autocast_step_<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("lstm", &autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("lstm_step", &autocast_step<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("lstm_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
 } // namespace

@@ -15,9 +15,10 @@ namespace {
 
 using In = MatrixCase;
 
+// More than two are two that drivers take for more.
 cpu::Parallel parallel(int threads) {
   if (threads == 1) return {1, nullptr};
-  return {2, [](int64_t n, int64_t, void (*fn)(int64_t, int64_t, void*), void* ctx) {
+  return {threads, [](int64_t n, int64_t, void (*fn)(int64_t, int64_t, void*), void* ctx) {
             std::thread other([=] { fn(0, n / 2, ctx); });
             fn(n / 2, n, ctx);
             other.join();
@@ -81,6 +82,24 @@ TEST_P(MatrixMemory, ManyChunks) {
       ASSERT_NO_FATAL_FAILURE(check_case(draw_case(random, shape, normalizer)));
 }
 
+// Fewer heads than threads: forward and backward go over all chunks in passes.
+TEST_P(MatrixMemory, FewHeads) {
+  Random random;
+  for (const Normalizer normalizer : kNormalizers)
+    for (const MatrixShape& shape : std::vector<MatrixShape>{
+             {1, random.integer(255, 258), 1, 1, 66, 70},
+             {1, random.integer(225, 290), 3, 1, 33, 40},
+             {2, random.integer(225, 290), 10, 2, 17, 16}}) {
+      MatrixCase p = draw_case(random, shape, normalizer);
+      while (p.packed()) p = draw_case(random, shape, normalizer);
+      ASSERT_NO_FATAL_FAILURE(check_case(p));
+      const MatrixResult all = run(p), few = run(p, 64, {.few = true});
+      ASSERT_TRUE(same(all, run(p, 64))) << p.text();
+      for (size_t i = 0; i <= In::v; ++i)
+        ASSERT_TRUE(same(all.grads[i], few.grads[i])) << In::name(i) << ": " << p.text();
+    }
+}
+
 TEST_P(MatrixMemory, LongSequence) {
   if (dtype() != DType::f32) GTEST_SKIP() << "the same for all";
   Random random;
@@ -89,6 +108,10 @@ TEST_P(MatrixMemory, LongSequence) {
         check_case(draw_case(random, {1, random.integer(1000, 1200), 1, 1, 5, 6}, normalizer)));
   ASSERT_NO_FATAL_FAILURE(
       check_case(draw_case(random, {1, 5000, 1, 1, 6, 9}, Normalizer::stabilized)));
+  // More chunks than a backward in passes goes over at a time.
+  MatrixCase p = draw_case(random, {1, 4000, 1, 1, 17, 16}, Normalizer::stabilized);
+  while (p.packed()) p = draw_case(random, {1, 4000, 1, 1, 17, 16}, Normalizer::stabilized);
+  ASSERT_NO_FATAL_FAILURE(check_case(p));
 }
 
 TEST_P(MatrixMemory, UnwantedOutputsAreLeftOut) {
