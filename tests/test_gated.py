@@ -650,7 +650,7 @@ def test_double_backward_of_clipped_gradients(recurrence, generator):
         nonlocal weights
         out = recurrence.call(operator(recurrence), dict(zip(leaves, x, strict=True)), **options)
         weights = weights or [torch.rand(y.shape, generator=generator).double() for y in out]
-        total = sum((y.sin() * w).sum() for y, w in zip(out, weights, strict=True))
+        total = sum((y * w).sum() for y, w in zip(out, weights, strict=True))
         return torch.autograd.grad(total, x, create_graph=True)
 
     torch.autograd.gradcheck(gradient, tuple(leaves.values()), fast_mode=True)

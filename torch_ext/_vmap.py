@@ -238,8 +238,7 @@ def _register_gated(name: str) -> None:
     arguments = [argument.name for argument in operator.default._schema.arguments]
     backward = name.endswith("_backward")
     # Where the heads are, counted from the end.
-    of_heads = dict.fromkeys(arguments, 2) | {"R": 3, "projection": 3}
-    shared = ("reset", "cu_seqlens")
+    of_heads = dict.fromkeys(arguments, 2) | {"R": 3, "projection": 3, "reset": 1}
     parameters = arguments[arguments.index("x") : arguments.index("recurrent_mask")]
     outputs_of = parameters if backward else ["x", "h", "c", "n", "m", "kept"]
 
@@ -263,10 +262,10 @@ def _register_gated(name: str) -> None:
 
         folded = {}
         for argument, x, dim in zip(arguments, args, in_dims, strict=False):
-            if isinstance(x, Tensor) and argument in shared:
+            if isinstance(x, Tensor) and argument == "cu_seqlens":
                 if dim is not None:
                     raise ValueError(
-                        f"{name}: {argument} has a vmap dimension, expected none: "
+                        f"{name}: cu_seqlens has a vmap dimension, expected none: "
                         "it has to be the same for all that vmap runs over"
                     )
                 folded[argument] = x

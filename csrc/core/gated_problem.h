@@ -4,7 +4,7 @@
 //   state[t] = cell(x[t], a[t], state[t-1])                     cells/gated.h; the cell is an index into GatedCells
 //   c = c_update c + (1 - c_update) c[t-1],  h = h_update h + (1 - h_update) h[t-1]
 //   h = projection h, before its update, where there is one
-// and zeros instead of state[t-1] where reset[t] is true.
+// and, head by head, zeros instead of state[t-1] where reset[t] is true.
 //
 // Arrays over time have the dtype the driver is called with. Parameters, states and their gradients are double for double
 // and else float, contiguous in the order that is written beside them; R is that or BFloat16. All strides count elements
@@ -51,8 +51,8 @@ struct GatedProblem {
   const void *cell_norm_weight = nullptr, *cell_norm_bias = nullptr; // (head, width)
   OverUnits<const void*> h_update, c_update; // gate is not used; of the parameters' dtype
   UnitState<const void*> mask;
-  const bool* reset = nullptr; // (sequence, time)
-  int64_t reset_sequence = 0, reset_time = 0;
+  const bool* reset = nullptr; // (sequence, time, head)
+  int64_t reset_sequence = 0, reset_time = 0, reset_head = 0;
   UnitState<const void*> initial_state[kGatedStates]; // null: zeros
 
   int64_t num_tokens() const { return cu_seqlens ? num_steps : num_sequences * num_steps; }

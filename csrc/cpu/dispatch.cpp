@@ -572,13 +572,15 @@ void run_gated(
     const Call& c = *static_cast<const Call*>(ctx);
     c.kernel(c.p, c.plan, c.dtype, begin, end);
   };
+  // What a call without a team is given a part of.
+  const int64_t units = sizes.from_h == 0 ? p.num_heads * plan.first.blocks : p.num_heads;
   switch (how) {
     case kAlone:
-      return range(0, sizes.from_h == 0 ? plan.first.blocks : p.num_heads, &call);
+      return range(0, units, &call);
     case kHeads:
       return run(p.num_heads, (p.num_heads + threads - 1) / threads, range);
     case kUnits:
-      return run(plan.first.blocks, (plan.first.blocks + threads - 1) / threads, range);
+      return run(units, (units + threads - 1) / threads, range);
     case kRows:
       return run(threads, 1, [](int64_t begin, int64_t end, void* ctx) {
         const Call& c = *static_cast<const Call*>(ctx);

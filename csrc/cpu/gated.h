@@ -322,7 +322,7 @@ struct GatedRun {
     bool reset_before = false,
          reset_after = false; // is the state before this step, or the next one, replaced?
   };
-  Place place(int64_t row, int64_t t) const {
+  Place place(int64_t row, int64_t t, int64_t head) const {
     const GatedPlan::Row& r = plan.rows[row];
     const auto token = [&](int64_t step) {
       return r.first + (p.reverse ? r.length - 1 - step : step);
@@ -330,8 +330,10 @@ struct GatedRun {
     const auto resets = [&](int64_t step) {
       if (!p.reset || step >= r.length) return false;
       const int64_t at = token(step);
-      return p.cu_seqlens ? p.reset[at * p.reset_time]
-                          : p.reset[r.sequence * p.reset_sequence + (at - r.first) * p.reset_time];
+      return p.reset
+          [(p.cu_seqlens ? at * p.reset_time
+                         : r.sequence * p.reset_sequence + (at - r.first) * p.reset_time) +
+           head * p.reset_head];
     };
     const int64_t at = token(t);
     return {
@@ -587,7 +589,7 @@ struct GatedForwardRun : GatedRun<Cell, A> {
           const GatedPlan::Row& row_of = plan.rows[r];
           const bool empty = row_of.length == 0;
           Place here;
-          if (!empty) here = this->place(r, 0);
+          if (!empty) here = this->place(r, 0, head);
           here.row = r - this->row_begin;
           for (int64_t unit = begin; unit < end; unit += kLanes) {
             const int n = some(unit, width);
@@ -633,7 +635,7 @@ struct GatedForwardRun : GatedRun<Cell, A> {
     if constexpr (Cell::two_products)
       this->own_units(plan.first, [&](int64_t head, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; ++r) {
-          const Place here = this->place(this->row_begin + r, t);
+          const Place here = this->place(this->row_begin + r, t, head);
           for (int64_t unit = begin; unit < end; unit += kLanes) {
             const int n = some(unit, p.width);
             const Gates g = gates(here, head, unit, n, {}, kFromH - 1);
@@ -654,7 +656,7 @@ struct GatedForwardRun : GatedRun<Cell, A> {
   void cells(int64_t t, int64_t rows) {
     this->own_units(plan.first, [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Place here = this->place(this->row_begin + r, t);
+        const Place here = this->place(this->row_begin + r, t, head);
         Moments m{}, of_cell{};
         if (p.norm_weight) m = this->moments(row(r, at.products, head, 0), all, kFromH);
         if (kOutput && !kUpdate) of_cell = this->moments(row(r, at.seen + all, head, 0), all, 1);
@@ -750,7 +752,7 @@ struct GatedForwardRun : GatedRun<Cell, A> {
   void outputs(int64_t t, int64_t rows) {
     this->own_units(plan.projection, [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Place here = this->place(this->row_begin + r, t);
+        const Place here = this->place(this->row_begin + r, t, head);
         for (int64_t unit = begin; unit < end; unit += kLanes)
           output(here, t, head, unit, get(row(r, at.unprojected + all, head, unit)));
       }
@@ -874,7 +876,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   void each(const GatedPanel& panel, int64_t rows, int64_t t, int64_t width, const F& f) {
     this->own_units(panel, [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Place here = this->place(this->row_begin + r, t);
+        const Place here = this->place(this->row_begin + r, t, head);
         for (int64_t unit = begin; unit < end; unit += kLanes)
           f(here, head, unit, some(unit, width));
       }
@@ -894,7 +896,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
               d[i] = this->read_state(p.grad_final_state[i], of.state, head, unit, n);
             if constexpr (requires { Cell::enter(State{}, State{}); }) {
               if (first > 0 && of.length > 0) {
-                const Place end_of = this->place(this->row_begin + r, of.length - 1);
+                const Place end_of = this->place(this->row_begin + r, of.length - 1, head);
                 to_array<Cell::template State, V>(
                     Cell::enter(
                         before(end_of, head, unit, n, {}).after,
@@ -1024,7 +1026,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   void cells(int64_t rows, int64_t t, int64_t of_this) {
     this->own_units(of_cell(), [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Place here = this->place(this->row_begin + r, t);
+        const Place here = this->place(this->row_begin + r, t, head);
         Moments m{};
         A mean = 0, mean_normal = 0;
         if (p.cell_norm_weight) {
@@ -1134,7 +1136,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   void through_norm(int64_t rows, int64_t t, int64_t of_this) {
     this->own_units(of_cell(), [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
-        const Place here = this->place(this->row_begin + r, t);
+        const Place here = this->place(this->row_begin + r, t, head);
         const A* a = this->kept(here, plan.kept.products, head, 0);
         const Moments m = this->moments(a, all, kFromH);
         const auto scaled = [&](int g, int64_t unit) {
@@ -1169,7 +1171,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
         for (int64_t r = 0; r < this->row_end - this->row_begin; ++r) {
           const GatedPlan::Row& of = plan.rows[this->row_begin + r];
           if (of.length == 0) continue;
-          const bool reset = this->place(this->row_begin + r, 0).reset_before;
+          const bool reset = this->place(this->row_begin + r, 0, head).reset_before;
           for (int64_t unit = begin; unit < end; unit += kLanes) {
             const int n = some(unit, width);
             V d[kStates], s[kStates];

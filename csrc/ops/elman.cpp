@@ -23,6 +23,8 @@ Gated arguments(
   g.op = op;
   g.x = x, g.R = R, g.bias = bias;
   g.h = h;
+  g.state_name =
+      std::string_view(op).find("_step") == std::string_view::npos ? "initial_state" : "state";
   g.cell = GatedCells::index<Elman>();
   g.flags = is_relu(op, nonlinearity) ? Elman::kRelu : 0;
   g.recurrent_mask = recurrent_mask;
@@ -39,7 +41,7 @@ Result forward(
     std::optional<double> gradient_clip) {
   Gated g = arguments(
       "elman", x, R, bias, h, nonlinearity, recurrent_mask, h_update, norm_weight, norm_eps);
-  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y, out.h};
@@ -118,11 +120,19 @@ Gated ind_arguments(
     check_shape(op, name, t, {"D"}, {width}, "one per unit of x");
     return t.to(state_dtype(x.scalar_type())).view_symint({1, width});
   };
-  const auto one_head = [&](const char* name, const Opt& t, int64_t dim) {
+  const auto one_head = [&](const char* name, const Opt& t, bool over_time) {
     if (!defined(t)) return Opt();
     TORCH_CHECK_VALUE(
-        t->dim() == dim, op, ": ", name, " has shape ", shape_text(t->sym_sizes()), ", expected ",
-        dim == 3 ? "(B, T, D)" : "(B, D)");
+        t->dim() == (over_time ? dims : 2), op, ": ", name, " has shape ",
+        shape_text(t->sym_sizes()), ", expected ", over_time && !step ? "(B, T, D)" : "(B, D)");
+    if (over_time && step)
+      check_shape(op, name, *t, {"B", "D"}, x.sym_sizes(), "the shape of x");
+    else if (over_time)
+      check_shape(op, name, *t, {"B", "T", "D"}, x.sym_sizes(), "the shape of x");
+    else
+      TORCH_CHECK_VALUE(
+          equal(t->sym_size(1), width), op, ": ", name, " has shape ", shape_text(t->sym_sizes()),
+          ", expected D=", width, ", the width of x");
     return Opt(t->unsqueeze(-2));
   };
   Gated g;
@@ -132,9 +142,10 @@ Gated ind_arguments(
   g.x = x.unsqueeze(-2).unsqueeze(-2);
   const Tensor weight = vector("u", u);
   g.weights = at::stack({weight, defined(bias) ? vector("bias", *bias) : at::zeros_like(weight)});
-  g.h = one_head("h", h, 2);
-  g.recurrent_mask = one_head("recurrent_mask", recurrent_mask, 2);
-  g.h_update = one_head("h_update", h_update, dims);
+  g.state_name = step ? "state" : "initial_state";
+  g.h = one_head(g.state_name, h, false);
+  g.recurrent_mask = one_head("recurrent_mask", recurrent_mask, false);
+  g.h_update = one_head("h_update", h_update, true);
   return g;
 }
 Result ind_forward(
@@ -143,7 +154,7 @@ Result ind_forward(
     const Opt& h_update, std::optional<double> gradient_clip) {
   Gated g = ind_arguments(
       "ind_rnn", x, u, bias, h, nonlinearity, recurrent_mask, h_update, /*step=*/false);
-  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y.squeeze(2), out.h.squeeze(1)};
@@ -197,43 +208,40 @@ Tensor ind_autocast_step_(
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      torch::schema(
-          "elman(Tensor x, Tensor R, Tensor? bias=None, Tensor? h=None, str nonlinearity=\"tanh\", "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
-          "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-          "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
+      torch::schema("elman(Tensor x, Tensor R, Tensor? bias=None, Tensor? initial_state=None, "
+                    "str nonlinearity=\"tanh\", Tensor? cu_seqlens=None, bool reverse=False, "
+                    "Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, "
+                    "Tensor? norm_weight=None, float norm_eps=1e-5, float? gradient_clip=None) -> "
+                    "(Tensor y, Tensor final_state)"),
       tags);
   m.def(
-      torch::schema("elman_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? "
-                    "state_indices=None, str nonlinearity=\"tanh\", "
+      torch::schema("elman_step(Tensor x, Tensor R, Tensor? bias, Tensor state, "
+                    "Tensor? state_indices=None, str nonlinearity=\"tanh\", "
                     "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-                    "float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
+                    "float norm_eps=1e-5) -> (Tensor y, Tensor state)"),
       tags);
   m.def(
-      torch::schema("elman_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? "
-                    "state_indices=None, str nonlinearity=\"tanh\", "
+      torch::schema("elman_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) state, "
+                    "Tensor? state_indices=None, str nonlinearity=\"tanh\", "
                     "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
                     "float norm_eps=1e-5) -> Tensor y"),
       tags);
   m.def(
-      torch::schema(
-          "ind_rnn(Tensor x, Tensor u, Tensor? bias=None, Tensor? h=None, str "
-          "nonlinearity=\"relu\", "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
-          "recurrent_mask=None, "
-          "Tensor? h_update=None, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
+      torch::schema("ind_rnn(Tensor x, Tensor u, Tensor? bias=None, Tensor? initial_state=None, "
+                    "str nonlinearity=\"relu\", Tensor? cu_seqlens=None, bool reverse=False, "
+                    "Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, "
+                    "float? gradient_clip=None) -> (Tensor y, Tensor final_state)"),
       tags);
   m.def(
       torch::schema(
-          "ind_rnn_step(Tensor x, Tensor u, Tensor? bias, Tensor h, Tensor? state_indices=None, "
-          "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? h_update=None) "
-          "-> (Tensor y, Tensor h_last)"),
+          "ind_rnn_step(Tensor x, Tensor u, Tensor? bias, Tensor state, "
+          "Tensor? state_indices=None, str nonlinearity=\"relu\", "
+          "Tensor? recurrent_mask=None, Tensor? h_update=None) -> (Tensor y, Tensor state)"),
       tags);
   m.def(
-      torch::schema("ind_rnn_step_(Tensor x, Tensor u, Tensor? bias, Tensor(a!) h, Tensor? "
-                    "state_indices=None, "
-                    "str nonlinearity=\"relu\", Tensor? recurrent_mask=None, Tensor? "
-                    "h_update=None) -> Tensor y"),
+      torch::schema("ind_rnn_step_(Tensor x, Tensor u, Tensor? bias, Tensor(a!) state, "
+                    "Tensor? state_indices=None, str nonlinearity=\"relu\", "
+                    "Tensor? recurrent_mask=None, Tensor? h_update=None) -> Tensor y"),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {

@@ -197,7 +197,8 @@ void check(const Gated& g, bool step, const Opt& state_indices) {
       "one per unit and gate");
   TORCH_CHECK_VALUE(
       !(defined(g.norm_weight) && sizes.two_products), op,
-      ": norm_weight is given, expected None with the reset gate before the product");
+      ": norm_weight is given, expected None with reset_after=False, the reset gate before the "
+      "product");
   TORCH_CHECK_VALUE(
       defined(g.cell_norm_weight) || !defined(g.cell_norm_bias), op,
       ": cell_norm_bias is given without cell_norm_weight, expected both, or the weight alone");
@@ -259,7 +260,8 @@ void check(const Gated& g, bool step, const Opt& state_indices) {
     TORCH_CHECK_TYPE(
         g.reset->scalar_type() == at::kBool, op, ": reset has dtype ",
         dtype_text(g.reset->scalar_type()), ", expected bool");
-    check_shape(op, "reset", *g.reset, {"B", "T"}, {batch, steps}, "one per step");
+    check_shape(
+        op, "reset", *g.reset, {"B", "T", "H"}, {batch, steps, heads}, "one per step and head");
   }
   TORCH_CHECK_VALUE(
       !g.gradient_clip || *g.gradient_clip >= 0, op, ": gradient_clip is ",
@@ -272,14 +274,14 @@ void check(const Gated& g, bool step, const Opt& state_indices) {
     check_index_device(op, "state_indices", *state_indices, x.device());
     check_shape(op, "state_indices", *state_indices, {"B"}, {batch}, "one index per row of x");
     TORCH_CHECK_VALUE(
-        defined(g.h) && g.h->dim() == 3, op, ": h has shape ",
+        defined(g.h) && g.h->dim() == 3, op, ": ", g.state_name, " has shape ",
         defined(g.h) ? shape_text(g.h->sym_sizes()) : "None",
         ", expected (num_rows, H, K), a pool of states");
     state_rows = g.h->sym_size(0);
   }
   for (int i = 0; i < 4; ++i) {
     const Opt& s = given[size_t(i)];
-    const char* name = kStateNames[size_t(i)];
+    const char* name = i == 0 ? g.state_name : kStateNames[size_t(i)];
     TORCH_CHECK_TYPE(
         !step || i >= sizes.states || defined(s), op, ": ", name,
         " is None, expected a tensor, which a step has");
@@ -431,6 +433,7 @@ struct Described {
     if (defined(g.reset)) {
       p.reset = g.reset->const_data_ptr<bool>();
       p.reset_sequence = g.reset->stride(0), p.reset_time = g.reset->stride(1);
+      p.reset_head = g.reset->stride(2);
     }
     const auto states = states_of(g);
     for (size_t s = 0; s < 4; ++s) p.initial_state[s] = unit_state<const void*>(states[s]);
@@ -623,14 +626,11 @@ struct Composite {
     }
   }
   int64_t token(int64_t t) const { return g.reverse ? steps - 1 - t : t; }
-  Tensor keeps(int64_t token) const { // 0 where the state is replaced
-    return g.reset->select(1, token).logical_not().to(dtype).view({rows, 1, 1});
-  }
   // NaN and infinity are replaced, too.
   Tensor replaced(const Tensor& state, int64_t token) const {
     if (!defined(g.reset)) return state;
     return at::where(
-        g.reset->select(1, token).view({rows, 1, 1}), at::zeros({}, state.options()), state);
+        g.reset->select(1, token).unsqueeze(-1), at::zeros({}, state.options()), state);
   }
   static Tensor times(const Tensor& matrix, const Tensor& h) { // (G, H, K, P), (B, H, P)
     return at::einsum("ghkp,bhp->bghk", {matrix, h});
@@ -886,20 +886,27 @@ Gradients as_tuple(const variable_list& g) {
 // Packed: sequence after sequence. f(its call, its place) -> tensors.
 template <class F>
 void each_sequence(const Gated& g, const F& f) {
-  const Tensor offsets =
-      sequence_offsets(kName, *g.cu_seqlens, g.x->size(1), g.x->device()).to(at::kCPU);
-  const int64_t* at = offsets.const_data_ptr<int64_t>();
-  for (int64_t s = 0; s + 1 < offsets.size(0); ++s) {
+  const Tensor offsets = g.cu_seqlens->to(at::kCPU, at::kLong);
+  std::vector<int64_t>
+      at; // one by one: torch.func wraps tensors, which then have no memory of their own
+  for (int64_t s = 0; s < offsets.size(0); ++s) at.push_back(offsets.select(0, s).item<int64_t>());
+  for (size_t i = 0; i < at.size(); ++i)
+    TORCH_CHECK_VALUE(
+        at[i] >= (i ? at[i - 1] : 0) && at[0] == 0 && at.back() == g.x->size(1), g.op,
+        ": cu_seqlens[", i, "] is ", at[i],
+        ", expected offsets that begin with 0, do not fall, and end with T=", g.x->size(1));
+  for (int64_t i = 0; i + 1 < int64_t(at.size()); ++i) {
+    const size_t s = size_t(i);
     const auto tokens = [&](const Opt& t) {
       return defined(t) ? Opt(t->narrow(1, at[s], at[s + 1] - at[s])) : Opt();
     };
-    const auto row = [&](const Opt& t) { return defined(t) ? Opt(t->narrow(0, s, 1)) : Opt(); };
+    const auto row = [&](const Opt& t) { return defined(t) ? Opt(t->narrow(0, i, 1)) : Opt(); };
     Gated one = g;
     one.cu_seqlens.reset();
     one.x = tokens(g.x), one.h_update = tokens(g.h_update), one.c_update = tokens(g.c_update);
     one.reset = tokens(g.reset), one.recurrent_mask = row(g.recurrent_mask);
     one.h = row(g.h), one.c = row(g.c), one.n = row(g.n), one.m = row(g.m);
-    f(one, s, tokens, row);
+    f(one, tokens, row);
   }
 }
 
@@ -909,7 +916,7 @@ variable_list composite_forward(const Gated& g) {
       return as_list(Composite<Cell>(g, /*keep=*/false).result());
     });
   std::array<std::vector<Tensor>, 6> parts;
-  each_sequence(g, [&](const Gated& one, int64_t, const auto&, const auto&) {
+  each_sequence(g, [&](const Gated& one, const auto&, const auto&) {
     const variable_list out = composite_forward(one);
     for (size_t i = 0; i < 6; ++i) parts[i].push_back(out[i]);
   });
@@ -933,7 +940,7 @@ variable_list composite_backward(const Upstream& u, const Gated& g) {
     return visit(
         g.cell, [&]<class Cell>(Cell*) { return Composite<Cell>(g, /*keep=*/true).backward(u); });
   std::vector<variable_list> parts;
-  each_sequence(g, [&](const Gated& one, int64_t, const auto& tokens, const auto& row) {
+  each_sequence(g, [&](const Gated& one, const auto& tokens, const auto& row) {
     parts.push_back(
         composite_backward({tokens(u[0]), row(u[1]), row(u[2]), row(u[3]), row(u[4])}, one));
   });
@@ -1326,6 +1333,14 @@ Tensor gated_step_(const char* op, const Gated& g, const Opt& state_indices) {
   return Calls::call_step_(g, state_indices);
 }
 
+Opt reset_of_heads(const char* op, const Opt& reset, const Tensor& x) {
+  if (!defined(reset) || x.dim() != 5) return reset; // x is refused before anything else
+  TORCH_CHECK_TYPE(
+      reset->scalar_type() == at::kBool, op, ": reset has dtype ", dtype_text(reset->scalar_type()),
+      ", expected bool");
+  check_shape(op, "reset", *reset, {"B", "T"}, {x.sym_size(0), x.sym_size(1)}, "one per step");
+  return reset->unsqueeze(-1).expand_symint({x.sym_size(0), x.sym_size(1), x.sym_size(3)});
+}
 void check_options(const char* op, const GatedOptions& options, bool step, bool cell, bool norms) {
   const auto refuse = [&](const char* name, bool given, bool allowed) {
     TORCH_CHECK_VALUE(allowed || !given, op, ": ", name, " is given, expected none");

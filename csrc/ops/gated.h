@@ -21,6 +21,7 @@ struct Gated : GatedTensors {
   const char* op =
       "gated"; // whose call it is, and what that calls its weights, for what is wrong with them
   const char* weights_name = "weights";
+  const char* state_name = "h"; // of a cell's only state
 };
 struct GatedOutputs {
   Tensor y, h, c, n, m; // of a cell without them, states are empty
@@ -40,6 +41,8 @@ Opt gated_autocast_state(const Opt& state, const Tensor& x) {
   return at::autocast::cached_cast(state_dtype(x.scalar_type()), *state, Device);
 }
 
+// reset (B, T), as the operator has it: (B, T, H), for x (B, T, G, H, K).
+Opt reset_of_heads(const char* op, const Opt& reset, const Tensor& x);
 // That a C++ caller sets no option which the operator does not have. A step has no time to run over.
 void check_options(const char* op, const GatedOptions& options, bool step, bool cell, bool norms);
 

@@ -15,6 +15,8 @@ Gated arguments(
   g.op = op;
   g.x = x, g.R = R, g.bias = bias;
   g.h = h;
+  g.state_name =
+      std::string_view(op).find("_step") == std::string_view::npos ? "initial_state" : "state";
   g.cell = reset_after ? GatedCells::index<Gru>() : GatedCells::index<GruResetBefore>();
   g.recurrent_mask = recurrent_mask;
   g.h_update = h_update;
@@ -30,7 +32,7 @@ Result forward(
     std::optional<double> gradient_clip) {
   Gated g =
       arguments("gru", x, R, bias, h, reset_after, recurrent_mask, h_update, norm_weight, norm_eps);
-  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y, out.h};
@@ -93,23 +95,24 @@ Tensor autocast_step_( // the states are written: they have their dtype, or are 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
+      torch::schema("gru(Tensor x, Tensor R, Tensor? bias=None, Tensor? initial_state=None, "
+                    "bool reset_after=True, Tensor? cu_seqlens=None, bool reverse=False, "
+                    "Tensor? reset=None, Tensor? recurrent_mask=None, Tensor? h_update=None, "
+                    "Tensor? norm_weight=None, float norm_eps=1e-5, float? gradient_clip=None) -> "
+                    "(Tensor y, Tensor final_state)"),
+      tags);
+  m.def(
       torch::schema(
-          "gru(Tensor x, Tensor R, Tensor? bias=None, Tensor? h=None, bool reset_after=True, "
-          "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
-          "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-          "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last)"),
+          "gru_step(Tensor x, Tensor R, Tensor? bias, Tensor state, "
+          "Tensor? state_indices=None, bool reset_after=True, Tensor? recurrent_mask=None, "
+          "Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> "
+          "(Tensor y, Tensor state)"),
       tags);
   m.def(
-      torch::schema("gru_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor? "
-                    "state_indices=None, bool reset_after=True, "
-                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-                    "float norm_eps=1e-5) -> (Tensor y, Tensor h_last)"),
-      tags);
-  m.def(
-      torch::schema("gru_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor? "
-                    "state_indices=None, bool reset_after=True, "
-                    "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-                    "float norm_eps=1e-5) -> Tensor y"),
+      torch::schema(
+          "gru_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) state, "
+          "Tensor? state_indices=None, bool reset_after=True, Tensor? recurrent_mask=None, "
+          "Tensor? h_update=None, Tensor? norm_weight=None, float norm_eps=1e-5) -> Tensor y"),
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CompositeImplicitAutograd, m) {

@@ -41,7 +41,7 @@ Result forward(
   Gated g = arguments(
       "lstm", x, R, bias, h, c, coupled, peephole, projection, recurrent_mask, h_update, c_update,
       norm_weight, cell_norm_weight, cell_norm_bias, norm_eps);
-  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y, out.h, out.c};
@@ -118,8 +118,8 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
                     "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
                     "recurrent_mask=None, Tensor? h_update=None, Tensor? c_update=None, Tensor? "
                     "norm_weight=None, Tensor? cell_norm_weight=None, Tensor? cell_norm_bias=None, "
-                    "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last, "
-                    "Tensor c_last)"),
+                    "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h, "
+                    "Tensor c)"),
       tags);
   m.def(
       torch::schema(
@@ -127,7 +127,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
           "state_indices=None, bool coupled=False, Tensor? peephole=None, Tensor? projection=None, "
           "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? c_update=None, Tensor? "
           "norm_weight=None, Tensor? cell_norm_weight=None, Tensor? cell_norm_bias=None, float "
-          "norm_eps=1e-5) -> (Tensor y, Tensor h_last, Tensor c_last)"),
+          "norm_eps=1e-5) -> (Tensor y, Tensor h, Tensor c)"),
       tags);
   m.def(
       torch::schema(

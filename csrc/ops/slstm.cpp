@@ -43,7 +43,7 @@ Result forward(
   Gated g = arguments(
       "slstm", x, R, bias, h, c, n, m, forget_gate, normalizer, recurrent_mask, h_update,
       norm_weight, norm_eps);
-  g.cu_seqlens = cu_seqlens, g.reset = reset;
+  g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
   return {out.y, out.h, out.c, out.n, out.m};
@@ -114,15 +114,15 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
           "n=None, Tensor? m=None, str forget_gate=\"sigmoid\", str normalizer=\"sum\", "
           "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
           "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
-          "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h_last, Tensor "
-          "c_last, Tensor n_last, Tensor m_last)"),
+          "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h, Tensor "
+          "c_last, Tensor n, Tensor m)"),
       tags);
   m.def(
       torch::schema(
           "slstm_step(Tensor x, Tensor R, Tensor? bias, Tensor h, Tensor c, Tensor n, Tensor m, "
           "Tensor? state_indices=None, str forget_gate=\"sigmoid\", str normalizer=\"sum\", "
           "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float "
-          "norm_eps=1e-5) -> (Tensor y, Tensor h_last, Tensor c_last, Tensor n_last, Tensor "
+          "norm_eps=1e-5) -> (Tensor y, Tensor h, Tensor c, Tensor n, Tensor "
           "m_last)"),
       tags);
   m.def(
