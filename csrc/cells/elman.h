@@ -98,7 +98,7 @@ struct IndRnn {
   TORCH_EXT_HD UpdateGradient<IndRnn, T> update_vjp(
       Gates<T>, State<T>, State<T>, Weights<T>, State<T> dafter) const {
     const T zero = dafter.h * 0;
-    return {{zero}, {zero}, {}};
+    return {{zero}, {zero}, {zero, zero}};
   }
 };
 

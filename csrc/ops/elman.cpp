@@ -267,6 +267,65 @@ TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("elman_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
+using Forward = decltype(forward);
+using Step = decltype(step);
+using StepInPlace = decltype(step_);
+using IndForward = decltype(ind_forward);
+using IndStep = decltype(ind_step);
+using IndStepInPlace = decltype(ind_step_);
+
 } // namespace
+
+TensorPair elman(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias,
+    const OptionalTensor& initial_state, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<Forward>("elman");
+  check_options("elman", o, /*step=*/false, false, true);
+  return op.call(
+      x, R, bias, initial_state, nonlinearity, o.cu_seqlens, o.reverse, o.reset, o.recurrent_mask,
+      o.h_update, o.norm_weight, o.norm_eps, o.gradient_clip);
+}
+TensorPair elman_step(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, const at::Tensor& state,
+    const OptionalTensor& state_indices, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<Step>("elman_step");
+  check_options("elman_step", o, /*step=*/true, false, true);
+  return op.call(
+      x, R, bias, state, state_indices, nonlinearity, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+}
+Tensor elman_step_(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, at::Tensor& state,
+    const OptionalTensor& state_indices, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<StepInPlace>("elman_step_");
+  check_options("elman_step_", o, /*step=*/true, false, true);
+  return op.call(
+      x, R, bias, state, state_indices, nonlinearity, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+}
+
+TensorPair ind_rnn(
+    const Tensor& x, const Tensor& u, const OptionalTensor& bias,
+    const OptionalTensor& initial_state, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<IndForward>("ind_rnn");
+  check_options("ind_rnn", o, /*step=*/false, false, false);
+  return op.call(
+      x, u, bias, initial_state, nonlinearity, o.cu_seqlens, o.reverse, o.reset, o.recurrent_mask,
+      o.h_update, o.gradient_clip);
+}
+TensorPair ind_rnn_step(
+    const Tensor& x, const Tensor& u, const OptionalTensor& bias, const at::Tensor& state,
+    const OptionalTensor& state_indices, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<IndStep>("ind_rnn_step");
+  check_options("ind_rnn_step", o, /*step=*/true, false, false);
+  return op.call(x, u, bias, state, state_indices, nonlinearity, o.recurrent_mask, o.h_update);
+}
+Tensor ind_rnn_step_(
+    const Tensor& x, const Tensor& u, const OptionalTensor& bias, at::Tensor& state,
+    const OptionalTensor& state_indices, std::string_view nonlinearity, const GatedOptions& o) {
+  static const auto op = gated_member<IndStepInPlace>("ind_rnn_step_");
+  check_options("ind_rnn_step_", o, /*step=*/true, false, false);
+  return op.call(x, u, bias, state, state_indices, nonlinearity, o.recurrent_mask, o.h_update);
+}
 
 } // namespace torch_ext

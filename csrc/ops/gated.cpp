@@ -1326,4 +1326,18 @@ Tensor gated_step_(const char* op, const Gated& g, const Opt& state_indices) {
   return Calls::call_step_(g, state_indices);
 }
 
+void check_options(const char* op, const GatedOptions& options, bool step, bool cell, bool norms) {
+  const auto refuse = [&](const char* name, bool given, bool allowed) {
+    TORCH_CHECK_VALUE(allowed || !given, op, ": ", name, " is given, expected none");
+  };
+  refuse("cu_seqlens", defined(options.cu_seqlens), !step);
+  refuse("reverse", options.reverse, !step);
+  refuse("reset", defined(options.reset), !step);
+  refuse("gradient_clip", options.gradient_clip.has_value(), !step);
+  refuse("c_update", defined(options.c_update), cell);
+  refuse("cell_norm_weight", defined(options.cell_norm_weight), cell);
+  refuse("cell_norm_bias", defined(options.cell_norm_bias), cell);
+  refuse("norm_weight", defined(options.norm_weight), norms);
+}
+
 } // namespace torch_ext

@@ -3,6 +3,7 @@
 #pragma once
 #include "../core/gated_problem.h"
 #include "diagonal.h"
+#include "torch_ext/ops.h"
 
 namespace torch_ext {
 
@@ -38,6 +39,9 @@ Opt gated_autocast_state(const Opt& state, const Tensor& x) {
   if (!defined(state)) return {};
   return at::autocast::cached_cast(state_dtype(x.scalar_type()), *state, Device);
 }
+
+// That a C++ caller sets no option which the operator does not have. A step has no time to run over.
+void check_options(const char* op, const GatedOptions& options, bool step, bool cell, bool norms);
 
 // A member's own operator, with its dispatch keys, for C++ callers (torch_ext/ops.h).
 template <class F>

@@ -132,6 +132,38 @@ TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("gru_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
+using Forward = decltype(forward);
+using Step = decltype(step);
+using StepInPlace = decltype(step_);
+
 } // namespace
+
+TensorPair gru(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias,
+    const OptionalTensor& initial_state, bool reset_after, const GatedOptions& o) {
+  static const auto op = gated_member<Forward>("gru");
+  check_options("gru", o, /*step=*/false, false, true);
+  return op.call(
+      x, R, bias, initial_state, reset_after, o.cu_seqlens, o.reverse, o.reset, o.recurrent_mask,
+      o.h_update, o.norm_weight, o.norm_eps, o.gradient_clip);
+}
+TensorPair gru_step(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, const at::Tensor& state,
+    const OptionalTensor& state_indices, bool reset_after, const GatedOptions& o) {
+  static const auto op = gated_member<Step>("gru_step");
+  check_options("gru_step", o, /*step=*/true, false, true);
+  return op.call(
+      x, R, bias, state, state_indices, reset_after, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+}
+Tensor gru_step_(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, at::Tensor& state,
+    const OptionalTensor& state_indices, bool reset_after, const GatedOptions& o) {
+  static const auto op = gated_member<StepInPlace>("gru_step_");
+  check_options("gru_step_", o, /*step=*/true, false, true);
+  return op.call(
+      x, R, bias, state, state_indices, reset_after, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+}
 
 } // namespace torch_ext

@@ -158,6 +158,48 @@ TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("lstm_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
+using Forward = decltype(forward);
+using Step = decltype(step);
+using StepInPlace = decltype(step_);
+
 } // namespace
+
+std::tuple<Tensor, TensorPair> lstm(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias,
+    const std::optional<TensorPair>& initial_state, bool coupled, const OptionalTensor& peephole,
+    const OptionalTensor& projection, const GatedOptions& o) {
+  static const auto op = gated_member<Forward>("lstm");
+  check_options("lstm", o, /*step=*/false, true, true);
+  Opt h0, c0;
+  if (initial_state) std::tie(h0, c0) = *initial_state;
+  const auto [y, h, c] = op.call(
+      x, R, bias, h0, c0, coupled, peephole, projection, o.cu_seqlens, o.reverse, o.reset,
+      o.recurrent_mask, o.h_update, o.c_update, o.norm_weight, o.cell_norm_weight, o.cell_norm_bias,
+      o.norm_eps, o.gradient_clip);
+  return {y, {h, c}};
+}
+std::tuple<Tensor, TensorPair> lstm_step(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, const TensorPair& state,
+    const OptionalTensor& state_indices, bool coupled, const OptionalTensor& peephole,
+    const OptionalTensor& projection, const GatedOptions& o) {
+  static const auto op = gated_member<Step>("lstm_step");
+  check_options("lstm_step", o, /*step=*/true, true, true);
+  const auto [y, h, c] = op.call(
+      x, R, bias, std::get<0>(state), std::get<1>(state), state_indices, coupled, peephole,
+      projection, o.recurrent_mask, o.h_update, o.c_update, o.norm_weight, o.cell_norm_weight,
+      o.cell_norm_bias, o.norm_eps);
+  return {y, {h, c}};
+}
+Tensor lstm_step_(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, TensorPair& state,
+    const OptionalTensor& state_indices, bool coupled, const OptionalTensor& peephole,
+    const OptionalTensor& projection, const GatedOptions& o) {
+  static const auto op = gated_member<StepInPlace>("lstm_step_");
+  check_options("lstm_step_", o, /*step=*/true, true, true);
+  return op.call(
+      x, R, bias, std::get<0>(state), std::get<1>(state), state_indices, coupled, peephole,
+      projection, o.recurrent_mask, o.h_update, o.c_update, o.norm_weight, o.cell_norm_weight,
+      o.cell_norm_bias, o.norm_eps);
+}
 
 } // namespace torch_ext

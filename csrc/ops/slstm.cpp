@@ -153,6 +153,47 @@ TORCH_LIBRARY_IMPL(torch_ext, AutocastCUDA, m) {
   m.impl("slstm_step_", &autocast_step_<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 
+using Forward = decltype(forward);
+using Step = decltype(step);
+using StepInPlace = decltype(step_);
+
 } // namespace
+
+std::tuple<Tensor, SLSTMState> slstm(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias,
+    const std::optional<SLSTMState>& initial_state, std::string_view forget_gate,
+    std::string_view normalizer, const GatedOptions& o) {
+  static const auto op = gated_member<Forward>("slstm");
+  check_options("slstm", o, /*step=*/false, false, true);
+  Opt h0, c0, n0, m0;
+  if (initial_state) std::tie(h0, c0, n0, m0) = *initial_state;
+  const auto [y, h, c, n, m] = op.call(
+      x, R, bias, h0, c0, n0, m0, forget_gate, normalizer, o.cu_seqlens, o.reverse, o.reset,
+      o.recurrent_mask, o.h_update, o.norm_weight, o.norm_eps, o.gradient_clip);
+  return {y, {h, c, n, m}};
+}
+std::tuple<Tensor, SLSTMState> slstm_step(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, const SLSTMState& state,
+    const OptionalTensor& state_indices, std::string_view forget_gate, std::string_view normalizer,
+    const GatedOptions& o) {
+  static const auto op = gated_member<Step>("slstm_step");
+  check_options("slstm_step", o, /*step=*/true, false, true);
+  const auto [y, h, c, n, m] = op.call(
+      x, R, bias, std::get<0>(state), std::get<1>(state), std::get<2>(state), std::get<3>(state),
+      state_indices, forget_gate, normalizer, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+  return {y, {h, c, n, m}};
+}
+Tensor slstm_step_(
+    const Tensor& x, const Tensor& R, const OptionalTensor& bias, SLSTMState& state,
+    const OptionalTensor& state_indices, std::string_view forget_gate, std::string_view normalizer,
+    const GatedOptions& o) {
+  static const auto op = gated_member<StepInPlace>("slstm_step_");
+  check_options("slstm_step_", o, /*step=*/true, false, true);
+  return op.call(
+      x, R, bias, std::get<0>(state), std::get<1>(state), std::get<2>(state), std::get<3>(state),
+      state_indices, forget_gate, normalizer, o.recurrent_mask, o.h_update, o.norm_weight,
+      o.norm_eps);
+}
 
 } // namespace torch_ext
