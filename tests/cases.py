@@ -1079,7 +1079,11 @@ GATED = (
 DIRECT = CASES + OTHERS  # each with a backward operator of its own
 ALL = DIRECT + MATRICES + GATED
 # What a matrix memory's operators call: no function of users, but it has all kernels and derivatives.
-INNER = {f"torch_ext::matrix_memory{tail}" for tail in ("", "_backward", "_step_")}
+INNER = {
+    f"torch_ext::{name}{tail}"
+    for name in ("matrix_memory", "gated")
+    for tail in ("", "_backward", "_step_")
+}
 
 # Of the matrix memories, whose kernels are the same, one; of the gated recurrences one form each.
 IN_EVERYTHING = CASES + OTHERS + MATRICES[:1] + tuple(case for case in GATED if not case.form)

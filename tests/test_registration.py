@@ -112,6 +112,21 @@ def gated_schemas():
     return out
 
 
+# Of the operator that all gated recurrences call: tensors that have no gradient come last.
+GATED_TENSORS = "".join(
+    f"Tensor? {name}, "
+    for name in (
+        *("x", "R", "bias", "weights", "projection"),
+        *("norm_weight", "cell_norm_weight", "cell_norm_bias", "h", "c", "n", "m"),
+        *("recurrent_mask", "h_update", "c_update", "reset", "cu_seqlens"),
+    )
+)
+GATED_TENSORS_WRITTEN = GATED_TENSORS
+for mark, written in zip("abcd", "hcnm", strict=True):
+    GATED_TENSORS_WRITTEN = GATED_TENSORS_WRITTEN.replace(
+        f"Tensor? {written}, ", f"Tensor({mark}!)? {written}, "
+    )
+
 SCHEMAS = {
     "causal_conv1d": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, str? activation=None) -> (Tensor y, Tensor final_state)",
@@ -138,6 +153,16 @@ SCHEMAS = {
     "selective_scan_step_": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? delta_bias, Tensor(a!) state, Tensor? state_indices=None, "
     "bool delta_softplus=False) -> Tensor y",
+    "gated": f"({GATED_TENSORS}int cell, int flags, float norm_eps, float? gradient_clip, bool reverse, "
+    "bool keep) -> (Tensor y, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last, Tensor kept)",
+    "gated_backward": "(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_n, "
+    f"Tensor? grad_m, {GATED_TENSORS}Tensor kept, int cell, int flags, float norm_eps, "
+    "float? gradient_clip, bool reverse) -> (Tensor grad_x, Tensor grad_R, Tensor grad_bias, "
+    "Tensor grad_weights, Tensor grad_projection, Tensor grad_norm_weight, "
+    "Tensor grad_cell_norm_weight, Tensor grad_cell_norm_bias, Tensor grad_initial_h, "
+    "Tensor grad_initial_c, Tensor grad_initial_n, Tensor grad_initial_m)",
+    "gated_step_": f"({GATED_TENSORS_WRITTEN}Tensor? state_indices, int cell, int flags, "
+    "float norm_eps) -> Tensor y",
     "mlstm": "(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C=None, "
     "Tensor? n=None, Tensor? m=None, Tensor? cu_seqlens=None, float? scale=None, "
     'float eps=9.9999999999999995e-07, str input_gate="exp", bool normalize=True, '
@@ -241,7 +266,7 @@ def test_the_table_of_schemas_is_whole():
 
 
 @pytest.mark.parametrize("name", sorted(INNER))
-def test_the_kernels_of_all_matrix_memories(name):
+def test_the_kernels_of_all_members(name):
     """One operator has them, for every device and derivative: its members have none."""
     for key in ("CPU", "CUDA", "Meta", "Autograd"):
         assert _dispatch_has_kernel_for_dispatch_key(name, key), key
@@ -250,7 +275,7 @@ def test_the_kernels_of_all_matrix_memories(name):
     assert torch.Tag.pt2_compliant_tag in op.tags
 
 
-@over(cases=MATRICES)
+@over(cases=MATRICES + GATED)
 def test_members_call_the_one_operator(case, options, generator):
     """Forwards, backwards and in a step; and nothing else of torch_ext."""
 
@@ -263,11 +288,12 @@ def test_members_call_the_one_operator(case, options, generator):
     with Seen():
         sum(y.sum() for y in case.bind(**options)(*x)).backward()
     ours = {name for name in seen if name.startswith("torch_ext::")}
-    assert ours == {"torch_ext::matrix_memory", "torch_ext::matrix_memory_backward"}
+    one = "torch_ext::matrix_memory" if case in MATRICES else "torch_ext::gated"
+    assert ours == {one, one + "_backward"}
     seen.clear()
     with Seen(), torch.no_grad():
         case.step_(*case.at(x, 0), **options)
-    assert {n for n in seen if n.startswith("torch_ext::")} == {"torch_ext::matrix_memory_step_"}
+    assert {n for n in seen if n.startswith("torch_ext::")} == {one + "_step_"}
 
 
 @over(variants=False, cases=ALL)

@@ -214,6 +214,7 @@ struct KernelTable {
       {}; // by the cell's place in GatedCells; of float, of double
   GatedPack gated_pack[int(DType::count)] = {};
 };
-inline constexpr int kMultiplyAdds = 12; // sums that 16 registers hold, enough to hide their latency
+inline constexpr int kMultiplyAdds =
+    12; // sums that 16 registers hold, enough to hide their latency
 
 } // namespace torch_ext::cpu
