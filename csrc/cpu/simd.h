@@ -159,7 +159,8 @@ TORCH_EXT_HD Vec<float> exp_bounded(Vec<float> x, float sign) {
   const V p = r * fused(r, V(0.5f), V(1.0000146627426147f));
   return fused(t, p, t);
 #else
-  // With the exponent's bias in the bits that are moved into its place: 2^n, and a product that keeps NaN, whatever its bits.
+  // With the exponent's bias in the bits that are moved into its place: 2^n, and a product that keeps NaN, whatever its
+  // bits.
   const V shifted = fused(x, V(sign * 1.4426950408889634f), V(kMagic + 127)),
           n = shifted - V(kMagic + 127);
 #if defined(__FP_FAST_FMAF)
