@@ -8,6 +8,7 @@
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -199,16 +200,15 @@ struct GatedCase {
     return all;
   }
   std::string text() const {
-    std::string s = std::string(kGatedNames[cell]) + " flags " + std::to_string(flags) + " " +
-                    info_of(dtype).name + " S " + std::to_string(S) + " T " + std::to_string(T) +
-                    " H " + std::to_string(H) + " K " + std::to_string(K) + " P " +
-                    std::to_string(P);
+    std::ostringstream s;
+    s << kGatedNames[cell] << " flags " << flags << " " << info_of(dtype).name << " S " << S << " T " << T
+      << " H " << H << " K " << K << " P " << P;
     if (packed()) {
-      s += " packed";
-      for (const int64_t each : cu) s += " " + std::to_string(each);
+      s << " packed";
+      for (const int64_t each : cu) s << " " << each;
     }
     const auto also = [&](bool there, const char* what) {
-      if (there) s += std::string(" ") + what;
+      if (there) s << " " << what;
     };
     also(reverse, "reverse"), also(R_dtype == DType::bf16, "bfloat16 R"), also(bool(bias), "bias");
     also(bool(weights), "weights"), also(bool(projection), "projection");
@@ -216,7 +216,7 @@ struct GatedCase {
     also(bool(cell_norm_bias), "with bias"), also(bool(h_update), "h_update");
     also(bool(c_update), "c_update"), also(bool(mask), "mask"), also(!reset.empty(), "reset");
     also(clip.has_value(), "clip"), also(bool(state[0]), "state");
-    return s;
+    return s.str();
   }
 };
 
