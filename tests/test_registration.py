@@ -99,7 +99,7 @@ def gated_schemas():
         updates = "Tensor? h_update=None" + ", Tensor? c_update=None" * (name == "lstm")
         run = "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None"
         rest = ", ".join([options, run, mask, updates, *norms, "float? gradient_clip=None"])
-        once = ", ".join(["Tensor? state_indices=None", options, mask, *norms])
+        once = ", ".join(["Tensor? state_indices=None", options, mask, updates, *norms])
         ends = "".join(f", Tensor {s}" for s in mine or ["final_state"])
         after = "".join(f", Tensor {s}" for s in mine or ["state"])
         inputs = f"Tensor x, Tensor {weight}, Tensor? bias"

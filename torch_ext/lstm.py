@@ -115,10 +115,10 @@ def lstm(
     Example:
         >>> x = torch.zeros(1, 3, 4, 1, 1)
         >>> x[:, :, :2], x[:, :, 3] = 100.0, 100.0  # all gates open
-        >>> x[0, :, 2, 0, 0] = torch.tensor([1.0, 0.0, -1.0])
+        >>> x[0, :, 2, 0, 0] = torch.tensor([1.0, 0.0, -0.5])
         >>> h, (h_T, c) = torch_ext.lstm(x, torch.zeros(4, 1, 1, 1))
         >>> h.flatten()
-        tensor([0.6420, 0.6420, 0.0000])
+        tensor([0.6420, 0.6420, 0.2908])
     """
     h: Tensor | None = None
     c: Tensor | None = None

@@ -105,10 +105,10 @@ def slstm(
     Example:
         >>> x = torch.zeros(1, 3, 4, 1, 1)
         >>> x[:, :, 1], x[:, :, 3] = 100.0, 100.0  # forgets nothing, shows everything
-        >>> x[0, :, 2, 0, 0] = torch.tensor([1.0, 0.0, -1.0])
+        >>> x[0, :, 2, 0, 0] = torch.tensor([1.0, 0.0, -0.5])
         >>> h, (h_T, c, n, m) = torch_ext.slstm(x, torch.zeros(4, 1, 1, 1))
         >>> h.flatten()
-        tensor([0.7616, 0.3808, 0.0000])
+        tensor([0.7616, 0.3808, 0.0998])
         >>> n.flatten()
         tensor([3.])
     """

@@ -106,7 +106,8 @@ Tensor autocast_step_( // the states are written: they have their dtype, or are 
 
 Gated ind_arguments(
     const char* op, const Tensor& x, const Tensor& u, const Opt& bias, const Opt& h,
-    Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update, bool step) {
+    Text nonlinearity, const Opt& cu_seqlens, const Opt& state_indices, const Opt& recurrent_mask,
+    const Opt& h_update, bool step) {
   const int64_t dims = step ? 2 : 3;
   TORCH_CHECK_VALUE(
       x.dim() == dims, op, ": x has shape ", shape_text(x.sym_sizes()), ", expected ",
@@ -117,22 +118,36 @@ Gated ind_arguments(
         t.scalar_type() == x.scalar_type() || t.scalar_type() == state_dtype(x.scalar_type()), op,
         ": ", name, " has dtype ", dtype_text(t.scalar_type()), ", expected ",
         dtype_text(x.scalar_type()), " or that of the states, beside x");
+    check_device(op, name, t, x.device(), "the device of x");
     check_shape(op, name, t, {"D"}, {width}, "one per unit of x");
     return t.to(state_dtype(x.scalar_type())).view_symint({1, width});
   };
-  const auto one_head = [&](const char* name, const Opt& t, bool over_time) {
+  const auto over_time = [&](const char* name, const Opt& t) {
+    if (!defined(t)) return Opt();
+    if (step)
+      check_shape(op, name, *t, {"B", "D"}, x.sym_sizes(), "the shape of x");
+    else
+      check_shape(op, name, *t, {"B", "T", "D"}, x.sym_sizes(), "the shape of x");
+    return Opt(t->unsqueeze(-2));
+  };
+  // Of a cu_seqlens or state_indices that is refused later, the number of rows is not looked at.
+  const auto per_row = [&](const char* name, const Opt& t, bool pool) {
     if (!defined(t)) return Opt();
     TORCH_CHECK_VALUE(
-        t->dim() == (over_time ? dims : 2), op, ": ", name, " has shape ",
-        shape_text(t->sym_sizes()), ", expected ", over_time && !step ? "(B, T, D)" : "(B, D)");
-    if (over_time && step)
-      check_shape(op, name, *t, {"B", "D"}, x.sym_sizes(), "the shape of x");
-    else if (over_time)
-      check_shape(op, name, *t, {"B", "T", "D"}, x.sym_sizes(), "the shape of x");
-    else
-      TORCH_CHECK_VALUE(
-          equal(t->sym_size(1), width), op, ": ", name, " has shape ", shape_text(t->sym_sizes()),
-          ", expected D=", width, ", the width of x");
+        t->dim() == 2, op, ": ", name, " has shape ", shape_text(t->sym_sizes()), ", expected ",
+        pool                  ? "(num_rows, D)"
+        : defined(cu_seqlens) ? "(num_sequences, D)"
+                              : "(B, D)");
+    c10::SymInt rows = t->sym_size(0);
+    if (!pool && !defined(cu_seqlens)) rows = x.sym_size(0);
+    if (defined(cu_seqlens) && cu_seqlens->dim() == 1) rows = cu_seqlens->sym_size(0) - 1;
+    check_shape(
+        op, name, *t,
+        {pool                  ? "num_rows"
+         : defined(cu_seqlens) ? "num_sequences"
+                               : "B",
+         "D"},
+        {rows, width}, "one per sequence and unit");
     return Opt(t->unsqueeze(-2));
   };
   Gated g;
@@ -143,9 +158,9 @@ Gated ind_arguments(
   const Tensor weight = vector("u", u);
   g.weights = at::stack({weight, defined(bias) ? vector("bias", *bias) : at::zeros_like(weight)});
   g.state_name = step ? "state" : "initial_state";
-  g.h = one_head(g.state_name, h, false);
-  g.recurrent_mask = one_head("recurrent_mask", recurrent_mask, false);
-  g.h_update = one_head("h_update", h_update, true);
+  g.h = per_row(g.state_name, h, defined(state_indices));
+  g.recurrent_mask = per_row("recurrent_mask", recurrent_mask, false);
+  g.h_update = over_time("h_update", h_update);
   return g;
 }
 Result ind_forward(
@@ -153,7 +168,8 @@ Result ind_forward(
     const Opt& cu_seqlens, bool reverse, const Opt& reset, const Opt& recurrent_mask,
     const Opt& h_update, std::optional<double> gradient_clip) {
   Gated g = ind_arguments(
-      "ind_rnn", x, u, bias, h, nonlinearity, recurrent_mask, h_update, /*step=*/false);
+      "ind_rnn", x, u, bias, h, nonlinearity, cu_seqlens, Opt(), recurrent_mask, h_update,
+      /*step=*/false);
   g.cu_seqlens = cu_seqlens, g.reset = reset_of_heads(g.op, reset, *g.x);
   g.reverse = reverse, g.gradient_clip = gradient_clip;
   const GatedOutputs out = call_gated(g);
@@ -163,7 +179,8 @@ Result ind_step(
     const Tensor& x, const Tensor& u, const Opt& bias, const Tensor& h, const Opt& state_indices,
     Text nonlinearity, const Opt& recurrent_mask, const Opt& h_update) {
   const Gated g = ind_arguments(
-      "ind_rnn_step", x, u, bias, h, nonlinearity, recurrent_mask, h_update, /*step=*/true);
+      "ind_rnn_step", x, u, bias, h, nonlinearity, Opt(), state_indices, recurrent_mask, h_update,
+      /*step=*/true);
   const GatedOutputs out = gated_step("ind_rnn", g, state_indices);
   return {out.y.squeeze(1), out.h.squeeze(1)};
 }
@@ -173,8 +190,8 @@ Tensor ind_step_(
   return gated_step_(
              "ind_rnn_step_",
              ind_arguments(
-                 "ind_rnn_step_", x, u, bias, h, nonlinearity, recurrent_mask, h_update,
-                 /*step=*/true),
+                 "ind_rnn_step_", x, u, bias, h, nonlinearity, Opt(), state_indices,
+                 recurrent_mask, h_update, /*step=*/true),
              state_indices)
       .squeeze(1);
 }

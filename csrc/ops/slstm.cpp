@@ -115,7 +115,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
           "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None, Tensor? "
           "recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, "
           "float norm_eps=1e-5, float? gradient_clip=None) -> (Tensor y, Tensor h, Tensor "
-          "c_last, Tensor n, Tensor m)"),
+          "c, Tensor n, Tensor m)"),
       tags);
   m.def(
       torch::schema(
@@ -123,7 +123,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
           "Tensor? state_indices=None, str forget_gate=\"sigmoid\", str normalizer=\"sum\", "
           "Tensor? recurrent_mask=None, Tensor? h_update=None, Tensor? norm_weight=None, float "
           "norm_eps=1e-5) -> (Tensor y, Tensor h, Tensor c, Tensor n, Tensor "
-          "m_last)"),
+          "m)"),
       tags);
   m.def(
       torch::schema("slstm_step_(Tensor x, Tensor R, Tensor? bias, Tensor(a!) h, Tensor(b!) c, "
