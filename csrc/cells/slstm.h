@@ -1,6 +1,7 @@
 // sLSTM. Beck et al. 2024, arXiv:2405.04517, section 2.2: an exponential input gate, a normaliser n, a stabiliser m.
 //   log_f = log sigmoid(.) or the pre-activation itself;  m = max(i, log_f + m_before), i where n_before is 0
-//   i' = e^(i - m), f' = e^(log_f + m_before - m);  c = f' c_before + i' tanh(z);  n = f' n_before + i';  h = sigmoid(o) c / n
+//   i' = e^(i - m), f' = e^(log_f + m_before - m);  c = f' c_before + i' tanh(z);  n = f' n_before + i'
+//   h = sigmoid(o) c / n
 // or n = max(f' n_before + i', 1).
 //
 // The gradient of m: c, n and m stand for the numbers C = c e^m and N = n e^m, and m itself, which is a maximum. A gradient

@@ -1,14 +1,14 @@
 // One call of a gated recurrence, as plain pointers and strides: what an operator hands to the CPU driver.
 //
-//   a[t] = R (mask h[t-1]), per head, and normalised over the gates and units of a head where there are norm_weights;  + bias
+//   a[t] = R (mask h[t-1]), per head; where there are norm_weights, normalised over the gates and units of a head;  + bias
 //   state[t] = cell(x[t], a[t], state[t-1])                     cells/gated.h; the cell is an index into GatedCells
 //   c = c_update c + (1 - c_update) c[t-1],  h = h_update h + (1 - h_update) h[t-1]
 //   h = projection h, before its update, where there is one
 // and, head by head, zeros instead of state[t-1] where reset[t] is true.
 //
 // Arrays over time have the dtype the driver is called with. Parameters, states and their gradients are double for double
-// and else float, contiguous in the order that is written beside them; R is that or BFloat16. All strides count elements
-// and may be anything for inputs.
+// and else float, contiguous in the order that is written beside them; R is that or BFloat16. All strides count elements and
+// may be anything for inputs.
 #pragma once
 #include <stdint.h>
 
@@ -60,7 +60,8 @@ struct GatedProblem {
 
 struct GatedForward : GatedProblem {
   OverUnits<void*> h; // gate is not used
-  // Sequence s has its state in this row of both state arrays; negative: it has none, its outputs are 0. Null: row s.
+  // Sequence s has its state in this row of both state arrays; negative: it has none, and its outputs are left alone. Null:
+  // row s.
   const int64_t* state_rows = nullptr;
   UnitState<void*> final_state[kGatedStates]; // may be initial_state itself, with the same strides
   // Of each token what the backward needs, gated_kept() numbers of the parameters' dtype. Null: not wanted.

@@ -6,8 +6,8 @@
 // their own and never wait, or share the units of each head and meet once per step (and once more for every sum over the
 // units of a head: layer norms, a second product, a projection).
 //
-// Each output of a product is one chain of multiply-adds in the order of its inputs, whatever rows and units are computed beside
-// it: results do not depend on threads, rows or packing.
+// Each output of a product is one chain of multiply-adds in the order of its inputs, whatever rows and units are computed
+// beside it: results do not depend on threads, rows or packing.
 #pragma once
 #include "../cells/all.h"
 #include "kernels.h"
@@ -27,8 +27,8 @@ struct GatedProduct {
   static constexpr bool kPairs =
       sizeof(W) == 2; // two inputs' elements side by side, as one number of 32 bits
 
-  // kRows rows, `in` one of them with the operands of gate g at in + g * in_gate, times one block; sums to
-  // out + row * out_row + gate * out_gate, or, kAdd, those of all gates added up. The first `valid` vectors of each gate exist.
+  // kRows rows, `in` one of them with the operands of gate g at in + g * in_gate, times one block; sums to out + row *
+  // out_row + gate * out_gate, or, kAdd, those of all gates added up. The first `valid` vectors of each gate exist.
   template <int kGates, int kVectors, int kRows, bool kAdd>
   static void tile(
       const W* block, int64_t inputs, const A* in, int64_t in_row, int64_t in_gate, A* out,
@@ -459,8 +459,8 @@ struct GatedRun {
     return get(kTable.number + kLanes - n);
   }
 
-  // Mean and 1 / standard deviation of `gates` times the units of a head, at from + gate * gate_step + unit. Lanes are added up
-  // last: the order is that of units and gates.
+  // Mean and 1 / standard deviation of `gates` times the units of a head, at from + gate * gate_step + unit. Lanes are added
+  // up last: the order is that of units and gates.
   struct Moments {
     A mean, scale;
   };
@@ -1001,7 +1001,8 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
                         : of_output(here, head, unit, n);
   }
 
-  // The gradient of the normalised state, for the sums that its norm's gradient needs; the one of h stays where it is read again.
+  // The gradient of the normalised state, for the sums that its norm's gradient needs; the one of h stays where it is read
+  // again.
   void through_cell_norm(const Place& here, int64_t head, int64_t unit, int n) {
     const Moments m = moments_of_cell(here, head);
     const Before b = before(here, head, unit, n, m);

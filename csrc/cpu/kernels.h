@@ -142,8 +142,8 @@ struct MatrixMemoryKernels {
   MatrixMemoryBackwardKernel backward = nullptr, reduce = nullptr; // over items; over rows
 };
 
-// How a gated recurrence is run. A matrix is packed in blocks of `vectors` vectors of a head's outputs, all gates of them side
-// by side: block, input, gate, vector, lane.
+// How a gated recurrence is run. A matrix is packed in blocks of `vectors` vectors of a head's outputs, all gates of them
+// side by side: block, input, gate, vector, lane.
 class Team;
 struct GatedPanel {
   int64_t gates = 0, inputs = 0, outputs = 0; // of a head

@@ -8,8 +8,8 @@
 namespace torch_ext::cpu {
 
 // Whoever runs pieces of the work joins, and learns who he is among how many. All pieces may come to one thread, when
-// threads are taken elsewhere, and some late: those who are there by then begin without them, so nobody waits for a thread that
-// does not come. That is why the number of members is known only after all have joined.
+// threads are taken elsewhere, and some late: those who are there by then begin without them, so nobody waits for a thread
+// that does not come. That is why the number of members is known only after all have joined.
 class Team {
  public:
   explicit Team(int64_t pieces) : pieces_(pieces) {}

@@ -190,8 +190,8 @@ Tensor ind_step_(
   return gated_step_(
              "ind_rnn_step_",
              ind_arguments(
-                 "ind_rnn_step_", x, u, bias, h, nonlinearity, Opt(), state_indices,
-                 recurrent_mask, h_update, /*step=*/true),
+                 "ind_rnn_step_", x, u, bias, h, nonlinearity, Opt(), state_indices, recurrent_mask,
+                 h_update, /*step=*/true),
              state_indices)
       .squeeze(1);
 }

@@ -201,8 +201,8 @@ struct GatedCase {
   }
   std::string text() const {
     std::ostringstream s;
-    s << kGatedNames[cell] << " flags " << flags << " " << info_of(dtype).name << " S " << S << " T " << T
-      << " H " << H << " K " << K << " P " << P;
+    s << kGatedNames[cell] << " flags " << flags << " " << info_of(dtype).name << " S " << S
+      << " T " << T << " H " << H << " K " << K << " P " << P;
     if (packed()) {
       s << " packed";
       for (const int64_t each : cu) s << " " << each;

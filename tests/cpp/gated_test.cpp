@@ -1,5 +1,5 @@
-// The CPU driver of gated recurrences: random problems of every cell on every instruction set and dtype, against a plain loop in
-// double; and that results are the same bits whoever runs the pieces of the work, and when.
+// The CPU driver of gated recurrences: random problems of every cell on every instruction set and dtype, against a plain
+// loop in double; and that results are the same bits whoever runs the pieces of the work, and when.
 #include <math.h>
 
 #include <chrono>
