@@ -526,7 +526,7 @@ void run_gated(
     to.gates = std::max<int64_t>(gates, 1), to.inputs = inputs, to.outputs = outputs;
     const int64_t all = (outputs + lanes - 1) / lanes;
     // threads own the same units of both products
-    to.vectors = sizes.from_h <= 1 || matrix == p.projection ? 4 : 2;
+    to.vectors = backward || sizes.from_h <= 1 || matrix == p.projection ? 4 : 2;
     if (lanes * number < 64 && num_rows > 1 && to.vectors == 2) to.vectors = 1;
     while (to.vectors > 1 &&
            (to.vectors > all ||

@@ -27,32 +27,46 @@ struct GatedProduct {
   static constexpr bool kPairs =
       sizeof(W) == 2; // two inputs' elements side by side, as one number of 32 bits
 
-  // kRows rows, `in` one of them with the operands of gate g at in + g * in_gate, times one block; sums to out + row *
-  // out_row + gate * out_gate, or, kAdd, those of all gates added up. The first `valid` vectors of each gate exist.
+  // kRows rows, `in` one of them, times one block: sums to out + row * out_row + gate * out_gate. With kAdd the operands of
+  // gate g are at in + g * in_gate, and one sum goes over all gates, input by input. The first `valid` vectors of each gate
+  // exist. `inputs` of the block from `first` on; sums go on from what `out` has unless they are the first.
   template <int kGates, int kVectors, int kRows, bool kAdd>
   static void tile(
-      const W* block, int64_t inputs, const A* in, int64_t in_row, int64_t in_gate, A* out,
-      int64_t out_row, int64_t out_gate, int valid) {
-    constexpr int kAll = kGates * kVectors;
-    V sum[kRows][kAll];
+      const W* block, int64_t first, int64_t inputs, const A* in, int64_t in_row, int64_t in_gate,
+      A* out, int64_t out_row, int64_t out_gate, int valid) {
+    constexpr int kAll = kGates * kVectors, kHeld = kAdd ? kVectors : kAll;
+    V sum[kRows][kHeld];
+    const auto each_sum = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          if (v >= valid) break;
+#pragma GCC unroll 4
+          for (int g = 0; g < kHeld / kVectors; ++g)
+            f(sum[r][g * kVectors + v], out + r * out_row + g * out_gate + v * kLanes);
+        }
+    };
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kAll; ++v) sum[r][v] = V(A(0));
+      for (int v = 0; v < kHeld; ++v) sum[r][v] = V(A(0));
+    if (first > 0)
+      each_sum([](V & x, const A* from)
+                   __attribute__((always_inline)) { x = Stored<A>::load(from); });
+    in += first;
+    block += first * kAll * kLanes;
     const auto add = [&](int64_t k, auto weight) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int g = 0; g < kGates; ++g) {
+      for (int g = 0; g < (kAdd ? kGates : 1); ++g) {
         V x[kRows];
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-          if (kAdd || g == 0) x[r] = V(in[r * in_row + (kAdd ? g * in_gate : 0) + k]);
-        if (!kAdd && g > 0) continue;
+        for (int r = 0; r < kRows; ++r) x[r] = V(in[r * in_row + g * in_gate + k]);
 #pragma GCC unroll 8
-        for (int v = 0; v < (kAdd ? kVectors : kAll); ++v) {
-          const int at = kAdd ? g * kVectors + v : v;
-          const V w = weight(at);
+        for (int v = 0; v < kHeld; ++v) {
+          const V w = weight(g * kVectors + v);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sum[r][at] = fused(x[r], w, sum[r][at]);
+          for (int r = 0; r < kRows; ++r) sum[r][v] = fused(x[r], w, sum[r][v]);
         }
       }
     };
@@ -75,40 +89,33 @@ struct GatedProduct {
             k, [&](int v)
                    __attribute__((always_inline)) { return Stored<A>::load(block + v * kLanes); });
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if (v >= valid) break;
-        A* to = out + r * out_row + v * kLanes;
-        if constexpr (kAdd) {
-          V all = sum[r][v];
-#pragma GCC unroll 4
-          for (int g = 1; g < kGates; ++g) all = all + sum[r][g * kVectors + v];
-          Stored<A>::store(to, all);
-        } else {
-#pragma GCC unroll 4
-          for (int g = 0; g < kGates; ++g)
-            Stored<A>::store(to + g * out_gate, sum[r][g * kVectors + v]);
-        }
-      }
+    each_sum([](const V& x, A* to) __attribute__((always_inline)) { Stored<A>::store(to, x); });
   }
 
   template <int kGates, int kVectors, bool kAdd>
   static void all_rows(
       const W* block, int64_t rows, int64_t inputs, const A* in, int64_t in_row, int64_t in_gate,
       A* out, int64_t out_row, int64_t out_gate, int valid) {
-    constexpr int kFit = kSums / (kGates * kVectors), kMost = kFit > 6 ? 6 : kFit < 1 ? 1 : kFit;
-    int64_t r = 0;
-    const auto some = [&]<int kRows>() __attribute__((always_inline)) {
-      for (; r + kRows <= rows; r += kRows)
-        tile<kGates, kVectors, kRows, kAdd>(
-            block, inputs, in + r * in_row, in_row, in_gate, out + r * out_row, out_row, out_gate,
-            valid);
-    };
-    some.template operator()<kMost>();
-    if constexpr (kMost > 2) some.template operator()<2>();
-    if constexpr (kMost > 1) some.template operator()<1>();
+    constexpr int kAll = kGates * kVectors;
+    constexpr int kFit = kSums / (kAdd ? kVectors : kAll), kMost = kFit > 6   ? 6
+                                                                   : kFit < 1 ? 1
+                                                                              : kFit;
+    // Of a block as much as the first cache holds besides, for all rows.
+    constexpr int64_t kResident = (16 << 10) / (kAll * kLanes * int64_t(sizeof(W))) / 2 * 2;
+    const int64_t together = rows > kMost || inputs == 0 ? kResident : inputs;
+    for (int64_t first = 0; first == 0 || first < inputs; first += together) {
+      const int64_t n = inputs - first < together ? inputs - first : together;
+      int64_t r = 0;
+      const auto some = [&]<int kRows>() __attribute__((always_inline)) {
+        for (; r + kRows <= rows; r += kRows)
+          tile<kGates, kVectors, kRows, kAdd>(
+              block, first, n, in + r * in_row, in_row, in_gate, out + r * out_row, out_row,
+              out_gate, valid);
+      };
+      some.template operator()<kMost>();
+      if constexpr (kMost > 2) some.template operator()<2>();
+      if constexpr (kMost > 1) some.template operator()<1>();
+    }
   }
 
   // Block b of all heads' blocks: the first `rows` rows.
@@ -119,30 +126,19 @@ struct GatedProduct {
     const W* data = static_cast<const W*>(p.data) + b * p.size;
     const int64_t left = (p.outputs + kLanes - 1) / kLanes - b % p.blocks * p.vectors;
     const int valid = int(left < p.vectors ? left : p.vectors);
-    const auto run = [&]<int kGates, int kVectors>() {
-      all_rows<kGates, kVectors, kAdd>(
-          data, rows, p.inputs, in, in_row, in_gate, out, out_row, out_gate, valid);
+    const auto of_gates = [&]<int kGates>() __attribute__((always_inline)) {
+      const auto run = [&]<int kVectors>() __attribute__((always_inline)) {
+        all_rows<kGates, kVectors, kAdd>(
+            data, rows, p.inputs, in, in_row, in_gate, out, out_row, out_gate, valid);
+      };
+      if (p.vectors == 1) return run.template operator()<1>();
+      if (p.vectors == 2) return run.template operator()<2>();
+      if constexpr (kAdd || kGates == 1) run.template operator()<4>();
     };
-    switch (p.gates * 8 + p.vectors) {
-      case 9:
-        return run.template operator()<1, 1>();
-      case 10:
-        return run.template operator()<1, 2>();
-      case 12:
-        return run.template operator()<1, 4>();
-      case 17:
-        return run.template operator()<2, 1>();
-      case 18:
-        return run.template operator()<2, 2>();
-      case 25:
-        return run.template operator()<3, 1>();
-      case 26:
-        return run.template operator()<3, 2>();
-      case 33:
-        return run.template operator()<4, 1>();
-      case 34:
-        return run.template operator()<4, 2>();
-    }
+    if (p.gates == 1) return of_gates.template operator()<1>();
+    if (p.gates == 2) return of_gates.template operator()<2>();
+    if (p.gates == 3) return of_gates.template operator()<3>();
+    of_gates.template operator()<4>();
   }
 };
 
