@@ -12,6 +12,9 @@ from .causal_conv1d import (
     causal_conv1d_step,
     causal_conv1d_step_,
 )
+from .elman import elman, elman_reference, elman_step, elman_step_
+from .gru import gru, gru_reference, gru_step, gru_step_
+from .ind_rnn import ind_rnn, ind_rnn_reference, ind_rnn_step, ind_rnn_step_
 from .linear_attention import (
     LinearAttention,
     linear_attention,
@@ -20,6 +23,7 @@ from .linear_attention import (
     linear_attention_step_,
 )
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
+from .lstm import lstm, lstm_reference, lstm_step, lstm_step_
 from .mamba import Mamba, mamba_step, mamba_step_
 from .mamba2 import Mamba2
 from .mamba_lm import MambaBlock, MambaLM
@@ -34,6 +38,7 @@ from .selective_scan import (
     selective_scan_step,
     selective_scan_step_,
 )
+from .slstm import slstm, slstm_reference, slstm_step, slstm_step_
 from .ssd import ssd, ssd_reference, ssd_step, ssd_step_
 from .xlstm import (
     mLSTMBlock,
@@ -65,6 +70,18 @@ __all__ = [
     "causal_conv1d_step_",
     "cmake_prefix_path",
     "compat",
+    "elman",
+    "elman_reference",
+    "elman_step",
+    "elman_step_",
+    "gru",
+    "gru_reference",
+    "gru_step",
+    "gru_step_",
+    "ind_rnn",
+    "ind_rnn_reference",
+    "ind_rnn_step",
+    "ind_rnn_step_",
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",
@@ -73,6 +90,10 @@ __all__ = [
     "linear_scan_reference",
     "linear_scan_step",
     "linear_scan_step_",
+    "lstm",
+    "lstm_reference",
+    "lstm_step",
+    "lstm_step_",
     "mLSTMBlock",
     "mLSTMLayer",
     "mamba_step",
@@ -97,6 +118,10 @@ __all__ = [
     "selective_scan_reference",
     "selective_scan_step",
     "selective_scan_step_",
+    "slstm",
+    "slstm_reference",
+    "slstm_step",
+    "slstm_step_",
     "ssd",
     "ssd_reference",
     "ssd_step",

@@ -230,3 +230,57 @@ def _register_matrix_memory(name: str) -> None:
 
 _register_matrix_memory("matrix_memory")
 _register_matrix_memory("matrix_memory_backward")
+
+
+def _register_gated(name: str) -> None:
+    """Folded into the heads, which have parameters and states of their own."""
+    operator = getattr(torch.ops.torch_ext, name)
+    arguments = [argument.name for argument in operator.default._schema.arguments]
+    backward = name.endswith("_backward")
+    # Where the heads are, counted from the end.
+    of_heads = dict.fromkeys(arguments, 2) | {"R": 3, "projection": 3, "reset": 1}
+    parameters = arguments[arguments.index("x") : arguments.index("recurrent_mask")]
+    outputs_of = parameters if backward else ["x", "h", "c", "n", "m", "kept"]
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+
+        def fold(argument: str, x: Tensor, dim: int | None) -> Tensor:
+            if argument == "kept":  # was kept by a call of other sizes: it is made again
+                return x.new_empty(0)
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if x.numel() == 0 and x.dim() == 2 and argument.startswith("grad_"):
+                return x[0]  # of a state that there is not
+            at = x.dim() - 1 - of_heads[argument]
+            return x.movedim(0, at).flatten(at, at + 1)
+
+        def unfold(argument: str, x: Tensor) -> tuple[Tensor, int | None]:
+            if argument == "kept" or (x.dim() == 1 and x.numel() == 0):
+                return x, None
+            at = x.dim() - of_heads[argument]
+            return x.unflatten(at, (size, -1)), at
+
+        folded = {}
+        for argument, x, dim in zip(arguments, args, in_dims, strict=False):
+            if isinstance(x, Tensor) and argument == "cu_seqlens":
+                if dim is not None:
+                    raise ValueError(
+                        f"{name}: cu_seqlens has a vmap dimension, expected none: "
+                        "it has to be the same for all that vmap runs over"
+                    )
+                folded[argument] = x
+            elif argument == "keep":
+                folded[argument] = False
+            else:
+                folded[argument] = fold(argument, x, dim) if isinstance(x, Tensor) else x
+        pairs = [
+            unfold(argument, x) for argument, x in zip(outputs_of, operator(**folded), strict=True)
+        ]
+        unfolded, dims = zip(*pairs, strict=True)
+        return unfolded, dims
+
+    torch.library.register_vmap(f"torch_ext::{name}", rule)
+
+
+_register_gated("gated")
+_register_gated("gated_backward")

@@ -679,6 +679,455 @@ TEST(MatrixMemoryMessages, NameTheArgument) {
   EXPECT_MESSAGE(ssd(v, i, i, q, q), "ssd: A has shape (2, 6, 4)");
 }
 
+// ---- gated recurrences ----
+
+constexpr int64_t kUnits = 3, kProjected = 2;
+
+// x[t] and the states are (B, ..); weights: R and bias, then the member's own.
+struct GatedMember {
+  std::string name;
+  std::vector<int64_t> input;
+  std::vector<std::vector<int64_t>> weights, states;
+  bool is_lstm, has_norm;
+  std::function<std::pair<Tensor, Tensors>(
+      const Tensor& x, const Tensors& w, const Tensors& state, const GatedOptions&)>
+      run;
+  std::function<std::pair<Tensor, Tensors>(
+      const Tensor& x, const Tensors& w, const Tensors& state, const OptionalTensor& indices)>
+      step;
+  std::function<Tensor(
+      const Tensor& x, const Tensors& w, Tensors& state, const OptionalTensor& indices)>
+      step_;
+  // The states after a step whose gates see u for h.
+  std::function<Tensors(
+      const Tensor& x, const Tensors& w, const Tensor& u, const Tensors& before,
+      const GatedOptions&)>
+      cell;
+  friend void PrintTo(const GatedMember& member, std::ostream* out) { *out << member.name; }
+};
+
+Tensor normalized(const Tensor& x, torch::IntArrayRef over, double eps) {
+  const Tensor d = x - x.mean(over, true);
+  return d / (d * d).mean(over, true).add(eps).sqrt();
+}
+// Gates x + R u + bias, (B, G, H, K).
+Tensor of_product(const Tensors& w, const Tensor& u, const GatedOptions& o) {
+  Tensor a = torch::einsum("ghkp,bhp->bghk", {w[0], u});
+  if (o.norm_weight) a = normalized(a, {1, 3}, o.norm_eps) * *o.norm_weight;
+  return a + w[1];
+}
+Tensors as_list(const TensorPair& state) { return {std::get<0>(state), std::get<1>(state)}; }
+std::pair<Tensor, Tensors> as_lists(const TensorPair& out) {
+  return {std::get<0>(out), {std::get<1>(out)}};
+}
+OptionalTensor first_of(const Tensors& state) {
+  return state.empty() ? OptionalTensor() : OptionalTensor(state[0]);
+}
+
+GatedMember lstm_member(bool coupled, bool all) {
+  const int64_t P = all ? kProjected : kUnits, gates = coupled ? 3 : 4;
+  std::vector<std::vector<int64_t>> weights = {{gates, kHeads, kUnits, P}, {gates, kHeads, kUnits}};
+  if (all) {
+    weights.push_back({gates - 1, kHeads, kUnits});
+    weights.push_back({kHeads, P, kUnits});
+  }
+  const auto own = [=](const Tensors& w, size_t i) {
+    return all ? OptionalTensor(w[i]) : OptionalTensor();
+  };
+  return {
+      std::string("lstm") + (coupled ? "_coupled" : "") + (all ? "_peephole_projection" : ""),
+      {gates, kHeads, kUnits},
+      weights,
+      {{kHeads, P}, {kHeads, kUnits}},
+      true,
+      true,
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const GatedOptions& o) {
+        std::optional<TensorPair> state;
+        if (!s.empty()) state = TensorPair(s[0], s[1]);
+        const auto [h, after] = lstm(x, w[0], w[1], state, coupled, own(w, 2), own(w, 3), o);
+        return std::pair(h, as_list(after));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const OptionalTensor& i) {
+        const auto [h, after] =
+            lstm_step(x, w[0], w[1], TensorPair(s[0], s[1]), i, coupled, own(w, 2), own(w, 3));
+        return std::pair(h, as_list(after));
+      },
+      [=](const Tensor& x, const Tensors& w, Tensors& s, const OptionalTensor& i) {
+        TensorPair state(s[0], s[1]);
+        return lstm_step_(x, w[0], w[1], state, i, coupled, own(w, 2), own(w, 3));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensor& u, const Tensors& s,
+          const GatedOptions& opt) {
+        const Tensor a = x + of_product(w, u, opt);
+        const auto gate = [&](int64_t g) { return a.select(1, g); };
+        const auto seen = [&](int64_t g, const Tensor& c) { return all ? w[2][g] * c : c * 0; };
+        const int64_t at = coupled ? 0 : 1;
+        const Tensor f = torch::sigmoid(gate(at) + seen(at, s[1])),
+                     i = coupled ? 1 - f : torch::sigmoid(gate(0) + seen(0, s[1])),
+                     c = f * s[1] + i * torch::tanh(gate(at + 1)),
+                     o = torch::sigmoid(gate(at + 2) + seen(at + 1, c));
+        Tensor out = c;
+        if (opt.cell_norm_weight)
+          out = normalized(c, {2}, opt.norm_eps) * *opt.cell_norm_weight + *opt.cell_norm_bias;
+        const Tensor h = o * torch::tanh(out);
+        return Tensors{all ? torch::einsum("hpk,bhk->bhp", {w[3], h}) : h, c};
+      }};
+}
+GatedMember gru_member(bool reset_after) {
+  return {
+      reset_after ? "gru" : "gru_reset_before",
+      {3, kHeads, kUnits},
+      {{3, kHeads, kUnits, kUnits}, {3, kHeads, kUnits}},
+      {{kHeads, kUnits}},
+      false,
+      reset_after,
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const GatedOptions& o) {
+        return as_lists(gru(x, w[0], w[1], first_of(s), reset_after, o));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const OptionalTensor& i) {
+        return as_lists(gru_step(x, w[0], w[1], s[0], i, reset_after));
+      },
+      [=](const Tensor& x, const Tensors& w, Tensors& s, const OptionalTensor& i) {
+        return gru_step_(x, w[0], w[1], s[0], i, reset_after);
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensor& u, const Tensors& s,
+          const GatedOptions& o) {
+        const Tensor a = of_product(w, u, o), r = torch::sigmoid((x + a).select(1, 0)),
+                     z = torch::sigmoid((x + a).select(1, 1));
+        const Tensor of_n = reset_after ? r * a.select(1, 2) : of_product(w, r * u, o).select(1, 2);
+        return Tensors{(1 - z) * torch::tanh(x.select(1, 2) + of_n) + z * s[0]};
+      }};
+}
+GatedMember elman_member(const std::string& nonlinearity) {
+  return {
+      "elman_" + nonlinearity,
+      {1, kHeads, kUnits},
+      {{1, kHeads, kUnits, kUnits}, {1, kHeads, kUnits}},
+      {{kHeads, kUnits}},
+      false,
+      true,
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const GatedOptions& o) {
+        return as_lists(elman(x, w[0], w[1], first_of(s), nonlinearity, o));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const OptionalTensor& i) {
+        return as_lists(elman_step(x, w[0], w[1], s[0], i, nonlinearity));
+      },
+      [=](const Tensor& x, const Tensors& w, Tensors& s, const OptionalTensor& i) {
+        return elman_step_(x, w[0], w[1], s[0], i, nonlinearity);
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensor& u, const Tensors&,
+          const GatedOptions& o) {
+        const Tensor a = (x + of_product(w, u, o)).select(1, 0);
+        return Tensors{nonlinearity == "tanh" ? torch::tanh(a) : torch::relu(a)};
+      }};
+}
+GatedMember ind_rnn_member(const std::string& nonlinearity) {
+  return {
+      "ind_rnn_" + nonlinearity,
+      {kUnits},
+      {{kUnits}, {kUnits}},
+      {{kUnits}},
+      false,
+      false,
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const GatedOptions& o) {
+        return as_lists(ind_rnn(x, w[0], w[1], first_of(s), nonlinearity, o));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const OptionalTensor& i) {
+        return as_lists(ind_rnn_step(x, w[0], w[1], s[0], i, nonlinearity));
+      },
+      [=](const Tensor& x, const Tensors& w, Tensors& s, const OptionalTensor& i) {
+        return ind_rnn_step_(x, w[0], w[1], s[0], i, nonlinearity);
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensor& u, const Tensors&, const GatedOptions&) {
+        const Tensor a = x + w[0] * u + w[1];
+        return Tensors{nonlinearity == "tanh" ? torch::tanh(a) : torch::relu(a)};
+      }};
+}
+GatedMember slstm_member(const std::string& forget_gate, const std::string& normalizer) {
+  const auto state_of = [](const Tensors& s) { return SLSTMState(s[0], s[1], s[2], s[3]); };
+  const auto list_of = [](const std::tuple<Tensor, SLSTMState>& out) {
+    const auto& [h, c, n, m] = std::get<1>(out);
+    return std::pair(std::get<0>(out), Tensors{h, c, n, m});
+  };
+  const std::vector<int64_t> state = {kHeads, kUnits};
+  return {
+      "slstm_" + forget_gate + "_" + normalizer,
+      {4, kHeads, kUnits},
+      {{4, kHeads, kUnits, kUnits}, {4, kHeads, kUnits}},
+      {state, state, state, state},
+      false,
+      true,
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const GatedOptions& o) {
+        std::optional<SLSTMState> initial;
+        if (!s.empty()) initial = state_of(s);
+        return list_of(slstm(x, w[0], w[1], initial, forget_gate, normalizer, o));
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensors& s, const OptionalTensor& i) {
+        return list_of(slstm_step(x, w[0], w[1], state_of(s), i, forget_gate, normalizer));
+      },
+      [=](const Tensor& x, const Tensors& w, Tensors& s, const OptionalTensor& i) {
+        SLSTMState state = state_of(s);
+        return slstm_step_(x, w[0], w[1], state, i, forget_gate, normalizer);
+      },
+      [=](const Tensor& x, const Tensors& w, const Tensor& u, const Tensors& s,
+          const GatedOptions& o) {
+        const Tensor a = x + of_product(w, u, o), i = a.select(1, 0), f = a.select(1, 1);
+        const Tensor carried = (forget_gate == "exp" ? f : torch::log_sigmoid(f)) + s[3],
+                     m = torch::where(s[2] == 0, i, torch::maximum(i, carried)),
+                     scale_i = torch::exp(i - m), scale_f = torch::exp((carried - m).clamp_max(0)),
+                     c = scale_f * s[1] + scale_i * torch::tanh(a.select(1, 2)),
+                     sum = scale_f * s[2] + scale_i,
+                     n = normalizer == "sum" ? sum : sum.clamp_min(1);
+        return Tensors{torch::sigmoid(a.select(1, 3)) * c / n, c, n, m};
+      }};
+}
+
+class GatedOps : public ::testing::TestWithParam<GatedMember> {
+ protected:
+  void SetUp() override { torch::manual_seed(seed()); }
+  const GatedMember& member() const { return GetParam(); }
+  static Tensor draw(
+      std::vector<int64_t> before, const std::vector<int64_t>& size, torch::ScalarType dtype) {
+    before.insert(before.end(), size.begin(), size.end());
+    return torch::randn(before, torch::dtype(dtype).requires_grad(true));
+  }
+  Tensors weights(torch::ScalarType dtype = torch::kDouble) const {
+    Tensors all;
+    for (const auto& size : member().weights) {
+      all.push_back(draw({}, size, dtype).detach().mul(0.7).requires_grad_());
+    }
+    return all;
+  }
+  // sLSTM's third, the sum of weights, is positive.
+  Tensors states(int64_t rows, torch::ScalarType dtype = torch::kDouble) const {
+    Tensors all;
+    for (const auto& size : member().states) all.push_back(draw({rows}, size, dtype));
+    if (all.size() == 4) all[2] = all[2].detach().exp().requires_grad_();
+    return all;
+  }
+  Tensor input(int64_t B, int64_t T, torch::ScalarType dtype = torch::kDouble) const {
+    return draw({B, T}, member().input, dtype);
+  }
+  // Everything that the member has.
+  GatedOptions options(int64_t B, int64_t T) const {
+    GatedOptions o;
+    const auto& h = member().states[0];
+    const auto uniform = [](Tensor x) { return torch::sigmoid(x.detach()); };
+    o.reset = torch::rand({B, T}) < 0.2;
+    o.recurrent_mask = (draw({B}, h, torch::kDouble).detach() > 0).to(torch::kDouble) * 2;
+    o.h_update = uniform(draw({B, T}, h, torch::kDouble));
+    const std::vector<int64_t> of_gates = member().input;
+    if (member().has_norm) {
+      o.norm_weight = draw({}, of_gates, torch::kDouble);
+      o.norm_eps = 0.1;
+    }
+    if (member().is_lstm) {
+      const std::vector<int64_t> c = member().states[1];
+      o.c_update = uniform(draw({B, T}, c, torch::kDouble));
+      o.cell_norm_weight = draw({}, c, torch::kDouble);
+      o.cell_norm_bias = draw({}, c, torch::kDouble);
+    }
+    return o;
+  }
+  std::pair<Tensor, Tensors> loop(
+      const Tensor& x, const Tensors& w, Tensors state, const GatedOptions& o) const {
+    const int64_t T = x.size(1);
+    Tensors all(static_cast<size_t>(T));
+    const auto mix = [](const OptionalTensor& update, int64_t t, const Tensor& y,
+                        const Tensor& old) {
+      if (!update) return y;
+      const Tensor share = update->select(1, t);
+      return share * y + (1 - share) * old;
+    };
+    for (int64_t step = 0; step < T; ++step) {
+      const int64_t t = o.reverse ? T - 1 - step : step;
+      if (o.reset)
+        for (Tensor& each : state) {
+          std::vector<int64_t> shape(static_cast<size_t>(each.dim()), 1);
+          shape[0] = each.size(0);
+          each = torch::where(o.reset->select(1, t).view(shape), torch::zeros_like(each), each);
+        }
+      const Tensor u = o.recurrent_mask ? state[0] * *o.recurrent_mask : state[0];
+      Tensors after = member().cell(x.select(1, t), w, u, state, o);
+      after[0] = mix(o.h_update, t, after[0], state[0]);
+      if (after.size() > 1) after[1] = mix(o.c_update, t, after[1], state[1]);
+      state = after;
+      all[size_t(t)] = state[0];
+    }
+    return {torch::stack(all, 1), state};
+  }
+};
+
+TEST_P(GatedOps, ValuesAndGradientsAreThoseOfALoop) {
+  for (const bool reverse : {false, true})
+    for (const bool everything : {false, true}) {
+      const Tensor x = input(2, 5);
+      const Tensors w = weights(), state = states(2);
+      GatedOptions o = everything ? options(2, 5) : GatedOptions();
+      o.reverse = reverse;
+      const auto got = member().run(x, w, state, o), want = loop(x, w, state, o);
+      expect_close(got.first, want.first);
+      Tensors leaves = {x};
+      leaves.insert(leaves.end(), w.begin(), w.end());
+      leaves.insert(leaves.end(), state.begin(), state.end());
+      for (const OptionalTensor& each : {o.norm_weight, o.cell_norm_weight, o.cell_norm_bias})
+        if (each) leaves.push_back(*each);
+      for (size_t i = 0; i < state.size(); ++i) expect_close(got.second[i], want.second[i]);
+      const auto first = [&](const std::pair<Tensor, Tensors>& out) {
+        return torch::autograd::grad({weighed(out)}, leaves, {}, true, true, true);
+      };
+      const Tensors got_grad = first(got), want_grad = first(want);
+      Tensor got_sum = torch::zeros({}, torch::kDouble), want_sum = got_sum;
+      for (size_t i = 0; i < leaves.size(); ++i) {
+        SCOPED_TRACE("leaf " + std::to_string(i));
+        ASSERT_TRUE(got_grad[i].defined());
+        expect_close(got_grad[i], want_grad[i], 1e-9);
+        got_sum = got_sum + (got_grad[i] * got_grad[i]).sum();
+        want_sum = want_sum + (want_grad[i] * want_grad[i]).sum();
+      }
+      const auto second = [&](const Tensor& sum) {
+        return torch::autograd::grad({sum}, {x, w[0], w[1]}, {}, true, false, true);
+      };
+      const Tensors got_second = second(got_sum), want_second = second(want_sum);
+      for (size_t i = 0; i < 3; ++i) {
+        SCOPED_TRACE("second derivative " + std::to_string(i));
+        expect_close(got_second[i], want_second[i], 1e-7);
+      }
+    }
+}
+
+TEST_P(GatedOps, NoStateIsZeros) {
+  const Tensor x = input(3, 4);
+  const Tensors w = weights();
+  Tensors zeros;
+  for (const Tensor& each : states(3)) zeros.push_back(torch::zeros_like(each));
+  const auto got = member().run(x, w, {}, {}), want = member().run(x, w, zeros, {});
+  EXPECT_TRUE(torch::equal(got.first, want.first));
+  for (size_t i = 0; i < zeros.size(); ++i)
+    EXPECT_TRUE(torch::equal(got.second[i], want.second[i]));
+}
+
+TEST_P(GatedOps, PackedSequencesAreEachAlone) {
+  const Tensor x = input(1, 9);
+  const Tensors w = weights(), state = states(3);
+  GatedOptions packed;
+  packed.cu_seqlens = torch::tensor({0, 4, 4, 9}, torch::kInt);
+  for (const bool reverse : {false, true}) {
+    packed.reverse = reverse;
+    const auto got = member().run(x, w, state, packed);
+    for (const auto& [s, begin, end] : {std::tuple(0, 0, 4), {2, 4, 9}}) {
+      Tensors own;
+      for (const Tensor& each : state) own.push_back(each.slice(0, s, s + 1));
+      GatedOptions alone;
+      alone.reverse = reverse;
+      const auto want = member().run(x.slice(1, begin, end), w, own, alone);
+      expect_close(got.first.slice(1, begin, end), want.first);
+      for (size_t i = 0; i < state.size(); ++i)
+        expect_close(got.second[i].slice(0, s, s + 1), want.second[i]);
+    }
+    for (size_t i = 0; i < state.size(); ++i)
+      EXPECT_TRUE(torch::equal(got.second[i][1], state[i][1]));
+  }
+}
+
+TEST_P(GatedOps, StepsAreTheSequence) {
+  const Tensor x = input(2, 5, torch::kFloat);
+  const Tensors w = weights(torch::kFloat);
+  const auto [h, final_state] = member().run(x, w, {}, {});
+  Tensors state, pools, before, constant;
+  const Tensor slots = torch::tensor({3, 1});
+  for (const Tensor& each : states(5, torch::kFloat)) {
+    state.push_back(torch::zeros_like(each.slice(0, 0, 2)));
+    before.push_back(each.detach().clone());
+    pools.push_back(each.detach().clone().index_fill_(0, slots, 0));
+  }
+  for (const Tensor& each : w) constant.push_back(each.detach());
+  for (int64_t t = 0; t < 5; ++t) {
+    Tensor y;
+    std::tie(y, state) = member().step(x.select(1, t), w, state, {});
+    expect_close(y, h.select(1, t), 1e-5);
+    expect_close(
+        member().step_(x.detach().select(1, t), constant, pools, slots), h.select(1, t), 1e-5);
+  }
+  for (size_t i = 0; i < state.size(); ++i) {
+    expect_close(state[i], final_state[i], 1e-5);
+    expect_close(pools[i].index({slots}), final_state[i], 1e-5);
+    for (const int64_t untouched : {0, 2, 4})
+      EXPECT_TRUE(torch::equal(pools[i][untouched], before[i][untouched])) << untouched;
+  }
+  const Tensors through_steps = torch::autograd::grad({weighed({state[0], {}})}, {x, w[0], w[1]});
+  const Tensors through_all =
+      torch::autograd::grad({weighed({final_state[0], {}})}, {x, w[0], w[1]});
+  for (size_t i = 0; i < 3; ++i) expect_close(through_steps[i], through_all[i], 1e-4);
+}
+
+TEST_P(GatedOps, HalfPrecisionHasAFloatState) {
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    const Tensor x = input(2, 4, dtype);
+    const auto out = member().run(x, weights(dtype), {}, {});
+    EXPECT_EQ(out.first.scalar_type(), dtype);
+    for (const Tensor& each : out.second) EXPECT_EQ(each.scalar_type(), torch::kFloat);
+    EXPECT_EQ(torch::autograd::grad({out.first.sum()}, {x})[0].scalar_type(), dtype);
+  }
+}
+
+TEST_P(GatedOps, ClippedToNothingOnlyTheStepItselfHasAGradient) {
+  if (member().name != "elman_tanh") GTEST_SKIP() << "others have more ways from step to step";
+  const Tensor x = input(2, 4);
+  const Tensors w = weights();
+  GatedOptions o;
+  o.gradient_clip = 0;
+  const Tensor h = member().run(x, w, {}, o).first;
+  const Tensor got = torch::autograd::grad({h.sum()}, {x})[0].squeeze(2);
+  expect_close(got, 1 - h * h);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, GatedOps,
+    ::testing::Values(
+        lstm_member(false, false), lstm_member(false, true), lstm_member(true, false),
+        lstm_member(true, true), gru_member(true), gru_member(false), elman_member("tanh"),
+        elman_member("relu"), ind_rnn_member("relu"), ind_rnn_member("tanh"),
+        slstm_member("sigmoid", "sum"), slstm_member("exp", "at_least_one")),
+    [](const auto& each) { return each.param.name; });
+
+TEST(GatedMessages, NameTheArgument) {
+  const Tensor x = torch::randn({2, 5, 4, 2, 3}), R = torch::randn({4, 2, 3, 3}),
+               s = torch::randn({2, 2, 3}), x3 = x.slice(2, 0, 3), R3 = R.slice(0, 0, 3);
+  EXPECT_MESSAGE(lstm(x3, R3), "lstm: x has shape (2, 5, 3, 2, 3)");
+  EXPECT_MESSAGE(lstm(x, R3), "lstm: R has shape (3, 2, 3, 3)");
+  EXPECT_MESSAGE(lstm(x, R, R), "lstm: bias has shape (4, 2, 3, 3)");
+  EXPECT_MESSAGE(lstm(x, R, {}, TensorPair(s, s[0])), "lstm: c has shape (2, 3)");
+  EXPECT_MESSAGE(lstm(x, R, {}, {}, true), "lstm: x has shape (2, 5, 4, 2, 3)");
+  EXPECT_MESSAGE(lstm(x, R.to(torch::kDouble)), "lstm: R has dtype float64");
+  EXPECT_MESSAGE(slstm(x, R, {}, {}, "tanh"), "slstm: forget_gate is 'tanh'");
+  EXPECT_MESSAGE(slstm(x, R, {}, {}, "exp", "max"), "slstm: normalizer is 'max'");
+  EXPECT_MESSAGE(
+      elman(x.slice(2, 0, 1), R.slice(0, 0, 1), {}, {}, "sin"), "elman: nonlinearity is 'sin'");
+  EXPECT_MESSAGE(gru_step(x3, R3, {}, s), "gru_step: x has shape (2, 5, 3, 2, 3)");
+  EXPECT_MESSAGE(ind_rnn(s, s), "ind_rnn: u has shape (2, 2, 3)");
+  GatedOptions of_cell;
+  of_cell.c_update = x;
+  EXPECT_MESSAGE(gru(x3, R3, {}, {}, true, of_cell), "gru: c_update is given");
+  EXPECT_MESSAGE(slstm(x, R, {}, {}, "exp", "sum", of_cell), "slstm: c_update is given");
+  GatedOptions norm;
+  norm.norm_weight = R3.select(3, 0);
+  EXPECT_MESSAGE(gru(x3, R3, {}, {}, false, norm), "gru: norm_weight is given");
+  EXPECT_MESSAGE(ind_rnn(s, s[0][0], {}, {}, "relu", norm), "ind_rnn: norm_weight is given");
+  GatedOptions of_time;
+  of_time.reverse = true;
+  EXPECT_MESSAGE(
+      lstm_step(x.select(1, 0), R, {}, TensorPair(s, s), {}, false, {}, {}, of_time),
+      "lstm_step: reverse is given");
+  of_time = {};
+  of_time.gradient_clip = 1;
+  EXPECT_MESSAGE(
+      elman_step(x.slice(2, 0, 1).select(1, 0), R.slice(0, 0, 1), {}, s, {}, "tanh", of_time),
+      "elman_step: gradient_clip is given");
+  of_time.gradient_clip = -1;
+  EXPECT_MESSAGE(slstm(x, R, {}, {}, "exp", "sum", of_time), "slstm: gradient_clip is -1");
+}
+
 TEST(Library, HasAVersion) { EXPECT_NE(std::string(version()), ""); }
 
 } // namespace
