@@ -59,14 +59,29 @@ struct GatedProduct {
     const auto add = [&](int64_t k, auto weight) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int g = 0; g < (kAdd ? kGates : 1); ++g) {
-        V x[kRows];
+        const auto operand = [&](int r) __attribute__((always_inline)) {
+          return V(in[r * in_row + g * in_gate + k]);
+        };
+        if constexpr (kRows > kHeld) { // the fewer of both stay in registers
+          V w[kHeld];
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) x[r] = V(in[r * in_row + g * in_gate + k]);
+          for (int v = 0; v < kHeld; ++v) w[v] = weight(g * kVectors + v);
 #pragma GCC unroll 8
-        for (int v = 0; v < kHeld; ++v) {
-          const V w = weight(g * kVectors + v);
+          for (int r = 0; r < kRows; ++r) {
+            const V x = operand(r);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sum[r][v] = fused(x[r], w, sum[r][v]);
+            for (int v = 0; v < kHeld; ++v) sum[r][v] = fused(x, w[v], sum[r][v]);
+          }
+        } else {
+          V x[kRows];
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) x[r] = operand(r);
+#pragma GCC unroll 8
+          for (int v = 0; v < kHeld; ++v) {
+            const V w = weight(g * kVectors + v);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) sum[r][v] = fused(x[r], w, sum[r][v]);
+          }
         }
       }
     };
@@ -272,7 +287,10 @@ struct GatedRun {
   // f(head, begin, end) for the units of each head that they cover.
   template <class F>
   void own_units(const GatedPanel& panel, const F& f) const {
-    const Blocks b = own(panel);
+    units_of(panel, own(panel), f);
+  }
+  template <class F>
+  static void units_of(const GatedPanel& panel, Blocks b, const F& f) {
     const int64_t step = panel.vectors * kLanes;
     for (int64_t at = b.begin; at < b.end;) {
       const int64_t head = at / panel.blocks,
@@ -283,11 +301,24 @@ struct GatedRun {
       at = last;
     }
   }
+  // f(blocks), some of this thread's at a time: what their products yield is still near when the cell wants it.
+  template <class F>
+  void own_groups(const GatedPanel& panel, const F& f) const {
+    const Blocks b = own(panel);
+    const int64_t units = panel.vectors * kLanes, together = units < 64 ? 64 / units : 1;
+    for (int64_t at = b.begin; at < b.end; at += together)
+      f(Blocks{at, at + together < b.end ? at + together : b.end});
+  }
   template <bool kAdd>
   void product(
       const GatedPanel& panel, int64_t rows, const A* in, int64_t in_gate, A* out,
       int64_t out_gate) const {
-    const Blocks b = own(panel);
+    product<kAdd>(panel, own(panel), rows, in, in_gate, out, out_gate);
+  }
+  template <bool kAdd>
+  void product(
+      const GatedPanel& panel, Blocks b, int64_t rows, const A* in, int64_t in_gate, A* out,
+      int64_t out_gate) const {
     for (int64_t at = b.begin; at < b.end; ++at) {
       const int64_t head = at / panel.blocks, unit = at % panel.blocks * panel.vectors * kLanes;
       const A* from = in + head * wide;
@@ -444,6 +475,27 @@ struct GatedRun {
 
   TORCH_EXT_HD static V get(const A* from) { return Stored<A>::load(from); }
   TORCH_EXT_HD static void set(A* to, V x) { Stored<A>::store(to, x); }
+  // Nothing but cell and products, and units side by side: most calls, which have loops of their own. They do what the
+  // others do, in the same order.
+  bool plain(const OverUnits<const void*>& beside, int64_t unit) const {
+    return !p.mask.data && !p.h_update.data && !p.c_update.data && !p.norm_weight &&
+           !p.cell_norm_weight && !p.projection && !p.reset && p.x.unit == 1 && unit == 1 &&
+           (!beside.data || beside.unit == 1) && dtype != DType::f16;
+  }
+  // f(S()) for the dtype S of arrays over time.
+  template <class F>
+  void with_dtype(const F& f) const {
+    if constexpr (sizeof(A) == 4) {
+      if (dtype == DType::bf16) return f(BFloat16{});
+    }
+    f(A{});
+  }
+  template <class S, class Data>
+  static S* at_units(const OverUnits<Data>& x, const Place& here, int64_t head) {
+    return static_cast<S*>(x.data) + here.sequence * x.sequence + here.time * x.time +
+           head * x.head;
+  }
+
   // 1 in the first n lanes, else 0.
   static V there(int n) {
     static constexpr struct Table {
@@ -523,6 +575,7 @@ struct GatedForwardRun : GatedRun<Cell, A> {
   using Run = GatedRun<Cell, A>;
   using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates,
       Run::kLanes, Run::kStates, Run::plan, Run::set, Run::some, Run::wide;
+  using typename Run::Blocks;
   using typename Run::Gates;
   using typename Run::Moments;
   using typename Run::Place;
@@ -548,9 +601,20 @@ struct GatedForwardRun : GatedRun<Cell, A> {
     begin_rows();
     this->meet();
     const int64_t steps = this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
+    const bool is_plain = this->plain({}, p.h.unit);
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t rows = this->longer_than(t), operand = at.operand + (t & 1) * all;
       A* base = this->scratch();
+      if (is_plain && !Cell::two_products) {
+        this->own_groups(plan.first, [&](Blocks blocks) {
+          if (plan.first.data)
+            this->template product<false>(
+                plan.first, blocks, rows, base + operand, 0, base + at.products, all);
+          this->with_dtype([&]<class S>(S) { plain_cells<S>(blocks, t, rows); });
+        });
+        this->meet();
+        continue;
+      }
       if (plan.first.data)
         this->template product<false>(plan.first, rows, base + operand, 0, base + at.products, all);
       if constexpr (Cell::two_products) {
@@ -564,6 +628,8 @@ struct GatedForwardRun : GatedRun<Cell, A> {
         cells<true, false>(t, rows);
         this->meet();
         cells<false, true>(t, rows);
+      } else if (is_plain) {
+        this->with_dtype([&]<class S>(S) { plain_cells<S>(this->own(plan.first), t, rows); });
       } else {
         cells<true, true>(t, rows);
       }
@@ -658,6 +724,57 @@ struct GatedForwardRun : GatedRun<Cell, A> {
         if (kOutput && !kUpdate) of_cell = this->moments(row(r, at.seen + all, head, 0), all, 1);
         for (int64_t unit = begin; unit < end; unit += kLanes)
           one<kUpdate, kOutput>(here, t, head, unit, m, of_cell);
+      }
+    });
+  }
+  template <class S>
+  void plain_cells(Blocks blocks, int64_t t, int64_t rows) {
+    this->units_of(plan.first, blocks, [&](int64_t head, int64_t begin, int64_t end) {
+      const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Place here = this->place(this->row_begin + r, t, head);
+        const S* x = Run::template at_units<const S>(p.x, here, head);
+        S* y = Run::template at_units<S>(p.h, here, head);
+        const A *products = row(r, at.products, head, 0),
+                *bias = static_cast<const A*>(p.bias) + (p.bias ? head * p.width : 0),
+                *operand = row(r, at.operand + (t & 1) * all, head, 0);
+        A *state = row(r, at.state, head, 0), *next = row(r, at.operand + (~t & 1) * all, head, 0),
+          *kept = p.kept ? this->kept(here, 0, head, 0) : nullptr;
+        for (int64_t unit = begin; unit < whole; unit += kLanes) {
+          V g[kGates], old[kStates], parts[kStates];
+          for (int i = 0; i < kGates; ++i) g[i] = V(A(0));
+          for (int i = 0; i < kFromX; ++i)
+            g[Cell::from_x[i]] = Stored<S>::load(x + i * p.x.gate + unit);
+          for (int i = 0; i < kFromH; ++i) {
+            V a = get(products + i * all + unit);
+            if (bias) a = a + get(bias + i * heads * p.width + unit);
+            V& gate = g[Cell::from_h[i]];
+            gate = gate + a;
+          }
+          for (int i = 0; i < kStates; ++i) old[i] = get(state + i * all + unit);
+          const Gates of_gates = to_fields<Cell::template Gates, V>(g);
+          const State s = to_fields<Cell::template State, V>(old);
+          const Weights w = this->weights(head, unit, kLanes);
+          const State after = cell.update(of_gates, s, w);
+          to_array<Cell::template State, V>(after, parts);
+          const V h = cell.output(
+              of_gates, s, after, kFromH == 0 ? get(operand + unit) : parts[kStates > 1 ? 1 : 0],
+              w);
+          parts[0] = h;
+          if (kept) {
+            for (int i = 0; i < kGates; ++i) set(kept + i * all + unit, g[i]);
+            for (int i = 0; i < kStates; ++i)
+              set(kept + (plan.kept.states + i) * all + unit, old[i]);
+          }
+          Stored<S>::store(y + unit, h);
+          set(next + unit, h);
+          for (int i = 0; i < kStates; ++i) {
+            set(state + i * all + unit, parts[i]);
+            if (here.last)
+              this->write_state(p.final_state[i], here.state, head, unit, parts[i], kLanes);
+          }
+        }
+        if (whole < end) one<true, true>(here, t, head, whole, {}, {});
       }
     });
   }
@@ -793,6 +910,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
   using Run = GatedRun<Cell, A>;
   using Run::all, Run::cell, Run::get, Run::heads, Run::kFromH, Run::kFromX, Run::kGates,
       Run::kLanes, Run::kStates, Run::kWeights, Run::plan, Run::set, Run::some, Run::wide;
+  using typename Run::Blocks;
   using typename Run::Gates;
   using typename Run::Moments;
   using typename Run::Place;
@@ -819,14 +937,25 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     begin_rows();
     const int64_t steps = this->row_end > this->row_begin ? plan.rows[this->row_begin].length : 0;
     A* base = this->scratch();
+    const bool is_plain = this->plain(p.grad_h, p.grad_x.unit) && !p.clips && !p.grad_weights;
     this->meet();
     for (int64_t t = steps - 1; t >= -1; --t) {
       const int64_t rows = this->longer_than(t), further = this->longer_than(t + 1);
       const int64_t of_next = at.grad_a + ((t + 1) & 1) * kFromH * all,
                     of_this = at.grad_a + (t & 1) * kFromH * all;
-      if (plan.first.data && further)
-        this->template product<true>(
-            plan.first, further, base + of_next, all, base + at.recurrent, 0);
+      const auto through_first = [&](Blocks blocks) {
+        if (plan.first.data && further)
+          this->template product<true>(
+              plan.first, blocks, further, base + of_next, all, base + at.recurrent, 0);
+      };
+      if (is_plain && t >= 0) {
+        this->own_groups(plan.first, [&](Blocks blocks) {
+          through_first(blocks);
+          this->with_dtype([&]<class S>(S) { plain_cells<S>(blocks, rows, t, of_this); });
+        });
+      } else {
+        through_first(this->own(plan.first));
+      }
       if (t < 0) break;
       if (p.projection) {
         each(
@@ -847,7 +976,7 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
             });
         this->meet();
       }
-      cells(rows, t, of_this);
+      if (!is_plain) cells(rows, t, of_this);
       if constexpr (Cell::two_products) {
         this->meet();
         this->template product<true>(
@@ -1020,6 +1149,69 @@ struct GatedBackwardRun : GatedRun<Cell, A> {
     if (wanted) set(sum, get(sum) + x);
   }
 
+  template <class S>
+  void plain_cells(Blocks blocks, int64_t rows, int64_t t, int64_t of_this) {
+    this->units_of(plan.first, blocks, [&](int64_t head, int64_t begin, int64_t end) {
+      const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Place here = this->place(this->row_begin + r, t, head);
+        const S* grad_h =
+            p.grad_h.data ? Run::template at_units<const S>(p.grad_h, here, head) : nullptr;
+        S* grad_x = Run::template at_units<S>(p.grad_x, here, head);
+        const A *kept = this->kept(here, 0, head, 0), *recurrent = row(r, at.recurrent, head, 0);
+        A *state = row(r, at.state, head, 0), *beside = row(r, at.beside, head, 0),
+          *products = row(r, of_this, head, 0),
+          *bias = p.grad_bias ? row(r, at.bias, head, 0) : nullptr,
+          *grad_a = p.grad_a
+                        ? static_cast<A*>(p.grad_a) + (here.token * kFromH * heads + head) * p.width
+                        : nullptr;
+        for (int64_t unit = begin; unit < whole; unit += kLanes) {
+          V dh = get(state + unit);
+          if (!here.last) {
+            V d = V(A(0));
+            if (plan.first.data) d = get(recurrent + unit);
+            if (Cell::two_products || kFromH == 0) d = d + get(beside + unit);
+            dh = dh + d;
+          }
+          if (grad_h) dh = dh + Stored<S>::load(grad_h + unit);
+          V g[kGates], old[kStates], now[kStates];
+          for (int i = 0; i < kGates; ++i) g[i] = get(kept + i * all + unit);
+          for (int i = 0; i < kStates; ++i)
+            old[i] = get(kept + (plan.kept.states + i) * all + unit);
+          const Gates gates = to_fields<Cell::template Gates, V>(g);
+          const State s = to_fields<Cell::template State, V>(old);
+          const Weights w = this->weights(head, unit, kLanes);
+          const State update = cell.update(gates, s, w);
+          to_array<Cell::template State, V>(update, now);
+          const V seen = kFromH == 0 ? old[0] : now[kStates > 1 ? 1 : 0];
+          const OutputGradient<Cell, V> o = cell.output_vjp(gates, s, update, seen, w, dh);
+          V after[kStates], gate[kGates], of_update[kGates], d_before[kStates], u_before[kStates];
+          to_array<Cell::template State, V>(o.after, after);
+          after[0] = V(A(0));
+          for (int i = 1; i < kStates; ++i) after[i] = after[i] + get(state + i * all + unit);
+          if constexpr (kStates > 1) after[1] = after[1] + o.seen;
+          if constexpr (kFromH == 0) set(beside + unit, o.seen);
+          const UpdateGradient<Cell, V> u =
+              cell.update_vjp(gates, s, update, w, to_fields<Cell::template State, V>(after));
+          to_array<Cell::template Gates, V>(o.gates, gate);
+          to_array<Cell::template Gates, V>(u.gates, of_update);
+          to_array<Cell::template State, V>(o.before, d_before);
+          to_array<Cell::template State, V>(u.before, u_before);
+          for (int i = 0; i < kGates; ++i) gate[i] = gate[i] + of_update[i];
+          for (int i = 0; i < kStates; ++i) set(state + i * all + unit, d_before[i] + u_before[i]);
+          for (int i = 0; i < kFromX; ++i)
+            Stored<S>::store(grad_x + i * p.grad_x.gate + unit, gate[Cell::from_x[i]]);
+          for (int i = 0; i < kFromH; ++i) {
+            const V d = gate[Cell::from_h[i]];
+            if (bias) set(bias + i * all + unit, get(bias + i * all + unit) + d);
+            set(products + i * all + unit, d);
+            if (grad_a) set(grad_a + i * heads * p.width + unit, d);
+          }
+        }
+        if (whole < end) one(here, head, whole, {}, 0, 0, of_this);
+      }
+    });
+  }
   void cells(int64_t rows, int64_t t, int64_t of_this) {
     this->own_units(of_cell(), [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) {
