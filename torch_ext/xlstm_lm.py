@@ -30,14 +30,8 @@ from ._xlstm_config import (
     xLSTMLargeConfig,
     xLSTMLMModelConfig,
 )
-from .xlstm import (
-    LargeBlockStack,
-    State,
-    read_large_config,
-    small_init_,
-    soft_cap,
-    xLSTMBlockStack,
-)
+from ._xlstm_parts import State, small_init_, soft_cap
+from .xlstm import LargeBlockStack, read_large_config, xLSTMBlockStack
 
 
 class XLSTMBase(LanguageModel):

@@ -15,7 +15,7 @@ from .._xlstm_config import (
     xLSTMBlockStackConfig,
     xLSTMLMModelConfig,
 )
-from ..xlstm import State
+from .._xlstm_parts import State
 from ..xlstm import mLSTMBlock as _mLSTMBlock
 from ..xlstm import mLSTMLayer as _mLSTMLayer
 from ..xlstm import xLSTMBlockStack as _xLSTMBlockStack
