@@ -7,9 +7,9 @@ r"""The blocks of xLSTM: those of the paper, and those of the language model xLS
 Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517, section 2.4 and figure
 11 (:class:`mLSTMLayer`, :class:`mLSTMBlock`, and :class:`xLSTMBlockStack` of these and of
 :class:`torch_ext.sLSTMBlock`); Beck et al. 2025, "xLSTM 7B: A Recurrent LLM for Fast and Efficient
-Inference", arXiv:2503.13427, section 3 (:class:`xLSTMLargeLayer`, :class:`xLSTMLargeBlock`). Parameters have the names, shapes and initial
-values of the package xlstm; those of the second kind the initial values of transformers' xLSTM,
-as the package draws none.
+Inference", arXiv:2503.13427, section 3 (:class:`xLSTMLargeLayer`, :class:`xLSTMLargeBlock`).
+Parameters have the names, shapes and initial values of the package xlstm; those of the second kind
+the initial values of transformers' xLSTM, as the package draws none.
 
 All have the same states: a list of tensors for a layer or a block, a list of those for a stack, in
 float32 (float64 in double modules).

@@ -170,11 +170,11 @@ class sLSTMLayer(nn.Module):
             * ``group_norm_weight`` (True): the norm has a weight.
             * ``dropout`` (0.0): probability of a zero between cell and norm, in training.
             * ``gradient_recurrent_cut`` (False): no gradient comes back through the recurrent
-              kernel to the step before.
-            * ``gradient_recurrent_clipval`` (None): bound on each of its elements.
-            * ``initial_val`` (0.0): what states begin with, one number or those of h, c, n and m.
-            * ``forward_clipval`` (None), ``function`` (``"slstm"``): there are no others.
-            * Others, such as dtypes and shapes of the package's kernels, are taken and ignored.
+              kernel to the step before; ``gradient_recurrent_clipval`` (None): bound on each of its
+              elements. (The package's ``"cuda"`` does so, its ``"vanilla"`` does not.)
+            * ``forward_clipval`` (None), ``function`` (``"slstm"``): nothing else is there.
+            * Others, such as dtypes and shapes of the package's kernels, are taken and ignored, as
+              is ``initial_val`` there: states begin as zeros.
 
     Attributes:
         conv1d.conv.weight: ``(embedding_dim, 1, conv1d_kernel_size)``; ``conv1d.conv.bias``.
@@ -207,7 +207,6 @@ class sLSTMLayer(nn.Module):
 
     __constants__ = ["embedding_dim", "num_heads", "d_conv", "has_conv"]
     gradient_clip: float | None
-    initial: list[float]
 
     def __init__(
         self,
@@ -228,8 +227,6 @@ class sLSTMLayer(nn.Module):
         self.gradient_clip = config.gradient_recurrent_clipval
         if config.gradient_recurrent_cut:
             self.gradient_clip = 0.0
-        value = config.initial_val
-        self.initial = [float(v) for v in (value if isinstance(value, list) else [value] * 4)]
         factory = {"device": device, "dtype": dtype}
         width = dim // self.num_heads
 
@@ -259,7 +256,7 @@ class sLSTMLayer(nn.Module):
         return f"{self.embedding_dim}, num_heads={self.num_heads}"
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, padding: str = "right") -> Tensor:
-        """Runs all steps, from the state of ``init_state``.
+        """Runs all steps, from zero states.
 
         Args:
             x: ``(B, T, embedding_dim)``.
@@ -284,8 +281,7 @@ class sLSTMLayer(nn.Module):
 
         Args:
             x: the next steps, ``(B, T, embedding_dim)``.
-            state: see ``init_state``, which makes it if omitted; it has to be omitted where padding
-                is on the left.
+            state: see ``init_state``. Zeros if omitted; it has to be where padding is on the left.
             lengths: as in ``forward``. The state is that after the last step of each row.
             padding: as in ``forward``.
 
@@ -310,7 +306,9 @@ class sLSTMLayer(nn.Module):
         gates = self._gates(x, c, valid)
         update: Tensor | None = None
         if valid is not None:
-            update = valid.unsqueeze(3).to(gates.dtype).expand(-1, -1, gates.shape[3], gates.shape[4])
+            update = (
+                valid.unsqueeze(3).to(gates.dtype).expand(-1, -1, gates.shape[3], gates.shape[4])
+            )
         R, bias = self.slstm_cell()
         y, after = slstm(
             gates, R, bias, (state[1], state[2], state[3], state[4]),
@@ -329,14 +327,12 @@ class sLSTMLayer(nn.Module):
 
     @torch.jit.export
     def init_state(self, batch_size: int) -> State:
-        """The convolution's last inputs ``(B, embedding_dim, conv1d_kernel_size - 1)``, and h, c, n
-        and m ``(B, H, K)`` of :func:`torch_ext.slstm`: zeros, or ``initial_val``."""
+        """Zeros: the convolution's last inputs ``(B, embedding_dim, conv1d_kernel_size - 1)``, and h,
+        c, n and m ``(B, H, K)`` of :func:`torch_ext.slstm`."""
         like = self.slstm_cell._bias_
         state: State = []
-        for k, shape in enumerate(self._shapes(batch_size)):
-            value = self.initial[k - 1] if k > 0 else 0.0
-            dtype = state_dtype(like.dtype)
-            state.append(torch.full(shape, value, dtype=dtype, device=like.device))
+        for shape in self._shapes(batch_size):
+            state.append(torch.zeros(shape, dtype=state_dtype(like.dtype), device=like.device))
         return state
 
     @torch.jit.export
@@ -371,7 +367,13 @@ class sLSTMLayer(nn.Module):
 
     def _shapes(self, batch_size: int) -> list[list[int]]:
         heads = [batch_size, self.num_heads, self.embedding_dim // self.num_heads]
-        return [[batch_size, self.embedding_dim, max(self.d_conv - 1, 0)], heads, heads, heads, heads]
+        return [
+            [batch_size, self.embedding_dim, max(self.d_conv - 1, 0)],
+            heads,
+            heads,
+            heads,
+            heads,
+        ]
 
     def _check_state(self, state: State, batch_size: int) -> None:
         names = ["the convolution's inputs", "h", "c", "n", "m"]
@@ -404,14 +406,10 @@ def _check_config(config: sLSTMLayerConfig) -> None:
             f"sLSTMLayer: forward_clipval is {config.forward_clipval}, expected None: nothing is "
             "clipped in the forward"
         )
-    clip, initial = config.gradient_recurrent_clipval, config.initial_val
+    clip = config.gradient_recurrent_clipval
     if clip is not None and not clip >= 0:
         raise ValueError(
             f"sLSTMLayer: gradient_recurrent_clipval is {clip}, expected None or at least 0"
-        )
-    if isinstance(initial, list) and len(initial) != 4:
-        raise ValueError(
-            f"sLSTMLayer: initial_val is {initial}, expected one number or those of h, c, n and m"
         )
 
 
@@ -447,9 +445,7 @@ class GatedFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         if config.ff_type != "ffn_gated":
-            raise ValueError(
-                f'sLSTMBlock: ff_type is {config.ff_type!r}, expected "ffn_gated"'
-            )
+            raise ValueError(f'sLSTMBlock: ff_type is {config.ff_type!r}, expected "ffn_gated"')
         if config.act_fn not in _ACTIVATIONS:
             raise ValueError(
                 f"sLSTMBlock: act_fn is {config.act_fn!r}, expected some of {list(_ACTIVATIONS)}"
@@ -529,7 +525,7 @@ class sLSTMBlock(nn.Module):
     ) -> None:
         super().__init__()
         if config is None and "slstm" not in fields:
-            block = {key: fields.pop(key) for key in ("feedforward",) if key in fields}
+            block = {key: fields.pop(key) for key in ["feedforward"] if key in fields}
             fields = {"slstm": read_config(sLSTMLayerConfig, "sLSTMBlock", None, fields)} | block
         self.config = config = read_config(sLSTMBlockConfig, "sLSTMBlock", config, fields)
         self.xlstm = self._layer_class(config.slstm, device=device, dtype=dtype)
@@ -568,7 +564,7 @@ class sLSTMBlock(nn.Module):
 
     @torch.jit.export
     def init_state(self, batch_size: int) -> State:
-        """See :meth:`sLSTMLayer.init_state`."""
+        """Zeros: see :meth:`sLSTMLayer.init_state`."""
         return self.xlstm.init_state(batch_size)
 
     @torch.jit.export

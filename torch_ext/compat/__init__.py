@@ -2,7 +2,7 @@
 
 ``torch_ext.compat.minGRU_pytorch`` stands for ``minGRU_pytorch``, ``.mamba_ssm`` for ``mamba_ssm``
 (Mamba-1 and Mamba-2), ``.causal_conv1d`` for ``causal_conv1d``, ``.mlstm_kernels`` for
-``mlstm_kernels``, ``.xlstm`` for ``xlstm`` (mLSTM). Code that cannot be changed finds ours after
+``mlstm_kernels``, ``.xlstm`` for ``xlstm``. Code that cannot be changed finds ours after
 :func:`install`; transformers' models use ours after :func:`patch_transformers`.
 """
 
