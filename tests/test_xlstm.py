@@ -67,6 +67,74 @@ def block_formula(block, x):
     return x + y, state
 
 
+def slstm_layer_formula(layer, x):
+    """The paper's, figure 10: before the norm, ``(B, T, H, K)``, and the states."""
+    B, T, D = x.shape
+    H = layer.config.num_heads
+    c = x
+    if layer.config.conv1d_kernel_size > 0:
+        conv = layer.conv1d.conv
+        c = F.conv1d(x.mT, conv.weight, conv.bias, padding=conv.weight.shape[2] - 1, groups=D)
+        c = F.silu(c[:, :, :T]).mT
+    # The module fgate makes the input gate, igate the forget gate.
+    gates = [(layer.fgate, c), (layer.igate, c), (layer.zgate, x), (layer.ogate, x)]
+    gates = [(x @ torch.block_diag(*gate.weight).T).view(B, T, H, D // H) for gate, x in gates]
+    kernel, bias = layer.slstm_cell._recurrent_kernel_, layer.slstm_cell._bias_
+    if layer.config.backend == "cuda":  # (H, in, G, out) and (H, G, K)
+        R = torch.stack([kernel.view(H, D // H, 4, D // H)[:, :, g].mT for g in range(4)])
+        bias = torch.stack([bias.view(H, 4, D // H)[:, g] for g in range(4)])
+    else:  # (H, G, out, in) and (G, H, K)
+        R = torch.stack([kernel.view(H, 4, D // H, D // H)[:, g] for g in range(4)])
+        bias = bias.view(4, H, D // H)
+    h, c, n, m = (x.new_zeros(B, H, D // H) for _ in range(4))
+    outputs = []
+    for t in range(T):
+        i, f, z, o = (
+            gates[g][:, t] + torch.einsum("hkp,bhp->bhk", R[g], h) + bias[g] for g in range(4)
+        )
+        kept = F.logsigmoid(f) + m
+        m = i if t == 0 else torch.maximum(i, kept)
+        i, f = torch.exp(i - m), torch.exp(kept - m) * (t > 0)
+        c, n = f * c + i * torch.tanh(z), f * n + i
+        h = torch.sigmoid(o) * c / n
+        outputs.append(h)
+    return torch.stack(outputs, 1), [h, c, n, m]
+
+
+def head_norm(layer, h):
+    h = (h - h.mean(-1, keepdim=True)) / torch.sqrt(h.var(-1, False, keepdim=True) + 1e-5)
+    h = h.flatten(-2)
+    return h if layer.group_norm.weight is None else h * (1 + layer.group_norm.weight)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu^2": lambda x: F.relu(x) ** 2,
+    "sigmoid": torch.sigmoid,
+    "swish": lambda x: x * torch.sigmoid(x),
+    "selu": F.selu,
+}
+
+
+def slstm_block_formula(block, x):
+    normed = F.layer_norm(x, x.shape[-1:], 1 + block.xlstm_norm.weight, None, 1e-5)
+    h, state = slstm_layer_formula(block.xlstm, normed)
+    x = x + head_norm(block.xlstm, h)
+    config = block.config.feedforward
+    if config is not None:
+        normed = F.layer_norm(x, x.shape[-1:], 1 + block.ffn_norm.weight, None, 1e-5)
+        gate, up = block.ffn.proj_up(normed).chunk(2, -1)
+        x = x + block.ffn.proj_down(ACTIVATIONS[config.act_fn](gate) * up)
+    return x, state
+
+
+def formula_of(block):
+    if isinstance(block, torch_ext.sLSTMBlock):
+        return slstm_block_formula
+    return block_formula if isinstance(block, torch_ext.mLSTMBlock) else large_block_formula
+
+
 def large_block_formula(block, x):
     """xLSTM-7B's, section 3 and figure 1."""
     config, layer, ffn = block.config, block.mlstm_layer, block.ffn
@@ -107,35 +175,41 @@ def large_block_formula(block, x):
     return x + ffn.proj_down(F.silu(gate) * up), state
 
 
+SMALL = {"round_proj_up_to_multiple_of": 8}
 BLOCKS = {
-    "block": (torch_ext.mLSTMBlock, block_formula, {"num_heads": 2}),
-    "block-bias": (torch_ext.mLSTMBlock, block_formula, {"num_heads": 4, "bias": True}),
+    "block": (torch_ext.mLSTMBlock, {"num_heads": 2}),
+    "block-bias": (torch_ext.mLSTMBlock, {"num_heads": 4, "bias": True}),
     "block-conv1": (
         torch_ext.mLSTMBlock,
-        block_formula,
         {"num_heads": 1, "conv1d_kernel_size": 1, "qkv_proj_blocksize": 8, "proj_factor": 1.0},
     ),
-    "large": (torch_ext.xLSTMLargeBlock, large_block_formula, {"num_heads": 2}),
+    "large": (torch_ext.xLSTMLargeBlock, {"num_heads": 2}),
     "large-bias": (
         torch_ext.xLSTMLargeBlock,
-        large_block_formula,
         {"num_heads": 2, "use_bias": True, "qk_dim_factor": 1.0, "v_dim_factor": 1.5, "eps": 1e-3},
     ),
     "large-fused": (
         torch_ext.xLSTMLargeBlock,
-        large_block_formula,
         {"num_heads": 1, "weight_mode": "fused", "use_bias": True, "gate_soft_cap": 2.0},
     ),
     "large-sigmoid": (
         torch_ext.xLSTMLargeBlock,
-        large_block_formula,
         {"num_heads": 2, "gate_soft_cap": None}
         | {"chunkwise_kernel": "parallel--native_siging_autograd"},
     ),
+    "slstm": (torch_ext.sLSTMBlock, {"num_heads": 2, "feedforward": SMALL}),
+    "slstm-bias": (
+        torch_ext.sLSTMBlock,
+        {"num_heads": 1, "backend": "vanilla", "conv1d_kernel_size": 2}
+        | {"feedforward": SMALL | {"bias": True, "act_fn": "relu^2"}},
+    ),
+    "slstm-bare": (
+        torch_ext.sLSTMBlock,
+        {"num_heads": 4, "conv1d_kernel_size": 0, "group_norm_weight": False, "feedforward": None},
+    ),
 }
-SMALL = {"round_proj_up_to_multiple_of": 8}
 KINDS = pytest.mark.parametrize("name", BLOCKS)
-SOME = pytest.mark.parametrize("name", ["block-bias", "large-bias"])
+SOME = pytest.mark.parametrize("name", ["block-bias", "large-bias", "slstm-bias"])
 
 
 def shake(module, generator):
@@ -146,6 +220,8 @@ def shake(module, generator):
             if "gate" in name and name.endswith("weight") and "proj_up" not in name:
                 if "ogate" not in name:
                     p.add_(noise / p.shape[-1] ** 0.5)
+            elif "slstm_cell" in name:
+                p.add_(noise)
             elif "norm" in name or name.endswith("bias") or "skip" in name:
                 p.add_(noise / 4)
     return module
@@ -153,8 +229,12 @@ def shake(module, generator):
 
 def make(name, generator, dtype=torch.float64):
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    kind, _, options = BLOCKS[name]
-    rounded = SMALL if kind is torch_ext.mLSTMBlock else {"ffn_round_up_to_multiple_of": 8}
+    kind, options = BLOCKS[name]
+    rounded = {
+        torch_ext.mLSTMBlock: SMALL,
+        torch_ext.xLSTMLargeBlock: {"ffn_round_up_to_multiple_of": 8},
+        torch_ext.sLSTMBlock: {},
+    }[kind]
     block = shake(kind(embedding_dim=D, **(rounded | options)), generator).to(dtype)
     if kind is torch_ext.xLSTMLargeBlock:  # whose input gate starts as good as closed
         with torch.no_grad():
@@ -303,9 +383,9 @@ def test_configs():
 def test_formula(name, generator):
     block, x = make(name, generator), inputs(generator)
     y, state = block.prefill(x)
-    want, want_state = BLOCKS[name][1](block, x)
+    want, want_state = formula_of(block)(block, x)
     close(y.detach(), want.detach(), factor=8)
-    for got, other in zip(state[-3:], want_state, strict=True):
+    for got, other in zip(state[-len(want_state) :], want_state, strict=True):
         close(got.detach(), other.detach(), factor=8)
     torch.testing.assert_close(block(x), y, rtol=0, atol=0)
     parameters = list(block.parameters())
@@ -366,8 +446,9 @@ def test_padding(name, padding, generator):
     assert (torch.where(valid, 0.0, alone) == 0).all() and alone.isfinite().all()
 
 
-def test_padding_after_a_state(generator):
-    block, x = make("block", generator), inputs(generator)
+@pytest.mark.parametrize("name", ["block", "slstm"])
+def test_padding_after_a_state(name, generator):
+    block, x = make(name, generator), inputs(generator)
     before, lengths = block.prefill(x)[1], torch.tensor([3, 0, 11])
     _, state = block.prefill(x, before, lengths)
     for row, length in enumerate(lengths.tolist()):
@@ -431,7 +512,7 @@ def test_compiled(name, generator):
     block = make(name, generator, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    training = name.startswith("large")  # both would take long
+    training = not name.startswith("block")  # all would take long
     with torch._dynamo.config.patch(error_on_recompile=True), torch.set_grad_enabled(training):
         for B, T in ((3, 11), (5, 9)):
             x = inputs(generator, B, T, torch.float32)
@@ -456,12 +537,53 @@ def test_dropout(generator):
     assert (block.eval()(x) != x).all()
 
 
-def test_activation_checkpointing(generator):
+def test_slstm_dropout(generator, seed):
+    """Between cell and norm, as in the package; none in evaluation."""
+    layer = shake(torch_ext.sLSTMLayer(embedding_dim=D, num_heads=2, dropout=0.5), generator).double()
+    x = inputs(generator)
+    torch.manual_seed(seed)
+    got = layer(x)
+    h = slstm_layer_formula(layer, x)[0]
+    torch.manual_seed(seed)
+    torch.testing.assert_close(got, head_norm(layer, F.dropout(h, 0.5)))
+    torch.testing.assert_close(layer.eval()(x), head_norm(layer, h))
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.01])
+def test_slstm_gradient_clip(cut, generator):
+    """What comes back through the recurrent kernel, against the formula with hooks."""
+    options = {"gradient_recurrent_clipval": cut} if cut else {"gradient_recurrent_cut": True}
+    layer = torch_ext.sLSTMLayer(embedding_dim=D, num_heads=2, **options)
+    layer, x = shake(layer, generator).double(), inputs(generator)
+    real, plain = torch.einsum, slstm_layer_formula
+
+    def einsum(equation, R, h):
+        h = h.clone()
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-cut, cut))
+        return real(equation, R, h)
+
+    parameters = list(layer.parameters())
+    exact = torch.autograd.grad(head_norm(layer, plain(layer, x)[0]).sin().sum(), parameters)
+    got = torch.autograd.grad(layer(x).sin().sum(), parameters)
+    if not cut:  # the sum over the gates is what is clipped: cut each, and it is the same
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "einsum", einsum)
+            y = head_norm(layer, plain(layer, x)[0])
+        want = torch.autograd.grad(y.sin().sum(), parameters)
+        for g, w in zip(got, want, strict=True):
+            close(g, w, grad=True, factor=16)
+    assert any(not torch.allclose(g, e, rtol=1e-3) for g, e in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("slstm_at", [[], [1]])
+def test_activation_checkpointing(slstm_at, generator):
     torch.manual_seed(0)
-    stack = shake(
-        torch_ext.xLSTMBlockStack(mlstm_block={"mlstm": SMALL}, num_blocks=2, embedding_dim=D),
-        generator,
-    ).double()
+    stack = torch_ext.xLSTMBlockStack(
+        mlstm_block={"mlstm": SMALL}, slstm_block={"slstm": {"num_heads": 2}}, slstm_at=slstm_at,
+        num_blocks=2, embedding_dim=D,
+    )  # fmt: skip
+    stack = shake(stack, generator).double()
     x, parameters = inputs(generator), list(stack.parameters())
     lengths = torch.tensor([11, 3, 6])
     want = torch.autograd.grad(stack(x, lengths).sin().sum(), parameters)
