@@ -211,7 +211,7 @@ class sLSTMLayer(_sLSTMLayer):
         state = self.init_state(batch_size)
         if conv_state is not None and self.d_conv > 0:
             conv = conv_state if isinstance(conv_state, Tensor) else conv_state[0]
-            first = conv.shape[1] - (self.d_conv - 1)
+            first = 1 if conv.shape[1] == self.d_conv else 0
             state[0] = conv[:, first:].transpose(1, 2).to(state[0])
         if slstm_state is not None:
             expected = (4, batch_size, self.embedding_dim)
