@@ -122,7 +122,7 @@ class SLSTMCell(nn.Module):
             bias = state_dict.get(prefix + "_bias_")
             if isinstance(bias, Tensor) and bias.shape == self._bias_.shape:
                 order = (heads, 4, width) if self.vanilla else (4, heads, width)
-                state_dict[prefix + "_bias_"] = bias.view(order).transpose(0, 1).reshape(-1)
+                state_dict[prefix + "_bias_"] = bias.reshape(order).transpose(0, 1).reshape(-1)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
