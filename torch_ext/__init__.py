@@ -48,6 +48,7 @@ from .xlstm import (
     xLSTMLargeLayer,
 )
 from .xlstm_lm import xLSTMLarge, xLSTMLM
+from .xlstm_slstm import sLSTMBlock, sLSTMLayer
 
 __version__ = build_info.version
 
@@ -118,6 +119,8 @@ __all__ = [
     "selective_scan_reference",
     "selective_scan_step",
     "selective_scan_step_",
+    "sLSTMBlock",
+    "sLSTMLayer",
     "slstm",
     "slstm_reference",
     "slstm_step",
