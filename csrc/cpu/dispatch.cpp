@@ -535,6 +535,10 @@ void run_gated(
     to.blocks = (all + to.vectors - 1) / to.vectors;
     to.packed = packed;
     if (!matrix || gates == 0) return to;
+    if (!backward && rows.longest * num_rows <= 16) {
+      to.data = const_cast<void*>(matrix), to.given = matrix, to.first_gate = first_gate;
+      return to;
+    }
     const int64_t each = packed == DType::bf16 ? 2 : 1,
                   bytes_each = packed == DType::bf16 ? 2 : number;
     to.size = (inputs + each - 1) / each * each * to.gates * to.vectors * lanes;

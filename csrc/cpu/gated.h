@@ -1,13 +1,14 @@
 // Gated recurrences on the CPU: state <- cell(x, R h, state), one step after the other, forward and backward.
 //
-// Lanes are units of a head. Per step there is a product of R with all rows, then the cell's arithmetic: first the product
-// of all units that a thread owns, into scratch memory, then the cell over the same units. So R, packed once per call, is
-// walked through as one stream, and stays in the cache of the core that owns its part. Threads either have rows or heads of
-// their own and never wait, or share the units of each head and meet once per step (and once more for every sum over the
-// units of a head: layer norms, a second product, a projection).
+// Lanes are units of a head. Per step there is a product of R with all rows, then the cell's arithmetic over the units that a
+// thread owns, some at a time where nothing needs all of a head: what the product yields is still in the first caches then.
+// So R, packed once per call, is walked through as one stream, and stays in the cache of the core that owns its part. Threads
+// either have rows or heads of their own and never wait, or share the units of each head and meet once per step (and once
+// more for every sum over the units of a head: layer norms, a second product, a projection).
 //
 // Each output of a product is one chain of multiply-adds in the order of its inputs, whatever rows and units are computed
-// beside it: results do not depend on threads, rows or packing.
+// beside it: results do not depend on threads, rows or packing. But for up to 16 tokens in all (a step) nothing is packed:
+// then lanes are inputs, and results differ by rounding.
 #pragma once
 #include "../cells/all.h"
 #include "kernels.h"
@@ -324,6 +325,10 @@ struct GatedRun {
       const A* from = in + head * wide;
       A* to = out + head * wide + unit;
       const auto run = [&]<class W>(W) {
+        if (!kAdd && panel.given) {
+          dot_products<W>(panel, head, unit, rows, from, to, out_gate);
+          return;
+        }
         GatedProduct<A, W>::template block<kAdd>(
             panel, at, rows, from, plan.scratch_row, in_gate, to, plan.scratch_row, out_gate);
       };
@@ -334,6 +339,46 @@ struct GatedRun {
         }
       }
       run(A{});
+    }
+  }
+
+  // A block of a matrix that is not packed: lanes are inputs.
+  template <class W>
+  void dot_products(
+      const GatedPanel& panel, int64_t head, int64_t unit, int64_t rows, const A* in, A* out,
+      int64_t out_gate) const {
+    const int64_t left = panel.outputs - unit, inputs = panel.inputs,
+                  whole = inputs / kLanes * kLanes,
+                  outputs = left < panel.vectors * kLanes ? left : panel.vectors * kLanes;
+    for (int64_t g = 0; g < panel.gates; ++g) {
+      const W* R = static_cast<const W*>(panel.given) +
+                   (((panel.first_gate + g) * heads + head) * panel.outputs + unit) * inputs;
+      const auto some_outputs = [&]<int kOutputs>(int64_t o) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const A* x = in + r * plan.scratch_row;
+          const W* weights = R + o * inputs;
+          V sum[kOutputs];
+#pragma GCC unroll 4
+          for (int i = 0; i < kOutputs; ++i) sum[i] = V(A(0));
+          for (int64_t k = 0; k < whole; k += kLanes) {
+            const V of_x = get(x + k);
+#pragma GCC unroll 4
+            for (int i = 0; i < kOutputs; ++i)
+              sum[i] = fused(of_x, Stored<W>::load(weights + i * inputs + k), sum[i]);
+          }
+          if (whole < inputs) {
+            const int n = int(inputs - whole);
+            const V of_x = load_some<A>(x + whole, n);
+            for (int i = 0; i < kOutputs; ++i)
+              sum[i] = fused(of_x, load_some<W>(weights + i * inputs + whole, n), sum[i]);
+          }
+          for (int i = 0; i < kOutputs; ++i)
+            out[r * plan.scratch_row + g * out_gate + o + i] = lanes_sum(sum[i]);
+        }
+      };
+      int64_t o = 0;
+      for (; o + 4 <= outputs; o += 4) some_outputs.template operator()<4>(o);
+      for (; o < outputs; ++o) some_outputs.template operator()<1>(o);
     }
   }
 
