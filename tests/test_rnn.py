@@ -62,7 +62,13 @@ OPTIONS = {
         {"forget_gate": "exp"},
         {"num_heads": 2},
         {"recurrent_clip": 0.05, "num_heads": 2},
-        {"normalizer": "at_least_one", "num_heads": 2, "zoneout": 0.2, "layer_norm": "haste", **MASKS},
+        {
+            "normalizer": "at_least_one",
+            "num_heads": 2,
+            "zoneout": 0.2,
+            "layer_norm": "haste",
+            **MASKS,
+        },
     ],
     "IndRNN": [
         {},
@@ -297,7 +303,7 @@ def normed(a, gates, heads):
 def block(R, h, gates, heads):
     """The block-diagonal product: (G * hidden, P / heads) and (B, P)."""
     parts = R.reshape(gates, heads, -1, R.shape[1]).unbind(1)
-    out = [torch.stack([part @ u for part in parts[k]]) for k in range(0)]
+    out = []
     for part, u in zip(parts, h.chunk(heads, 1), strict=True):
         out.append(torch.stack([u @ gate.T for gate in part], 1))
     return torch.cat([o.unsqueeze(2) for o in out], 2).reshape(len(h), -1)
@@ -371,23 +377,21 @@ def loop(module, x, state, reset=None):
             x = x * F.dropout(x.new_ones(rows, x.shape[2]), module.input_dropout)[:, None]
         outputs = []
         for suffix in ["", "_reverse"][: module.num_directions]:
-
-            def get(kind, suffix=suffix, layer=layer):
-                if kind == "R":
-                    return R
-                return getattr(module, f"{kind}_l{layer}{suffix}", None)
-
-            R = get("weight_hh")
+            R = getattr(module, f"weight_hh_l{layer}{suffix}")
             if module.weight_dropout and training:
                 R = F.dropout(R, module.weight_dropout)
             if getattr(module, "recurrent_max", None):
                 R = R.clip(-module.recurrent_max, module.recurrent_max)
+
+            def get(kind, tail=f"_l{layer}{suffix}", R=R):
+                return R if kind == "R" else getattr(module, kind + tail, None)
+
             s = [part[len(finals)] for part in tensors(state)]
             mask, updates = None, []
             if training and module.recurrent_dropout:
                 mask = F.dropout(torch.ones_like(s[0]), module.recurrent_dropout)
             for part, share in zip(s, (module.zoneout, module.zoneout_c), strict=False):
-                shape, share = (rows, steps, part.shape[1]), share
+                shape = (rows, steps, part.shape[1])
                 if share and training:
                     updates.append((torch.rand(shape, dtype=x.dtype) >= share).to(x.dtype))
                 else:
@@ -463,8 +467,7 @@ def test_masks_are_off_in_evaluation(name, options):
     assert not torch.allclose(y[0], y[1])  # sequences have masks of their own
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_shares_of_masks(name):
+def test_shares_of_masks():
     """Means over many draws, within 6 standard deviations."""
     module = torch_ext.LSTM(2, 50, zoneout=0.2, zoneout_c=0.4, recurrent_dropout=0.3)
     gates = noise(100, 10, 200)
@@ -697,7 +700,9 @@ def test_repr_says_what_differs_from_the_defaults():
         "LSTM(3, 8, num_layers=2, proj_size=4, num_heads=2, zoneout_c=0.5, recurrent_clip=1.0)"
     )
     assert repr(torch_ext.IndRNN(3, 4, nonlinearity="tanh")) == "IndRNN(3, 4, nonlinearity='tanh')"
-    assert repr(torch_ext.GRU(3, 4)) == "GRU(3, 4)" and repr(torch_ext.IndRNN(3, 4)) == "IndRNN(3, 4)"
+    assert (
+        repr(torch_ext.GRU(3, 4)) == "GRU(3, 4)" and repr(torch_ext.IndRNN(3, 4)) == "IndRNN(3, 4)"
+    )
     assert repr(torch_ext.GRUCell(3, 4, num_heads=2)) == "GRUCell(3, 4, num_heads=2)"
 
 
@@ -723,12 +728,20 @@ def test_script(name, options):
     state = state_of(module, B, torch.float32)
     loaded = reload(scripted)
     for other in (scripted, loaded):
-        for arguments in [(x,), (x, state), (x, None, lengths), (x, state, lengths, reset), (x[0],)]:
+        for arguments in [
+            (x,),
+            (x, state),
+            (x, None, lengths),
+            (x, state, lengths, reset),
+            (x[0],),
+        ]:
             close(other(*arguments), module(*arguments), atol=0, rtol=0)
         close(other.init_state(2), module.init_state(2))
         if not module.bidirectional:
             close(other.step(x[:, 0], state), module.step(x[:, 0], state), atol=0, rtol=0)
-        with pytest.raises(Exception, match=r"input has shape \(3, 7, 5\), expected .*input_size=4"):
+        with pytest.raises(
+            Exception, match=r"input has shape \(3, 7, 5\), expected .*input_size=4"
+        ):
             other(noise(B, T, I + 1))
     module(x)[0].square().sum().backward()
     loaded(x)[0].square().sum().backward()
@@ -754,12 +767,21 @@ def test_export_with_dynamic_sizes(name, options):
         close(program(x, state, lengths), module(x, state, lengths), **CLOSE)
 
 
+class CompileCounter:
+    def __init__(self, backend):
+        self.backend, self.count = backend, 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+
 @pytest.mark.parametrize("name, options", EACH, ids=str)
 def test_compiles_without_breaks(name, options):
     """In training: the masks too."""
     torch._dynamo.reset()
     module = make(name, I, H, 2, batch_first=True, **options)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
     x = noise(B, T, I)
     assert compiled(x)[0].shape == module(x)[0].shape
@@ -769,7 +791,7 @@ def test_compiles_without_breaks(name, options):
     for rows, steps in ((B, T), (5, 4), (4, 9)):
         x, lengths = noise(rows, steps, I), torch.randint(0, steps, (rows,))
         close(compiled(x, None, lengths), module(x, None, lengths), **CLOSE)
-        counts.append(counter.frame_count)
+        counts.append(counter.count)
     assert counts == counts[:1] * 3
 
 
@@ -800,7 +822,7 @@ def test_ensemble_by_vmap_and_parametrized_weights(name):
 # ---- torch's own kernel ----
 
 
-@script_warnings
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", THEIRS)
 def test_torchs_own_kernel(name, monkeypatch):
     """What CUDA's path does, here on the CPU: the same results in every form."""
@@ -988,7 +1010,7 @@ def test_biases_of_the_gate_that_keeps(name):
     assert torch_ext.init.chrono_(module, 4, 50) is module
     for kept, everything in keeping(module):
         steps = 1 + kept.exp()
-        assert 4 <= steps.min() and steps.max() <= 50 and steps.std() > 1
+        assert steps.min() >= 4 and steps.max() <= 50 and steps.std() > 1
         if name in ("LSTM", "LSTMCell", "nn.LSTM"):
             torch.testing.assert_close(everything[:12], -kept)
     if "GRU" not in name:
@@ -1013,7 +1035,7 @@ def test_first_biases_of_slstm():
     for gate, share in (("sigmoid", torch.sigmoid), ("exp", torch.exp)):
         module = torch_ext.SLSTM(I, 12, forget_gate=gate, gate_bias_init=(5.0, 9.0))
         steps = 1 / (1 - share(keeping(module)[0][0]))
-        assert 4.99 < steps.min() and steps.max() < 9.01
+        assert steps.min() > 4.99 and steps.max() < 9.01
     power = torch_ext.SLSTM(I, 12, forget_gate="exp")
     torch.testing.assert_close(
         keeping(power)[0][0], F.logsigmoid(keeping(torch_ext.SLSTM(I, 12))[0][0])
@@ -1022,18 +1044,22 @@ def test_first_biases_of_slstm():
 
 def test_uniform_ind_rnn():
     module = torch_ext.IndRNN(I, 500, 2, bidirectional=True, recurrent_max=0.5)
-    assert 0 <= module.weight_hh_l1.min() and 0.45 < module.weight_hh_l0_reverse.max() <= 0.5
+    assert module.weight_hh_l1.min() >= 0 and 0.45 < module.weight_hh_l0_reverse.max() <= 0.5
     torch_ext.init.uniform_ind_rnn_(module, -0.25, 1.0, last_low=0.9)
     for key in ("weight_hh_l0", "weight_hh_l0_reverse"):
         assert -0.25 <= getattr(module, key).min() < -0.2 and getattr(module, key).max() > 0.95
     for key in ("weight_hh_l1", "weight_hh_l1_reverse"):
-        assert 0.9 <= getattr(module, key).min() and getattr(module, key).max() <= 1
+        assert getattr(module, key).min() >= 0.9 and getattr(module, key).max() <= 1
     assert torch_ext.IndRNNCell(I, 500).weight_hh.max() > 0.95
 
 
 def init_errors():
     init, lstm = torch_ext.init, torch_ext.LSTM(I, H)
-    yield lambda: init.orthogonal_recurrent_(nn.Linear(2, 2)), TypeError, "module is Linear, expected"
+    yield (
+        lambda: init.orthogonal_recurrent_(nn.Linear(2, 2)),
+        TypeError,
+        "module is Linear, expected",
+    )
     yield lambda: init.orthogonal_recurrent_(torch_ext.IndRNN(2, 2)), ValueError, "module is IndRNN"
     yield lambda: init.forget_bias_(torch_ext.RNN(2, 2)), ValueError, "module is RNN, expected"
     yield lambda: init.forget_bias_(torch_ext.LSTM(2, 2, bias=False)), ValueError, "bias=False"
@@ -1066,7 +1092,8 @@ def shared_errors(name):
     yield lambda m: m(x, pair(noise(B, H), h)), "hx.* has shape"
     yield lambda m: m(x[:, 0], pair(h, h)), "hx.* has shape"
     yield lambda m: m(x, pair(h.double(), h.double())), "hx.* has dtype"
-    yield lambda m: m(pack_sequence([noise(3, I + 1)])), "input.data has shape"
+    if name != "LSTM":  # torch.nn's does not look
+        yield lambda m: m(pack_sequence([noise(3, I + 1)])), "input.data has shape"
     yield lambda m: type(m)(0, 4), "input_size is 0"
     yield lambda m: type(m)(4, 0), "hidden_size is 0"
     yield lambda m: type(m)(4.0, 4), "input_size is 4.0"
@@ -1109,8 +1136,14 @@ def own_errors():
         yield lambda m=m: m(x[0], None, torch.tensor([1])), ValueError, "lengths is given, expected"
         packed = pack_sequence([x[0]])
         yield lambda m=m, p=packed: m(p, None, torch.tensor([1])), ValueError, "lengths is given"
+        wide = pack_sequence([noise(3, I + 1)])
+        yield lambda m=m, p=wide: m(p), RuntimeError, r"input.data has shape \(3, 5\), expected"
         yield lambda m=m: m(x, None, None, marks.T), ValueError, r"reset has shape \(7, 3\), exp"
-        yield lambda m=m: m(x[0], None, None, marks), ValueError, r"reset has shape .*expected \(7\)"
+        yield (
+            lambda m=m: m(x[0], None, None, marks),
+            ValueError,
+            r"reset has shape .*expected \(7\)",
+        )
         yield lambda m=m: m(x, None, None, marks.int()), TypeError, "reset has dtype torch.int32"
         yield lambda m=m, s=many: m.step(x, s), ValueError, r"step: x has shape \(3, 7, 4\), exp"
         yield lambda m=m, k=one: m.step(x[:, 0], (None,) * k), TypeError, "state is .*, expected"
@@ -1123,17 +1156,33 @@ def own_errors():
             yield lambda c=cls, k=key: c(I, H, **{k: -0.1}), ValueError, f"{key} is -0.1, expected"
         yield lambda c=cls: c(I, H, recurrent_clip=-1.0), ValueError, "recurrent_clip is -1.0, exp"
         if name == "IndRNN":
-            yield lambda c=cls: c(I, H, recurrent_max=-1), ValueError, "recurrent_max is -1, expected"
+            yield (
+                lambda c=cls: c(I, H, recurrent_max=-1),
+                ValueError,
+                "recurrent_max is -1, expected",
+            )
             continue
         yield lambda c=cls: c(I, H, weight_dropout=2), ValueError, "weight_dropout is 2, expected"
-        yield lambda c=cls: c(I, H, num_heads=4), ValueError, "hidden_size is 6, expected a multiple"
+        yield (
+            lambda c=cls: c(I, H, num_heads=4),
+            ValueError,
+            "hidden_size is 6, expected a multiple",
+        )
         yield lambda c=cls: c(I, H, num_heads=0), ValueError, "num_heads is 0, expected at least 1"
         yield lambda c=cls: c(I, H, num_heads=2.0), TypeError, "num_heads is 2.0, expected an int"
         yield lambda c=cls: c(I, H, layer_norm="yes"), ValueError, "layer_norm is 'yes', expected"
     L, G, S = torch_ext.LSTM, torch_ext.GRU, torch_ext.SLSTM
-    yield lambda: L(I, H, proj_size=3, num_heads=2), ValueError, "proj_size is 3, expected a multiple"
+    yield (
+        lambda: L(I, H, proj_size=3, num_heads=2),
+        ValueError,
+        "proj_size is 3, expected a multiple",
+    )
     yield lambda: L(I, H, zoneout_c=1.5), ValueError, "zoneout_c is 1.5, expected"
-    yield lambda: G(I, H, reset_after=False, layer_norm="haste"), ValueError, "layer_norm is 'haste'"
+    yield (
+        lambda: G(I, H, reset_after=False, layer_norm="haste"),
+        ValueError,
+        "layer_norm is 'haste'",
+    )
     yield lambda: S(I, H, forget_gate="relu"), ValueError, "forget_gate is 'relu', expected"
     yield lambda: S(I, H, normalizer="no"), ValueError, "normalizer is 'no', expected"
     yield lambda: S(I, H, bias=False, gate_bias_init=1.0), ValueError, "gate_bias_init is 1.0, exp"
@@ -1144,9 +1193,13 @@ def own_errors():
         states = [noise(B, H) for _ in range({"LSTMCell": 2, "SLSTMCell": 4}.get(name, 1))]
         wrong = [s[:, 1:] for s in states]
         pack = (lambda s: tuple(s)) if len(states) > 1 else (lambda s: s[0])
-        yield lambda m=m, s=pack(wrong): m(x[:, 0], s), RuntimeError, r"hx.* has shape \(3, 5\), exp"
-        yield lambda m=m, s=pack(states): m(x[0, 0], s), ValueError, r"hx.* has shape \(3, 6\), exp"
-        double = pack([s.double() for s in states])
+        wrong, states, double = pack(wrong), pack(states), pack([s.double() for s in states])
+        yield (
+            lambda m=m, s=wrong: m(x[:, 0], s),
+            RuntimeError,
+            r"hx.* has shape \(3, 5\), exp",
+        )
+        yield lambda m=m, s=states: m(x[0, 0], s), ValueError, r"hx.* has shape \(3, 6\), exp"
         yield lambda m=m, s=double: m(x[:, 0], s), RuntimeError, "hx.* has dtype torch.float64, exp"
         yield lambda m=m: m(x[:, 0], [None, None]), TypeError, "hx is .*, expected"
         yield lambda m=m: type(m)(0, 4), ValueError, "input_size is 0, expected at least 1"
@@ -1169,6 +1222,8 @@ def test_examples_in_docstrings(name):
         warnings.simplefilter("error")
         result = doctest.testmod(module, extraglobs={"torch": torch, "torch_ext": torch_ext})
     assert result.failed == 0 and result.attempted > 0
-    for cls in (v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__):
+    for cls in (
+        v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__
+    ):
         if cls.__name__ in torch_ext.__all__ or cls.__name__.endswith("_"):
             assert "Example:" in cls.__doc__ and "Args:" in cls.__doc__, cls

@@ -346,15 +346,10 @@ class GatedLayer(SequenceLayer):
                 return self._packed_gated(x, state, lengths, reset)
             self._check_type(x)
         batched = x.dim() == 3
-        shape = "(B, T, " if self.batch_first else "(T, B, "
-        text = (
-            f"{self._name}: input has shape {shape_text(x)}, expected {shape}input_size="
-            f"{self.input_size}), or (T, input_size={self.input_size}) without a batch"
-        )
         if x.dim() not in (2, 3):
-            raise ValueError(text)
+            raise ValueError(self._bad_shape(x))
         if x.shape[-1] != self.input_size:
-            raise RuntimeError(text)
+            raise RuntimeError(self._bad_shape(x))
         time = 1 if self.batch_first else 0
         if not batched:
             x = x.unsqueeze(1 - time)
@@ -485,6 +480,13 @@ class GatedLayer(SequenceLayer):
             raise ValueError(
                 f"{self._name}: input has dtype {x.dtype}, expected {dtype}, that of the parameters"
             )
+
+    def _bad_shape(self, x: Tensor) -> str:
+        shape = "(B, T, " if self.batch_first else "(T, B, "
+        return (
+            f"{self._name}: input has shape {shape_text(x)}, expected {shape}input_size="
+            f"{self.input_size}), or (T, input_size={self.input_size}) without a batch"
+        )
 
     def _check_hx(self, x: Tensor, state: list[Tensor], batch_size: int, batched: bool) -> None:
         rows = self.num_layers * self.num_directions
