@@ -215,6 +215,9 @@ def test_is_torch_nn(call):
         sum((noise(*y.shape, dtype=y.dtype) * y).sum() for y in tensors(out)).backward()
         gradients = [p.grad for p in module.parameters()]
         got.append([*tensors(out), leaf.grad, *[s.grad for s in states], *gradients])
+    if call["form"] in ("batched", "unbatched"):  # view() works where it does on torch.nn's
+        y, want = (tensors(run(module, x, state))[0] for module in (ours, theirs))
+        assert y.is_contiguous() or not want.is_contiguous()
     half = len(got) // 2
     for mine, other in zip(got[:half], got[half:], strict=True):
         close(mine, other)
@@ -657,6 +660,10 @@ def test_half_precision(name, options, dtype):
     with torch.autocast("cpu", dtype):
         y, state = module(x)
         y_t, _ = module.step(x[:, 0], module.init_state(B))
+        y_0, half = module(x[:, :3])
+        y_1, half = module(x[:, 3:], half)
+    close(torch.cat([y_0, y_1], 1).float(), want, **bound)
+    assert half[0].dtype == (dtype if name in THEIRS else torch.float32)
     close(y.float(), want, **bound)
     close(y_t.float(), want[:, 0], **bound)
     assert y.dtype == dtype
@@ -780,7 +787,7 @@ class CompileCounter:
 def test_compiles_without_breaks(name, options):
     """In training: the masks too."""
     torch._dynamo.reset()
-    module = make(name, I, H, 2, batch_first=True, **options)
+    module = make(name, I, H, batch_first=True, **options)
     counter = CompileCounter("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
     x = noise(B, T, I)

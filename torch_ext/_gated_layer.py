@@ -394,7 +394,8 @@ class GatedLayer(SequenceLayer):
         final = self._state_out(y, final, state)
         if not batched:
             return y.squeeze(0), [s.squeeze(1) for s in final]
-        return y if self.batch_first else y.transpose(0, 1), final
+        # As torch.nn's, whose users call view() on it.
+        return y if self.batch_first else y.transpose(0, 1).contiguous(), final
 
     @torch.jit.unused
     def _packed_gated(
@@ -503,11 +504,10 @@ class GatedLayer(SequenceLayer):
                     f"{self._name}: {which} has shape {shape_text(state[k])}, expected "
                     f"({text}{name}={size})"
                 )
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            if state[k].dtype != x.dtype and state[k].dtype != wide:
+            if not fits(state[k], x):
                 which = "hx" if len(state) == 1 else f"hx[{k}]"
                 raise RuntimeError(
-                    f"{self._name}: {which} has dtype {state[k].dtype}, expected {x.dtype} or {wide}"
+                    f"{self._name}: {which} has dtype {state[k].dtype}, expected {x.dtype} or float32"
                 )
 
     def _check_reset(self, reset: Tensor, want: list[int]) -> None:
@@ -543,6 +543,15 @@ def check_hx_type(owner: str, hx: object, tensors: int) -> None:
     came = ", ".join([type(part).__name__ for part in parts])
     expected = "a tensor" if tensors == 1 else f"a tuple of {tensors} tensors"
     raise TypeError(f"{owner}: hx is {'(' + came + ')' if many else came}, expected {expected}")
+
+
+def fits(state: Tensor, x: Tensor) -> bool:
+    """Whether a state's dtype goes with an input's: its own; else, but for doubles, single or half precision,
+    which autocast makes of single."""
+    if state.dtype == x.dtype:
+        return True
+    halves = state.dtype == torch.float16 or state.dtype == torch.bfloat16
+    return x.dtype != torch.float64 and (state.dtype == torch.float32 or halves)
 
 
 def check_bool(owner: str, argument: str, value: object) -> None:

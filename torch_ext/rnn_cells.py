@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._gated_layer import check_bool, check_bound, check_heads, check_hx_type, check_word
+from ._gated_layer import check_bool, check_bound, check_heads, check_hx_type, check_word, fits
 from ._sequence_layer import shape_text
 from .elman import elman_step
 from .gru import gru_step
@@ -124,9 +124,9 @@ class GatedCell(nn.Module):
                     if s.dim() != len(want):
                         raise ValueError(said)
                     raise RuntimeError(said)
-                if s.dtype != x.dtype and s.dtype != wide:
+                if not fits(s, x):
                     raise RuntimeError(
-                        f"{self._name}: {which} has dtype {s.dtype}, expected {x.dtype} or {wide}"
+                        f"{self._name}: {which} has dtype {s.dtype}, expected {x.dtype} or float32"
                     )
                 states.append((s if batched else s.unsqueeze(0)).to(wide))
         gates = F.linear(x if batched else x.unsqueeze(0), self.weight_ih, self.bias_ih)
