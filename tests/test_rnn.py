@@ -99,6 +99,8 @@ def make(name, *arguments, **options):
                 parameter.add_(torch.rand_like(parameter) - 0.5)
             elif name == "SLSTM" and "bias" in key:
                 parameter.div_(4)
+            elif options.get("recurrent_max") and "weight_hh" in key:
+                parameter.mul_(6).sub_(1.5)  # beyond the bound on either side
     return module
 
 
@@ -460,14 +462,37 @@ def test_masks_are_off_in_evaluation(name, options):
     module.eval()
     assert torch.equal(module(x)[0], module(x)[0])
 
-    module = make(name, I, 60, batch_first=True, input_dropout=0.5, recurrent_dropout=0.5)
+    module = make(name, 40, H, batch_first=True, input_dropout=0.5, recurrent_dropout=0.5)
     start = state_of(module, B, torch.float32)
     reset = torch.ones(B, T, dtype=torch.bool)  # no step sees the one before
-    x = noise(B, 1, I).expand(B, T, I)
+    x = noise(B, 1, 40).expand(B, T, 40)
     y = module(x, start, None, reset)[0]
     torch.testing.assert_close(y, y[:, :1].expand_as(y), **CLOSE)
-    y = module(x[:1].expand(B, T, I))[0]
+    y = module(x[:1].expand(B, T, 40))[0]
     assert not torch.allclose(y[0], y[1])  # sequences have masks of their own
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_masks_of_padded_and_packed_sequences(name):
+    """Each has its own, from its first step to its last."""
+    lengths = [4, 1, T, 2]
+    module = make(name, 40, H, batch_first=True, input_dropout=0.5)
+    x = noise(1, 1, 40).expand(len(lengths), T, 40)
+    every = torch.ones(len(lengths), T, dtype=torch.bool)
+    padded = module(x, None, torch.tensor(lengths), every)[0]
+    packed, sizes = pack_sequence([x[0, :length] for length in lengths], False), sum(lengths)
+    packed = module(packed, None, None, torch.ones(sizes, dtype=torch.bool))[0]
+    for y in (padded, nn.utils.rnn.pad_packed_sequence(packed, True)[0]):
+        for row, length in zip(y, lengths, strict=True):
+            torch.testing.assert_close(row[:length], row[:1].expand(length, -1), **CLOSE)
+        assert len(y[:, 0].round(decimals=4).unique(dim=0)) == len(lengths)
+
+    module = make(name, I, H, batch_first=True, recurrent_dropout=1.0)  # nothing comes through R
+    x, start = noise(len(lengths), T, I), state_of(module, len(lengths), torch.float32)
+    got = module(x, start, torch.tensor(lengths))
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+    close(got, module.eval()(x, start, torch.tensor(lengths)), **CLOSE)
 
 
 def test_shares_of_masks():
