@@ -708,6 +708,17 @@ def test_half_precision(name, options, dtype):
     close(half(packed)[0].data[0].float(), want[0, 0], **bound)
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "IndRNN"])
+def test_recurrent_weights_in_bfloat16(name):
+    module, x = make(name, I, H, batch_first=True), noise(B, T, I)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(module.weight_hh_l0.bfloat16())
+    want = module(x)
+    module.weight_hh_l0.data = module.weight_hh_l0.data.bfloat16()
+    assert not module._is_plain()  # torch's own kernel wants one dtype
+    close(module(x), want, **CLOSE)
+
+
 # ---- copies, scripts, graphs ----
 
 
@@ -808,6 +819,7 @@ class CompileCounter:
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options", EACH, ids=str)
 def test_compiles_without_breaks(name, options):
     """In training: the masks too."""

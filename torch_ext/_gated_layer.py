@@ -180,6 +180,11 @@ class GatedLayer(SequenceLayer):
         """All layers by torch's own kernel, where ``_plain`` says that it computes the same."""
         return x, state
 
+    def _is_plain(self) -> bool:
+        """Whether torch's own kernel computes the same, as it does with weights of one dtype."""
+        weights = self._weights()
+        return self._plain and weights[0].dtype == weights[1].dtype
+
     # ---- parts of gated() ----
     def _optional(self, weights: list[Tensor], kind: str) -> Tensor | None:
         at = self._at[kind]
@@ -371,7 +376,11 @@ class GatedLayer(SequenceLayer):
                 reset, [batch_size, num_steps] if self.batch_first else [num_steps, batch_size]
             )
 
-        if lengths is None and reset is None and _native_is_best(x, self._plain, self.training):
+        if (
+            lengths is None
+            and reset is None
+            and _native_is_best(x, self._is_plain(), self.training)
+        ):
             if state is None:
                 given = [s.to(x.dtype) for s in self.zero_state(batch_size)]
             else:
@@ -422,7 +431,7 @@ class GatedLayer(SequenceLayer):
         first = self._state_in(self._weights()[0], state, batch_size)
         if x.sorted_indices is not None:
             first = [s.index_select(1, x.sorted_indices) for s in first]
-        if reset is None and _native_is_best(x.data, self._plain, self.training):
+        if reset is None and _native_is_best(x.data, self._is_plain(), self.training):
             y, final = self.native(x.data, x.batch_sizes, [s.to(x.data.dtype) for s in first])
         else:
             order, cu_seqlens = sequence_order(x.batch_sizes)

@@ -106,8 +106,9 @@ class LSTM(GatedLayer):
         or without gradients), whose backward is not differentiable; under
         ``torch.backends.cudnn.flags(enabled=False)``, with any option, and on the CPU the operator
         :func:`torch_ext.lstm` runs, which is differentiable any number of times, in float16 and bfloat16 too
-        with sums and states in float32. ``step`` and ``init_state`` stream. Initialisers:
-        :mod:`torch_ext.init`.
+        with sums and states in float32. ``step`` and ``init_state`` stream. ``weight_hh`` alone may be
+        bfloat16 beside float32 (``rnn.weight_hh_l0.data = rnn.weight_hh_l0.data.bfloat16()``), which halves
+        its storage. Initialisers: :mod:`torch_ext.init`.
 
     Example:
         >>> rnn = torch_ext.LSTM(3, 8, num_layers=2, batch_first=True, zoneout=0.1, layer_norm="haste")
@@ -512,8 +513,9 @@ class GRU(OneStateGatedLayer):
         without gradients), whose backward is not differentiable; under
         ``torch.backends.cudnn.flags(enabled=False)``, with any option, and on the CPU the operator
         :func:`torch_ext.gru` runs, which is differentiable any number of times, in float16 and bfloat16 too
-        with sums and states in float32. ``step`` and ``init_state`` stream. Initialisers:
-        :mod:`torch_ext.init`.
+        with sums and states in float32. ``step`` and ``init_state`` stream. ``weight_hh`` alone may be
+        bfloat16 beside float32 (``rnn.weight_hh_l0.data = rnn.weight_hh_l0.data.bfloat16()``), which halves
+        its storage. Initialisers: :mod:`torch_ext.init`.
 
     Example:
         >>> rnn = torch_ext.GRU(3, 8, num_layers=2, batch_first=True, num_heads=2)
@@ -716,8 +718,9 @@ class RNN(OneStateGatedLayer):
         without gradients), whose backward is not differentiable; under
         ``torch.backends.cudnn.flags(enabled=False)``, with any option, and on the CPU the operator
         :func:`torch_ext.elman` runs, which is differentiable any number of times, in float16 and bfloat16 too
-        with sums and states in float32. ``step`` and ``init_state`` stream. Initialisers:
-        :mod:`torch_ext.init`.
+        with sums and states in float32. ``step`` and ``init_state`` stream. ``weight_hh`` alone may be
+        bfloat16 beside float32 (``rnn.weight_hh_l0.data = rnn.weight_hh_l0.data.bfloat16()``), which halves
+        its storage. Initialisers: :mod:`torch_ext.init`.
 
     Example:
         >>> rnn = torch_ext.RNN(3, 8, nonlinearity="relu", batch_first=True, recurrent_dropout=0.2)
