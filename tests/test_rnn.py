@@ -789,7 +789,9 @@ def test_script(name, options):
     module(x)[0].square().sum().backward()
     loaded(x)[0].square().sum().backward()
     for want, got in zip(module.parameters(), loaded.parameters(), strict=True):
-        close(got.grad, want.grad, **CLOSE)
+        # Norms of what is near 0, such as R h in the first steps, make much of a rounding.
+        bound = 1e-6 + 2e-4 * want.grad.abs().max().item()
+        close(got.grad, want.grad, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("name, options", [*EACH, ("LSTM", {"bidirectional": True})], ids=str)
