@@ -5,7 +5,7 @@ from ._library import build_info, cmake_prefix_path  # loads the operators: befo
 from . import _vmap as _vmap
 
 # isort: on
-from . import compat
+from . import compat, init
 from .causal_conv1d import (
     causal_conv1d,
     causal_conv1d_reference,
@@ -32,6 +32,9 @@ from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_
 from .min_rnn import MinRNNBlock, MinRNNLM
 from .mlstm import MLSTM, mlstm, mlstm_reference, mlstm_step, mlstm_step_
 from .retention import Retention, retention, retention_reference, retention_step, retention_step_
+from .rnn import GRU, LSTM, RNN
+from .rnn_cells import GRUCell, IndRNNCell, LSTMCell, RNNCell, SLSTMCell
+from .rnn_layers import SLSTM, IndRNN
 from .selective_scan import (
     selective_scan,
     selective_scan_reference,
@@ -53,6 +56,12 @@ from .xlstm_slstm import sLSTMBlock, sLSTMLayer
 __version__ = build_info.version
 
 __all__ = [
+    "GRU",
+    "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
+    "LSTM",
+    "LSTMCell",
     "LinearAttention",
     "MLSTM",
     "Mamba",
@@ -63,7 +72,11 @@ __all__ = [
     "MinLSTM",
     "MinRNNBlock",
     "MinRNNLM",
+    "RNN",
+    "RNNCell",
     "Retention",
+    "SLSTM",
+    "SLSTMCell",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -83,6 +96,7 @@ __all__ = [
     "ind_rnn_reference",
     "ind_rnn_step",
     "ind_rnn_step_",
+    "init",
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",
