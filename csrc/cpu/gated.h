@@ -1,10 +1,10 @@
 // Gated recurrences on the CPU: state <- cell(x, R h, state), one step after the other, forward and backward.
 //
-// Lanes are units of a head. Per step there is a product of R with all rows, then the cell's arithmetic over the units that a
-// thread owns, some at a time where nothing needs all of a head: what the product yields is still in the first caches then.
-// So R, packed once per call, is walked through as one stream, and stays in the cache of the core that owns its part. Threads
-// either have rows or heads of their own and never wait, or share the units of each head and meet once per step (and once
-// more for every sum over the units of a head: layer norms, a second product, a projection).
+// Lanes are units of a head. Per step there is a product of R with all rows, then the cell's arithmetic over the units that
+// a thread owns, some at a time where nothing needs all of a head: what the product yields is still in the first caches
+// then. So R, packed once per call, is walked through as one stream, and stays in the cache of the core that owns its part.
+// Threads either have rows or heads of their own and never wait, or share the units of each head and meet once per step (and
+// once more for every sum over the units of a head: layer norms, a second product, a projection).
 //
 // Each output of a product is one chain of multiply-adds in the order of its inputs, whatever rows and units are computed
 // beside it: results do not depend on threads, rows or packing. But for up to 16 tokens in all (a step) nothing is packed:

@@ -151,8 +151,8 @@ struct GatedPanel {
   int64_t size = 0;                           // elements of a block
   DType packed = DType::f32;                  // how they lie: f32, f64, bf16
   void* data = nullptr;                       // null: no such matrix
-  // Not packed: the matrix as it is given, of which `first_gate` is the first gate. For so few tokens that packing would cost
-  // more than it saves.
+  // Not packed: the matrix as it is given, of which `first_gate` is the first gate. For so few tokens that packing would
+  // cost more than it saves.
   const void* given = nullptr;
   int64_t first_gate = 0;
 };
