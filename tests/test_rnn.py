@@ -673,19 +673,22 @@ def test_init_state(name):
     assert all(s.dtype == torch.float32 for s in tensors(module.bfloat16().init_state(B)))
 
 
-@pytest.mark.parametrize("name, options", EACH, ids=str)
+@pytest.mark.parametrize(
+    "name, options", [*EACH, ("LSTM", {}), ("GRU", {}), ("SLSTM", {})], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, options, dtype):
     """The module's own and autocast's. States are as they were given, else as torch.nn's."""
-    # So many units that a norm over those of a head does not make much of a rounding.
+    # Norms of what is near 0 enlarge roundings, those of the weights alone as much as these.
+    times = 32 if "layer_norm" in options else 2
     module = make(name, I, 48, 2, batch_first=True, **options).eval()
     x = noise(B, T, I)
     want, final = module(x)
 
-    def near(got, want):  # in the mean: norms make much of single roundings
+    def near(got, want):
         assert got.shape == want.shape
         error = (got.float() - want).square().mean().sqrt()
-        assert error < 8 * torch.finfo(dtype).eps, error
+        assert error < times * torch.finfo(dtype).eps, error
 
     with torch.autocast("cpu", dtype):
         y, state = module(x)
@@ -709,7 +712,7 @@ def test_half_precision(name, options, dtype):
     y, state = half(x.to(dtype), half.init_state(B))
     assert all(s.dtype == torch.float32 for s in tensors(state))
     for got, part in zip(tensors(state), tensors(final), strict=True):
-        assert (got - part).norm() < 16 * torch.finfo(dtype).eps * part.norm()
+        assert (got - part).norm() < 2 * times * torch.finfo(dtype).eps * part.norm()
     packed = pack_sequence([x[0].to(dtype), x[1, :3].to(dtype)])
     near(half(packed)[0].data[0].float(), want[0, 0])
 
