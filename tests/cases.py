@@ -3,11 +3,10 @@ added here inherits them all, and test_registration.py fails while one is regist
 
 To add a recurrence: a `Case` at the end of this file, a small layer that a consumer would write
 around it, its formula in numpy and a table worked out by hand in oracle.py. What is no diagonal
-recurrence is among `OTHERS`, what has a matrix for a state among `MATRICES`, and what multiplies its
-output by a matrix before the next step among `GATED`, on which those suites run that ask for
-`cases=ALL`; what the other suites demand of it has a file of its own, tests/test_NAME.py (of all
-matrix memories, tests/test_matrix_memory.py, of all gated recurrences, tests/test_gated.py, and of
-their references, tests/test_matrix_memory_references.py and tests/test_gated_references.py).
+recurrence is among `OTHERS`, and what has a matrix for a state among `MATRICES`, on which those
+suites run that ask for `cases=ALL`; what the other suites demand of it has a file of its own,
+tests/test_NAME.py (of all matrix memories, tests/test_matrix_memory.py, and of their references,
+tests/test_matrix_memory_references.py).
 """
 
 from collections.abc import Callable
@@ -485,108 +484,6 @@ class SSDCase(MatrixCase):
         return (torch.float32,) if dtype in HALF and name in ("dt", "A", "D", "dt_bias") else ()
 
 
-class GatedCase(MatrixCase):
-    """What other cases have of channels, this has of heads. One operator may be here in several forms:
-    with optional arguments, which are leaves, and with options that stay as they are (`fixed`)."""
-
-    form = ""
-    fixed: ClassVar = {}
-    gates = 4
-    sizes: ClassVar = {"K": 3, "P": 3}
-    carrier = "x"
-    output = "BTHP"
-    optional = ("bias",)
-
-    dense = property(lambda self: "R" not in self.dims)  # each unit by itself
-
-    def __str__(self):
-        return self.name + (f"_{self.form}" if self.form else "")
-
-    def extents(self, B, T, D):
-        return {"B": B, "T": T, "H": D, "D": D, "G": self.gates, "J": self.gates - 1} | self.sizes
-
-    def flat(self, function):
-        run = super().flat(function)
-        return lambda *leaves, **options: run(*leaves, **(self.fixed | options))
-
-    def promised(self, x, given):
-        return x.dtype
-
-    def also(self, name, dtype):
-        if name == "x":
-            return ()
-        return (
-            (torch.float32,)
-            if dtype in HALF
-            else (torch.bfloat16,) * (dtype is torch.float32 and name == "R")
-        )
-
-
-class SLSTMCase(GatedCase):
-    dims: ClassVar = {
-        "x": "BTGHK", "R": "GHKP", "bias": "GHK",
-        "h": "BHP", "c": "BHK", "n": "BHK", "m": "BHK",
-    }  # fmt: skip
-    states = ("h", "c", "n", "m")
-
-
-class LSTMCase(GatedCase):
-    dims: ClassVar = {"x": "BTGHK", "R": "GHKP", "bias": "GHK", "h": "BHP", "c": "BHK"}
-    states = ("h", "c")
-
-
-class ProjectedLSTMCase(LSTMCase):
-    """With all that an LSTM may have."""
-
-    form = "projected"
-    fixed: ClassVar = {
-        "norm_eps": 0.5
-    }  # by the default, a norm of three numbers makes much of little
-    sizes: ClassVar = {"K": 3, "P": 2}
-    dims: ClassVar = {
-        "x": "BTGHK", "R": "GHKP", "bias": "GHK", "peephole": "JHK", "projection": "HPK",
-        "norm_weight": "GHK", "cell_norm_weight": "HK", "cell_norm_bias": "HK",
-        "h": "BHP", "c": "BHK",
-    }  # fmt: skip
-    optional = ("bias", "peephole", "norm_weight", "cell_norm_bias")
-    free = frozenset({("R", "P"), ("projection", "P")})
-
-
-class CoupledLSTMCase(LSTMCase):
-    form = "coupled"
-    fixed: ClassVar = {"coupled": True}
-    gates = 3
-    dims: ClassVar = {
-        "x": "BTGHK", "R": "GHKP", "bias": "GHK", "peephole": "JHK", "h": "BHP", "c": "BHK",
-    }  # fmt: skip
-    optional = ("bias", "peephole")
-
-
-class GRUCase(GatedCase):
-    gates = 3
-    dims: ClassVar = {"x": "BTGHK", "R": "GHKP", "bias": "GHK", "initial_state": "BHP"}
-
-
-class NormedGRUCase(GRUCase):
-    form = "normed"
-    fixed: ClassVar = {"norm_eps": 0.5}
-    dims: ClassVar = {
-        "x": "BTGHK", "R": "GHKP", "bias": "GHK", "norm_weight": "GHK", "initial_state": "BHP",
-    }  # fmt: skip
-    optional = ("bias", "norm_weight")
-
-
-class ElmanCase(GRUCase):
-    gates = 1
-
-
-class IndRNNCase(GatedCase):
-    dims: ClassVar = {"x": "BTD", "u": "D", "bias": "D", "initial_state": "BD"}
-    sizes: ClassVar = {}
-    channel = "D"
-    output = "BTD"
-
-
 def normal(argument, shape, generator, dtype):
     return torch.randn(shape, generator=generator, dtype=dtype)
 
@@ -645,18 +542,6 @@ def draw_ssd(argument, shape, generator, dtype):
     if argument == "A":
         return -torch.exp(2 * x - 1).clamp_min(0.02)
     return x.abs() if argument in ("dt", "dt_bias", "delta") else x
-
-
-def draw_gated(argument, shape, generator, dtype):
-    """Recurrent weights of memories that fade, a normaliser that is never 0."""
-    x = normal(argument, shape, generator, dtype)
-    if argument in ("R", "projection"):
-        return x / max(1, shape[-1]) ** 0.5 / (2 if argument == "R" else 1)
-    if argument.endswith("norm_weight"):
-        return 1 + x / 4
-    if argument == "delta":  # in the place of all of them
-        return x.abs() / 8
-    return {"u": torch.tanh(x), "n": x.abs() + 0.1}.get(argument, x)
 
 
 class Layer(nn.Module):
@@ -835,146 +720,6 @@ class SSDLayer(MatrixLayer):
         return self.out(y.flatten(2)), self.vector(after.transpose(2, 3))
 
 
-class GatedLayer(nn.Module):
-    """Two heads of two units, whose states are made of a state (B, size) as the other layers have it."""
-
-    gates = 4
-    units = 2
-
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.inp = nn.Linear(size, self.gates * 2 * self.units)
-        self.R = nn.Parameter(torch.randn(self.gates, 2, self.units, 2) / 2)
-        self.bias = nn.Parameter(torch.randn(self.gates, 2, self.units))
-        self.out = nn.Linear(4, size)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.inp(x).unflatten(-1, (self.gates, 2, self.units))
-
-    def heads(self, state: Tensor) -> Tensor:
-        """(B, 2, 2), of its first four numbers."""
-        return state[:, :4].reshape(-1, 2, 2)
-
-
-class SLSTMLayer(GatedLayer):
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        if state is not None:
-            h = self.heads(state)
-            before = (h, -h, h.abs() + 0.1, h / 2)
-        y, (h, c, n, m) = torch_ext.slstm(self.project(x), self.R, self.bias, before)
-        return self.out(y.flatten(2)), (h + 2 * c - n + m / 2).flatten(1)
-
-
-class LSTMLayer(GatedLayer):
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: tuple[Tensor, Tensor] | None = None
-        if state is not None:
-            h = self.heads(state)
-            before = (h, -h)
-        y, (h, c) = torch_ext.lstm(self.project(x), self.R, self.bias, before)
-        return self.out(y.flatten(2)), (h + 2 * c).flatten(1)
-
-
-class ProjectedLSTMLayer(GatedLayer):
-    units = 3
-
-    def __init__(self, size: int = 4):
-        super().__init__(size)
-        self.peephole = nn.Parameter(torch.randn(3, 2, 3))
-        self.projection = nn.Parameter(torch.randn(2, 2, 3))
-        self.norm = nn.Parameter(torch.randn(4, 2, 3))
-        self.cell_norm = nn.Parameter(torch.randn(2, 3))
-        self.cell_bias = nn.Parameter(torch.randn(2, 3))
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: tuple[Tensor, Tensor] | None = None
-        if state is not None:
-            h = self.heads(state)
-            before = (h, torch.cat([h, -h[:, :, :1]], 2))
-        y, (h, c) = torch_ext.lstm(
-            self.project(x),
-            self.R,
-            self.bias,
-            before,
-            peephole=self.peephole,
-            projection=self.projection,
-            norm_weight=self.norm,
-            cell_norm_weight=self.cell_norm,
-            cell_norm_bias=self.cell_bias,
-            norm_eps=0.5,
-        )
-        return self.out(y.flatten(2)), (h + 2 * c[:, :, :2] - c[:, :, 1:]).flatten(1)
-
-
-class CoupledLSTMLayer(GatedLayer):
-    gates = 3
-
-    def __init__(self, size: int = 4):
-        super().__init__(size)
-        self.peephole = nn.Parameter(torch.randn(2, 2, 2))
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: tuple[Tensor, Tensor] | None = None
-        if state is not None:
-            h = self.heads(state)
-            before = (h, -h)
-        y, (h, c) = torch_ext.lstm(self.project(x), self.R, self.bias, before, True, self.peephole)
-        return self.out(y.flatten(2)), (h + 2 * c).flatten(1)
-
-
-class GRULayer(GatedLayer):
-    gates = 3
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: Tensor | None = None
-        if state is not None:
-            before = self.heads(state)
-        y, h = torch_ext.gru(self.project(x), self.R, self.bias, before)
-        return self.out(y.flatten(2)), h.flatten(1)
-
-
-class NormedGRULayer(GatedLayer):
-    gates = 3
-
-    def __init__(self, size: int = 4):
-        super().__init__(size)
-        self.norm = nn.Parameter(torch.randn(3, 2, 2))
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: Tensor | None = None
-        if state is not None:
-            before = self.heads(state)
-        y, h = torch_ext.gru(
-            self.project(x), self.R, self.bias, before, norm_weight=self.norm, norm_eps=0.5
-        )
-        return self.out(y.flatten(2)), h.flatten(1)
-
-
-class ElmanLayer(GatedLayer):
-    gates = 1
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        before: Tensor | None = None
-        if state is not None:
-            before = self.heads(state)
-        y, h = torch_ext.elman(self.project(x), self.R, self.bias, before)
-        return self.out(y.flatten(2)), h.flatten(1)
-
-
-class IndRNNLayer(nn.Module):
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.inp = nn.Linear(size, size)
-        self.u = nn.Parameter(torch.rand(size))
-        self.bias = nn.Parameter(torch.randn(size))
-        self.out = nn.Linear(size, size)
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h, state = torch_ext.ind_rnn(self.inp(x), self.u, self.bias, state, "tanh")
-        return self.out(h), state
-
-
 CASES = (
     Case("linear_scan", ("a", "b"), draw_scan, LinearScanLayer, dtypes=REAL + COMPLEX),
     Case(
@@ -1045,48 +790,13 @@ MATRICES = (
         ({"dt_softplus": False}, {"dt_softplus": True}),
     ),
 )
-GATED = (
-    SLSTMCase(
-        "slstm",
-        ("x",),
-        draw_gated,
-        SLSTMLayer,
-        (
-            {"forget_gate": "sigmoid", "normalizer": "sum"},
-            {"forget_gate": "exp", "normalizer": "at_least_one"},
-        ),
-    ),
-    LSTMCase("lstm", ("x",), draw_gated, LSTMLayer),
-    ProjectedLSTMCase("lstm", ("x",), draw_gated, ProjectedLSTMLayer),
-    CoupledLSTMCase("lstm", ("x",), draw_gated, CoupledLSTMLayer),
-    GRUCase("gru", ("x",), draw_gated, GRULayer, ({"reset_after": True}, {"reset_after": False})),
-    NormedGRUCase("gru", ("x",), draw_gated, NormedGRULayer),
-    ElmanCase(
-        "elman",
-        ("x",),
-        draw_gated,
-        ElmanLayer,
-        ({"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
-    ),
-    IndRNNCase(
-        "ind_rnn",
-        ("x",),
-        draw_gated,
-        IndRNNLayer,
-        ({"nonlinearity": "relu"}, {"nonlinearity": "tanh"}),
-    ),
-)
 DIRECT = CASES + OTHERS  # each with a backward operator of its own
-ALL = DIRECT + MATRICES + GATED
+ALL = DIRECT + MATRICES
 # What a matrix memory's operators call: no function of users, but it has all kernels and derivatives.
-INNER = {
-    f"torch_ext::{name}{tail}"
-    for name in ("matrix_memory", "gated")
-    for tail in ("", "_backward", "_step_")
-}
+INNER = {f"torch_ext::matrix_memory{tail}" for tail in ("", "_backward", "_step_")}
 
-# Of the matrix memories, whose kernels are the same, one; of the gated recurrences one form each.
-IN_EVERYTHING = CASES + OTHERS + MATRICES[:1] + tuple(case for case in GATED if not case.form)
+# Of the matrix memories, whose kernels are the same, one.
+IN_EVERYTHING = CASES + OTHERS + MATRICES[:1]
 
 
 class Everything(nn.Module):
@@ -1220,7 +930,7 @@ def over(dtypes=None, variants=True, cases=CASES):
                 if dtype is not None and dtype not in case.dtypes:
                     continue
                 row = [case] + [options] * variants + [dtype] * (dtypes is not None)
-                text = [str(case), variants and label(options), dtype and short(dtype)]
+                text = [case.name, variants and label(options), dtype and short(dtype)]
                 values.append(pytest.param(*row, id="-".join(t for t in text if t)))
     return pytest.mark.parametrize(names, values)
 

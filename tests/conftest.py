@@ -128,8 +128,7 @@ def pytest_collection_modifyitems(config, items):
         mark = item.get_closest_marker("consumer")
         if mark:
             case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            name = getattr(case, "name", "")  # of all forms of an operator
-            item.user_properties.append(("consumer", (mark.args[0], name)))
+            item.user_properties.append(("consumer", (mark.args[0], str(case or ""))))
 
 
 _results: dict[str, dict[str, set[str]]] = {}
@@ -148,7 +147,7 @@ def pytest_sessionfinish(session):
         import torch
         from cases import ALL
 
-        everything = list(dict.fromkeys(case.name for case in ALL))
+        everything = [case.name for case in ALL]
         column = {name: _cell(found, everything) for name, found in _results.items()}
         version = "torch " + torch.__version__.split("+")[0]
         path = Path(file)

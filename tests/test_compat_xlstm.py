@@ -36,11 +36,6 @@ def peer():
 
 def make_config(package, **options):
     layer = package.mLSTMLayerConfig(num_heads=2, qkv_proj_blocksize=4, conv1d_kernel_size=3)
-    if "slstm_at" in options:
-        slstm = package.sLSTMLayerConfig(num_heads=2, backend="vanilla", dtype="float32")
-        feedforward = package.FeedForwardConfig(act_fn="swish", bias=True)
-        block = package.sLSTMBlockConfig(slstm=slstm, feedforward=feedforward)
-        options = {"slstm_block": block} | options
     options = {"num_blocks": 2, "embedding_dim": C, "vocab_size": V, "context_length": T} | options
     return package.xLSTMLMModelConfig(
         mlstm_block=package.mLSTMBlockConfig(mlstm=layer), bias=True, **options
@@ -109,64 +104,9 @@ def test_steps(generator):
         stack.step(torch.randn(B, 2, C).double())
 
 
-def test_slstm_steps(generator):
-    """Of the layer, the block, the stack, the model: each as all at once."""
-    model, ids = make(generator, slstm_at=[1]).double(), tokens(generator)
-    stack = model.xlstm_block_stack
-    x = torch.randn(B, T, C, generator=generator, dtype=torch.float64)
-    block = stack.blocks[1]
-    for module in (block.xlstm, block):
-        want, state = module(x, ignored=3), {}
-        for t in range(T):
-            before = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
-            y, after = module.step(x[:, t : t + 1], **state)
-            torch.testing.assert_close(y, want[:, t : t + 1])
-            for name, part in before.items():
-                assert torch.equal(state[name], part)
-            state = after
-    for module, all_steps in ((stack, x), (model, ids)):
-        want, state = module(all_steps), None
-        for t in range(T):
-            y, state = module.step(all_steps[:, t : t + 1], state)
-            torch.testing.assert_close(y, want[:, t : t + 1])
-    assert state["block_1"]["slstm_state"].shape == (4, B, C)
-    assert [s.shape for s in state["block_1"]["conv_state"]] == [(B, 4, C)]
-    # From forward to forward and to step, in every form that the convolution's state has.
-    layer = block.xlstm
-    want, last = layer(x, return_last_state=True)
-    lengths = torch.tensor([T, 2, 5])
-    torch.testing.assert_close(layer(x, lengths=lengths)[2, :5], want[2, :5])
-    first, state = layer(x[:, :6], return_last_state=True)
-    torch.testing.assert_close(first, want[:, :6])
-    conv = state["conv_state"][0]
-    for form in (conv, (conv,), conv[:, 1:], (conv[:, 1:],)):
-        y, _ = layer.step(x[:, 6:7], form, state["slstm_state"])
-        torch.testing.assert_close(y, want[:, 6:7])
-        y, after = layer(x[:, 6:], form, state["slstm_state"], return_last_state=True)
-        torch.testing.assert_close(y, want[:, 6:])
-        torch.testing.assert_close(after["slstm_state"], last["slstm_state"])
-        torch.testing.assert_close(after["conv_state"][0][:, 1:], x[:, -3:])
-    y = layer(x[:, 6:], slstm_state=state["slstm_state"])  # zeros before the convolution
-    torch.testing.assert_close(y, layer(x[:, 6:], conv * 0, state["slstm_state"]))
-    with pytest.raises(
-        ValueError, match=r"slstm_state has shape \(4, 3, 8\), expected \(4, 3, 16\)"
-    ):
-        layer.step(x[:, :1], None, torch.ones(4, B, 8))
-    with pytest.raises(
-        ValueError, match=r"sLSTMLayer: state\[0\] has shape \(3, 16, 2\), expected"
-    ):
-        layer.step(x[:, :1], conv[:, 2:])
-    bare = xlstm.sLSTMLayer(xlstm.sLSTMLayerConfig(embedding_dim=C, conv1d_kernel_size=0)).double()
-    y, state = bare.step(x[:, :1])
-    assert list(state) == ["slstm_state"]
-    torch.testing.assert_close(bare.step(x[:, 1:2], **state)[0], bare(x)[:, 1:2])
-
-
-@pytest.mark.parametrize("slstm_at", [None, [0]])
-def test_as_ours(slstm_at, generator):
+def test_as_ours(generator):
     """The same parameters as torch_ext.xLSTMLM, and its methods."""
-    options = {} if slstm_at is None else {"slstm_at": slstm_at}
-    model, ids = make(generator, **options), tokens(generator)
+    model, ids = make(generator), tokens(generator)
     ours = torch_ext.xLSTMLM.from_config(model.config)
     ours.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(ids), ours(ids), rtol=0, atol=0)
@@ -181,7 +121,7 @@ def test_as_ours(slstm_at, generator):
 
 
 def test_checkpoints(generator, tmp_path):
-    model, ids = make(generator, slstm_at=[1]), tokens(generator)
+    model, ids = make(generator), tokens(generator)
     model.save_pretrained(tmp_path)
     again = xlstm.xLSTMLMModel.from_pretrained(tmp_path)
     assert type(again) is xlstm.xLSTMLMModel and again.config == model.config
@@ -200,31 +140,27 @@ def test_configs():
     assert config.block_map == [0, 1, 0]
     layer = config.mlstm_block.mlstm
     assert (layer.embedding_dim, layer.dropout, layer._inner_embedding_dim) == (C, 0.25, 64)
-    slstm = config.slstm_block.slstm
-    assert (slstm.embedding_dim, slstm.hidden_size, slstm.dropout) == (C, C, 0.25)
-    assert config.slstm_block._num_blocks == slstm._num_blocks == 3
-    blocks = xlstm.xLSTMLMModel(config).xlstm_block_stack.blocks
-    assert [type(b) for b in blocks] == [xlstm.mLSTMBlock, xlstm.sLSTMBlock, xlstm.mLSTMBlock]
-    assert type(blocks[1].xlstm) is xlstm.sLSTMLayer and slstm._block_idx == 0
-    assert blocks[1].xlstm.config._block_idx == 1
-    with pytest.raises(ValueError, match="xLSTMBlockStack: slstm_block is None, expected the conf"):
-        xlstm.xLSTMLMModel(make_config(xlstm, slstm_at=[1], slstm_block=None))
+    with pytest.raises(NotImplementedError, match="xLSTMBlockStack: blocks.1 is an sLSTM block"):
+        xlstm.xLSTMLMModel(config)
+    for kind, given in (
+        (xlstm.sLSTMBlock, xlstm.sLSTMBlockConfig(feedforward=xlstm.FeedForwardConfig())),
+        (xlstm.sLSTMLayer, xlstm.sLSTMLayerConfig(backend="vanilla")),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{kind.__name__}: there are no sLSTM"):
+            kind(given)
     assert xlstm.xLSTMLarge(xlstm.xLSTMLargeConfig(16, 2, 1, V)).config.weight_mode == "single"
 
 
 def test_configs_from_dacite():
     dacite = pytest.importorskip("dacite")
-    for options in ({}, {"slstm_at": [1]}):
-        given = dataclasses.asdict(make_config(xlstm, **options))
-        made = dacite.from_dict(xlstm.xLSTMLMModelConfig, given, config=dacite.Config(strict=True))
-        assert made == make_config(xlstm, **options)
+    given = dataclasses.asdict(make_config(xlstm))
+    made = dacite.from_dict(xlstm.xLSTMLMModelConfig, given, config=dacite.Config(strict=True))
+    assert made == make_config(xlstm)
 
 
 @pytest.mark.parametrize("on_embedding", [False, True])
 def test_weight_decay(on_embedding, generator):
-    model = make(
-        generator, weight_decay_on_embedding=on_embedding, tie_weights=on_embedding, slstm_at=[1]
-    )
+    model = make(generator, weight_decay_on_embedding=on_embedding, tie_weights=on_embedding)
     decay, no_decay = model.get_weight_decay_optim_groups()
     names, others = model.get_weight_decay_optim_group_param_names()
     everything = dict(model.named_parameters())
@@ -237,10 +173,6 @@ def test_weight_decay(on_embedding, generator):
     assert {layer + "q_proj.weight", layer + "mlstm_cell.igate.weight"} <= set(names)
     assert {layer + "learnable_skip", layer + "mlstm_cell.outnorm.weight",
             layer + "proj_up.bias", "xlstm_block_stack.post_blocks_norm.weight"} <= set(others)  # fmt: skip
-    block = "xlstm_block_stack.blocks.1."
-    assert {block + "xlstm.igate.weight", block + "ffn.proj_up.weight"} <= set(names)
-    assert {block + "xlstm.slstm_cell._recurrent_kernel_", block + "xlstm.slstm_cell._bias_",
-            block + "xlstm.group_norm.weight", block + "ffn.proj_up.bias"} <= set(others)  # fmt: skip
 
 
 # ---- xLSTMLarge ----
@@ -336,11 +268,9 @@ def test_names(peer):
                         assert got[key].default == want[key].default, (name, key)
 
 
-@pytest.mark.parametrize("slstm_at", [None, [0], [0, 1]])
-def test_model_as_theirs(slstm_at, peer, generator):
+def test_model_as_theirs(peer, generator):
     """States go from one to the other and back."""
-    options = {} if slstm_at is None else {"slstm_at": slstm_at}
-    theirs, ids = make(generator, peer, **options).double(), tokens(generator)
+    theirs, ids = make(generator, peer).double(), tokens(generator)
     ours = xlstm.xLSTMLMModel(theirs.config).double()
     ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():

@@ -20,7 +20,6 @@ from cases import (
     ALL,
     CASES,
     DIRECT,
-    GATED,
     IN_EVERYTHING,
     MATRICES,
     Everything,
@@ -368,9 +367,8 @@ def test_autocast(case, layer, device):
     assert all(p.grad.dtype is torch.float32 and p.grad.any() for p in layer.parameters())
 
 
-# The convolution goes by its input alone, and parameters of gated recurrences may be float32 beside
-# half precision anyway: their own files have that.
-PROMOTING = [case for case in ALL if case.name != "causal_conv1d" and case not in GATED]
+# The convolution goes by its input alone: its own file has that.
+PROMOTING = [case for case in ALL if case.name != "causal_conv1d"]
 
 
 @consumer("autocast")
@@ -422,7 +420,7 @@ def test_autocast_of_steps(case, generator, device):
 
 
 @consumer("autocast")
-@over(variants=False, cases=(*PROMOTING, *GATED))
+@over(variants=False, cases=PROMOTING)
 def test_autocast_gradients(case, generator, device):
     """Each input's gradient has its own dtype, whatever the operator ran in."""
     x = case.leaves(2, 5, 3, torch.float32, generator, device)
@@ -524,7 +522,7 @@ class Step(nn.Module):
 
 
 @consumer("torch.export, step")
-@over(variants=False, cases=(*CASES, MATRICES[0], *GATED))
+@over(variants=False, cases=(*CASES, MATRICES[0]))
 def test_export_step(case, generator, device):
     x = case.at(case.leaves(4, 1, 5, torch.float32, generator, device), 0)
     B = torch.export.Dim("B", min=2, max=64)
@@ -617,15 +615,15 @@ def test_script_of_functions(case, generator, device):
 
 @quiet
 @consumer("torch.jit.script, values and gradients")
-@over(variants=False, cases=MATRICES + GATED)
-def test_script_of_functions_of_several_states(case, generator, device):
+@over(variants=False, cases=MATRICES)
+def test_script_of_functions_of_matrix_memories(case, generator, device):
     """Whose states are tuples where there are several."""
     n = case.inputs
     x = case.leaves(2, 5, 3, torch.float32, generator, device)
     one = case.at(x, 0)
 
     def call(function, leaves, key):
-        given = case.named(leaves[:n]) | getattr(case, "fixed", {})
+        given = case.named(leaves[:n])
         states = tuple(leaves[n:])
         out = function(**given, **{key: states if len(states) > 1 else states[0]})
         return out
@@ -926,8 +924,4 @@ def test_cuda_graph(case, generator):
 def test_everything_has_every_operator():
     assert len(Everything().layers) == len(IN_EVERYTHING)
     # of the matrix memories, which are one operator, the one that has most of it
-    forms = [case for case in GATED if case.form]
-    assert [case for case in ALL if case not in IN_EVERYTHING] == [*MATRICES[1:], *forms]
-    assert {case.name for case in ALL} - {case.name for case in IN_EVERYTHING} == {
-        case.name for case in MATRICES[1:]
-    }
+    assert [case for case in ALL if case not in IN_EVERYTHING] == list(MATRICES[1:])

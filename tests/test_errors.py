@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ALL, CASES, DIRECT, GATED, HALF, MATRICES, OTHERS, over, refuses, short
+from cases import ALL, CASES, DIRECT, HALF, MATRICES, OTHERS, over, refuses, short
 
 B, T, D = 3, 5, 4
 
@@ -39,7 +39,7 @@ def wrong_shapes(case, name, letters, right):
         pieces = [f" {name} has shape {shape}, expected "]
         if len(shape) == len(right):
             sizes = zip(letters.replace("V", ""), right, strict=False)
-            if case in MATRICES + GATED:
+            if case in MATRICES:
                 sizes = zip(letters, right, strict=True)
             pieces += [f"{x}={n}" for x, n in sizes if (name, x) not in FREE | case.free]
         yield shape, pieces
@@ -117,15 +117,13 @@ def test_dtype_not_supported(case, dtype, where):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=short)
 def test_mixed_dtypes(case, dtype, where):
     for name in case.names[1 : case.inputs]:
-        if dtype in case.also(name, torch.float32):
-            continue
         call = arguments(case, device=where)
         call[name] = call[name].to(dtype)
         pieces = [f"{case.name}: {name} has dtype {short(dtype)}, expected float32"]
         refuses(TypeError, pieces, case.function, **call)
 
 
-@over(dtypes=HALF, variants=False, cases=OTHERS + MATRICES + GATED)
+@over(dtypes=HALF, variants=False, cases=OTHERS + MATRICES)
 def test_dtypes_of_parameters(case, dtype, where):
     """Beside half precision some may be float32, the others may not."""
     for name in case.names[1 : case.inputs]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from cases import (
     ALL,
-    GATED,
     HALF,
     LAYER_OPTIONAL,
     LAYER_STEP,
@@ -103,11 +102,6 @@ def forms(draw, case, D, dtype, step=False):
         sizes = {d: draw(st.sampled_from((1, 2, 3, 5, 8, 9, 17))) for d in case.sizes}
         divisors = [n for n in range(1, D + 1) if D % n == 0] or [1, 2]
         sizes |= {"H": D, "G": draw(st.sampled_from(divisors))}
-    if case in GATED:
-        K = draw(st.sampled_from((1, 2, 3, 5, 8, 9, 17)))
-        projected = "projection" in case.dims
-        P = draw(st.sampled_from((1, 2, 3, 5, 8))) if projected else K
-        sizes = {"H": D, "K": K, "P": P, "G": case.gates, "J": case.gates - 1}
     if case.name == "causal_conv1d":
         sizes["W"] = draw(st.sampled_from((1, 2, 3, 4, 4, 5, 8, 9, 13)))
         sizes["V"] = sizes["W"] - 1
@@ -156,7 +150,7 @@ def sequence_calls(draw):
             shape = tuple((sizes | {"B": rows})[d] for d in case.letters(name))
             drawn = "state" if name == "initial_state" else name
             x[name] = draw(laid_out(case, drawn, shape, states, generator))
-    return Names(case=str(case), options=options, cu=cu, **x), case, x, states, generator
+    return Names(case=case.name, options=options, cu=cu, **x), case, x, states, generator
 
 
 def by_name(function, names, options):
@@ -367,7 +361,7 @@ WORDS = st.one_of(
 def allowed(case, name, call):
     """The dimensions and dtypes that an argument may have beside the others."""
     dtype, letters = call[case.names[0]].dtype, case.letters(name)
-    if case in MATRICES + GATED:
+    if case in MATRICES:
         states = (case.state_dtype(dtype),)
         more = {"HP": (dtype, *case.also(name, dtype))} if letters == "H" and name == "D" else {}
         mine = states if name in case.states else (dtype, *case.also(name, dtype))
@@ -399,14 +393,6 @@ def valid_arguments(case, call, step, rows):
         sizes |= dict(zip(case.letters(case.carrier)[-2:], values.shape[-2:], strict=True))
         if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
             return False
-    if case in GATED and not case.dense:
-        if sizes["G"] != case.gates:
-            return False
-        projection = call.get("projection")
-        if projection is not None and projection.dim() != 3:
-            return False
-        sizes["P"] = sizes["K"] if projection is None else projection.shape[1]
-        sizes["J"] = case.gates - 1
     owners = {"selective_scan": ("A", "N"), "causal_conv1d": ("weight", "W")}
     if case.name in owners:  # of a size that others have too
         name, letter = owners[case.name]
@@ -426,8 +412,7 @@ def valid_arguments(case, call, step, rows):
             fits = x.dim() == len(letters) and all(
                 mine.get(d, n) == n for d, n in zip(letters, x.shape, strict=True)
             )
-            grouped = "G" in letters and fits and case not in MATRICES + GATED
-            groups = x.shape[-2] if grouped else 1
+            groups = x.shape[-2] if "G" in letters and fits and case not in MATRICES else 1
             if fits and x.dtype in dtypes and groups and sizes.get("D", 0) % groups == 0:
                 break
         else:
@@ -573,4 +558,4 @@ def test_step_mistakes(device, names_case_call):
 
 def test_labels_are_distinct():
     """What the ids of all suites are made of."""
-    assert len({(str(case), label(options)) for case, options in VARIANTS}) == len(VARIANTS)
+    assert len({(case.name, label(options)) for case, options in VARIANTS}) == len(VARIANTS)

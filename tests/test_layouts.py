@@ -143,7 +143,7 @@ def test_overlapping_inputs(case, dtype, generator, device):
     x = case.leaves(2, 21, 19, dtype, generator, device)
     for i, (name, y) in enumerate(case.named(x).items()):
         if y.dim() > 1 and name != "A":
-            x[i] = line[i:].as_strided(y.shape, (11, 7, 5, 2, 1)[-y.dim() :])
+            x[i] = line[i:].as_strided(y.shape, (7, 5, 2, 1)[-y.dim() :])
     for g, w in zip(case.bind()(*x), case.bind()(*[y.clone() for y in x]), strict=True):
         same(case, g, w)
 

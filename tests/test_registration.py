@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from cases import ALL, GATED, INNER, MATRICES, OTHERS, over
+from cases import ALL, INNER, MATRICES, OTHERS, over
 from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key
 
 import torch_ext
@@ -26,7 +26,7 @@ def test_every_registered_operator_is_listed_and_the_other_way_round():
 
 
 def test_the_list_tells_its_entries_apart():
-    assert len({str(case) for case in ALL}) == len(ALL)
+    assert len({case.name for case in ALL}) == len(ALL)
     for case in ALL:
         assert torch.float64 in case.dtypes and torch.float32 in case.dtypes
         assert len({tuple(v.items()) for v in case.variants}) == len(case.variants)
@@ -74,59 +74,6 @@ MATRIX = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay{0}, Tensor? log_input{0}, "
     "Tensor? input_scale{0}, "
 )
-
-
-def gated_schemas():
-    """Of the gated recurrences, whose arguments are in the order of their Python functions."""
-    states = {"slstm": "hcnm", "lstm": "hc"}
-    first = {
-        "slstm": 'str forget_gate="sigmoid", str normalizer="sum"',
-        "lstm": "bool coupled=False, Tensor? peephole=None, Tensor? projection=None",
-        "gru": "bool reset_after=True",
-        "elman": 'str nonlinearity="tanh"',
-        "ind_rnn": 'str nonlinearity="relu"',
-    }
-    mask = "Tensor? recurrent_mask=None"
-    norm = "Tensor? norm_weight=None, "
-    eps = "float norm_eps=1.0000000000000001e-05"
-    out = {}
-    for name, options in first.items():
-        weight, mine = ("u" if name == "ind_rnn" else "R"), states.get(name)
-        given = "".join(f"Tensor? {s}=None, " for s in mine or ["initial_state"])
-        norms = norm + "Tensor? cell_norm_weight=None, Tensor? cell_norm_bias=None, "
-        norms = (norms if name == "lstm" else norm) + eps
-        norms = [] if name == "ind_rnn" else [norms]
-        updates = "Tensor? h_update=None" + ", Tensor? c_update=None" * (name == "lstm")
-        run = "Tensor? cu_seqlens=None, bool reverse=False, Tensor? reset=None"
-        rest = ", ".join([options, run, mask, updates, *norms, "float? gradient_clip=None"])
-        once = ", ".join(["Tensor? state_indices=None", options, mask, updates, *norms])
-        ends = "".join(f", Tensor {s}" for s in mine or ["final_state"])
-        after = "".join(f", Tensor {s}" for s in mine or ["state"])
-        inputs = f"Tensor x, Tensor {weight}, Tensor? bias"
-        held = [f"Tensor(%s!) {s}, " for s in mine or ["state"]]
-        plain = "".join(s.replace("(%s!)", "") for s in held)
-        written = "".join(s % letter for s, letter in zip(held, "abcd", strict=False))
-        out[name] = f"({inputs}=None, {given}{rest}) -> (Tensor y{ends})"
-        out[name + "_step"] = f"({inputs}, {plain}{once}) -> (Tensor y{after})"
-        out[name + "_step_"] = f"({inputs}, {written}{once}) -> Tensor y"
-    return out
-
-
-# Of the operator that all gated recurrences call: tensors that have no gradient come last.
-GATED_TENSORS = "".join(
-    f"Tensor? {name}, "
-    for name in (
-        *("x", "R", "bias", "weights", "projection"),
-        *("norm_weight", "cell_norm_weight", "cell_norm_bias", "h", "c", "n", "m"),
-        *("recurrent_mask", "h_update", "c_update", "reset", "cu_seqlens"),
-    )
-)
-GATED_TENSORS_WRITTEN = GATED_TENSORS
-for mark, written in zip("abcd", "hcnm", strict=True):
-    GATED_TENSORS_WRITTEN = GATED_TENSORS_WRITTEN.replace(
-        f"Tensor? {written}, ", f"Tensor({mark}!)? {written}, "
-    )
-
 SCHEMAS = {
     "causal_conv1d": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, str? activation=None) -> (Tensor y, Tensor final_state)",
@@ -153,16 +100,6 @@ SCHEMAS = {
     "selective_scan_step_": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? delta_bias, Tensor(a!) state, Tensor? state_indices=None, "
     "bool delta_softplus=False) -> Tensor y",
-    "gated": f"({GATED_TENSORS}int cell, int flags, float norm_eps, float? gradient_clip, bool reverse, "
-    "bool keep) -> (Tensor y, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last, Tensor kept)",
-    "gated_backward": "(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor? grad_n, "
-    f"Tensor? grad_m, {GATED_TENSORS}Tensor kept, int cell, int flags, float norm_eps, "
-    "float? gradient_clip, bool reverse) -> (Tensor grad_x, Tensor grad_R, Tensor grad_bias, "
-    "Tensor grad_weights, Tensor grad_projection, Tensor grad_norm_weight, "
-    "Tensor grad_cell_norm_weight, Tensor grad_cell_norm_bias, Tensor grad_initial_h, "
-    "Tensor grad_initial_c, Tensor grad_initial_n, Tensor grad_initial_m)",
-    "gated_step_": f"({GATED_TENSORS_WRITTEN}Tensor? state_indices, int cell, int flags, "
-    "float norm_eps) -> Tensor y",
     "mlstm": "(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? C=None, "
     "Tensor? n=None, Tensor? m=None, Tensor? cu_seqlens=None, float? scale=None, "
     'float eps=9.9999999999999995e-07, str input_gate="exp", bool normalize=True, '
@@ -199,7 +136,6 @@ SCHEMAS = {
     "ssd_step_": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, Tensor(a!) state, Tensor? state_indices=None, bool dt_softplus=False) -> "
     "Tensor y",
-    **gated_schemas(),
     "matrix_memory": f"({MATRIX.format('=None')}Tensor? C=None, Tensor? n=None, Tensor? m=None, "
     'Tensor? cu_seqlens=None, float scale=1., float eps=0., str normalizer="none", '
     "bool exact=True, bool reverse=False, bool wide_h=False, bool checkpoints=False) -> "
@@ -232,7 +168,7 @@ def test_schemas_of_the_others(name):
         return
     parameters = dict(inspect.signature(getattr(torch_ext, name)).parameters)
     arguments = {a.name: a for a in schema.arguments if a.name != "checkpoints"}
-    matrix = next((c for c in MATRICES + GATED if c.name == name.split("_step")[0]), None)
+    matrix = next((c for c in MATRICES if c.name == name.split("_step")[0]), None)
     if matrix is not None and len(matrix.states) > 1:  # one argument in Python: a tuple
         tensors = [arguments.pop(state) for state in matrix.states]
         state = parameters.pop("state" if "_step" in name else "initial_state")
@@ -244,10 +180,7 @@ def test_schemas_of_the_others(name):
     # Python has its options after the states and before cu_seqlens, as the recurrences
     assert set(parameters) == set(arguments)
     options = ["activation", "delta_softplus", "cu_seqlens", "reverse"]
-    if matrix in GATED:  # all of them in one order
-        rest = [n for n in arguments if n not in ("initial_state", "state")]
-        assert [n for n in parameters if n not in ("initial_state", "state")] == rest
-    elif f"{name}_step" in SCHEMAS and not name.startswith("mamba"):
+    if f"{name}_step" in SCHEMAS and not name.startswith("mamba"):
         assert list(parameters)[-2:] == [n for n in options if n in parameters][-2:]
         reference = getattr(torch_ext, name + "_reference")
         mine = inspect.signature(getattr(torch_ext, name)).parameters
@@ -261,12 +194,12 @@ def test_schemas_of_the_others(name):
 
 
 def test_the_table_of_schemas_is_whole():
-    listed = set().union(*(case.operators for case in OTHERS + MATRICES + GATED))
+    listed = set().union(*(case.operators for case in OTHERS + MATRICES))
     assert {f"torch_ext::{name}" for name in SCHEMAS} == listed | LAYER_STEPS | INNER
 
 
 @pytest.mark.parametrize("name", sorted(INNER))
-def test_the_kernels_of_all_members(name):
+def test_the_kernels_of_all_matrix_memories(name):
     """One operator has them, for every device and derivative: its members have none."""
     for key in ("CPU", "CUDA", "Meta", "Autograd"):
         assert _dispatch_has_kernel_for_dispatch_key(name, key), key
@@ -275,7 +208,7 @@ def test_the_kernels_of_all_members(name):
     assert torch.Tag.pt2_compliant_tag in op.tags
 
 
-@over(cases=MATRICES + GATED)
+@over(cases=MATRICES)
 def test_members_call_the_one_operator(case, options, generator):
     """Forwards, backwards and in a step; and nothing else of torch_ext."""
 
@@ -288,20 +221,19 @@ def test_members_call_the_one_operator(case, options, generator):
     with Seen():
         sum(y.sum() for y in case.bind(**options)(*x)).backward()
     ours = {name for name in seen if name.startswith("torch_ext::")}
-    one = "torch_ext::matrix_memory" if case in MATRICES else "torch_ext::gated"
-    assert ours == {one, one + "_backward"}
+    assert ours == {"torch_ext::matrix_memory", "torch_ext::matrix_memory_backward"}
     seen.clear()
     with Seen(), torch.no_grad():
         case.step_(*case.at(x, 0), **options)
-    assert {n for n in seen if n.startswith("torch_ext::")} == {one + "_step_"}
+    assert {n for n in seen if n.startswith("torch_ext::")} == {"torch_ext::matrix_memory_step_"}
 
 
 @over(variants=False, cases=ALL)
 @pytest.mark.parametrize("tail", ["", "_backward", "_step", "_step_"])
 def test_kernels_are_registered_in_cpp(case, tail):
     """Python registrations do not exist in a C++ program."""
-    if case in MATRICES + GATED and tail == "_backward":
-        pytest.skip("that of what they are made of")
+    if case in MATRICES and tail == "_backward":
+        pytest.skip("that of matrix_memory")
     name = f"torch_ext::{case.name}{tail}"
     has = {
         key: _dispatch_has_kernel_for_dispatch_key(name, key)
@@ -310,7 +242,7 @@ def test_kernels_are_registered_in_cpp(case, tail):
     assert has["CompositeImplicitAutograd"] or (has["CPU"] and has["Meta"]), has
     if not tail:
         own = has["CPU"] and has["Meta"] and has["Autograd"]
-        assert own or (case in MATRICES + GATED and has["CompositeImplicitAutograd"]), has
+        assert own or (case in MATRICES and has["CompositeImplicitAutograd"]), has
     if tail != "_backward":
         for key in ("AutocastCPU", "AutocastCUDA"):
             assert _dispatch_has_kernel_for_dispatch_key(name, key), key
@@ -347,8 +279,7 @@ def test_python_signatures(case):
         assert f.__name__ in torch_ext.__all__ and f.__module__.startswith("torch_ext")
 
 
-TAILS = ("", "_step", "_step_", "_reference")
-EXAMPLES = [n + tail for n in dict.fromkeys(c.name for c in ALL) for tail in TAILS]
+EXAMPLES = [c.name + tail for c in ALL for tail in ("", "_step", "_step_", "_reference")]
 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, "mamba_step", "mamba_step_"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import close
-from test_xlstm import formula_of, shake
+from test_xlstm import block_formula, large_block_formula, shake
 
 import torch_ext
 from torch_ext import _checkpoint, _language_model, xlstm_lm
@@ -31,8 +31,6 @@ OPTIONS = {
     "xlstm": {"num_heads": 2, "round_proj_up_to_multiple_of": 8},
     "xlstm-tied": {"num_heads": 2, "round_proj_up_to_multiple_of": 8, "bias": True}
     | {"tie_weights": True, "add_post_blocks_norm": False, "conv1d_kernel_size": 3},
-    "xlstm-mixed": {"num_heads": 2, "round_proj_up_to_multiple_of": 8, "num_blocks": 3}
-    | {"slstm_at": [0, 2], "slstm_block": {"slstm": {"num_heads": 2, "backend": "vanilla"}}},
     "large": {"num_heads": 2, "ffn_round_up_to_multiple_of": 8},
     "large-fused": {"num_heads": 1, "ffn_round_up_to_multiple_of": 8, "weight_mode": "fused"}
     | {"use_bias": True, "output_logit_soft_cap": 2.0, "qk_dim_factor": 1.0, "norm_eps": 1e-5},
@@ -40,7 +38,7 @@ OPTIONS = {
     | {"add_out_norm": False, "output_logit_soft_cap": None, "gate_soft_cap": None},
 }
 KINDS = pytest.mark.parametrize("name", OPTIONS)
-SOME = pytest.mark.parametrize("name", ["xlstm-tied", "xlstm-mixed", "large-fused"])
+SOME = pytest.mark.parametrize("name", ["xlstm-tied", "large-fused"])
 
 
 def make(name, generator, dtype=torch.float64, **options):
@@ -69,13 +67,13 @@ def logits_by_formula(model, ids):
     if isinstance(model, torch_ext.xLSTMLM):
         x, stack = model.token_embedding.weight[ids], model.xlstm_block_stack
         for block in stack.blocks:
-            x = formula_of(block)(block, x)[0]
+            x = block_formula(block, x)[0]
         if model.config["add_post_blocks_norm"]:
             x = F.layer_norm(x, (C,), 1 + stack.post_blocks_norm.weight, None, 1e-5)
         return x @ model.lm_head.weight.T
     x = model.embedding.weight[ids]
     for block in model.backbone.blocks:
-        x = formula_of(block)(block, x)[0]
+        x = large_block_formula(block, x)[0]
     if model.config["add_out_norm"]:
         norm = model.backbone.out_norm
         x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + model.config["norm_eps"])
@@ -116,32 +114,14 @@ def test_parameters(seed):
     again = torch_ext.xLSTMLarge(**large.config)
     assert again.config == large.config
     assert torch_ext.xLSTMLM(**tied.config).config == tied.config
-    mixed = torch_ext.xLSTMLM(50, 64, 3, num_heads=2, conv1d_kernel_size=3, slstm_at=[2])
-    assert torch_ext.xLSTMLM(**mixed.config).config == mixed.config
-    layer = mixed.xlstm_block_stack.blocks[2].xlstm
-    assert (layer.num_heads, layer.d_conv, layer.config._block_idx) == (2, 3, 2)
-    assert "xlstm_block_stack.blocks.2.xlstm.slstm_cell._bias_" in mixed.state_dict()
-    everywhere = torch_ext.xLSTMLM(50, 64, 2, slstm_at="all").xlstm_block_stack
-    assert [type(block) for block in everywhere.blocks] == [torch_ext.sLSTMBlock] * 2
-    alone = torch_ext.xLSTMLM.from_config(
-        {
-            "slstm_block": {"feedforward": None},
-            "num_blocks": 2,
-            "embedding_dim": 16,
-            "vocab_size": 9,
-        }
-    )
-    assert torch_ext.xLSTMLM(**alone.config).config == alone.config
-    assert alone.config["slstm_at"] == [0, 1] and alone(torch.tensor([[1, 2]])).shape == (1, 2, 9)
 
 
 @SOME
 def test_reset_parameters(name, seed):
     """On the meta device first, then somewhere: as if made there."""
     kind = torch_ext.xLSTMLarge if name.startswith("large") else torch_ext.xLSTMLM
-    options = {"num_blocks": 2} | OPTIONS[name]
-    module = kind(V, C, **options, device="meta").to_empty(device="cpu")
-    twin = kind(V, C, **options)
+    module = kind(V, C, 2, **OPTIONS[name], device="meta").to_empty(device="cpu")
+    twin = kind(V, C, 2, **OPTIONS[name])
     for one in (module, twin):
         torch.manual_seed(seed)
         one.reset_parameters()
@@ -313,9 +293,8 @@ def test_compiled(generator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["xlstm", "xlstm-mixed"])
-def test_exported(name, generator):
-    model = make(name, generator, torch.float32)
+def test_exported(generator):
+    model = make("xlstm", generator, torch.float32)
     sizes = {0: torch.export.Dim("B", min=2), 1: torch.export.Dim("T", min=2)}
     program = torch.export.export(
         model, (tokens(generator),), dynamic_shapes={"ids": sizes}, strict=False
@@ -325,10 +304,9 @@ def test_exported(name, generator):
         torch.testing.assert_close(program.module()(ids), model(ids))
 
 
-@pytest.mark.parametrize("name", ["large", "xlstm-mixed"])
-def test_gradients_of_each_sample(name, generator):
+def test_gradients_of_each_sample(generator):
     """torch.func's vmap of grad, in which ids have no numbers to be checked."""
-    model, ids = make(name, generator), tokens(generator)
+    model, ids = make("large", generator), tokens(generator)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters, row):
@@ -337,7 +315,7 @@ def test_gradients_of_each_sample(name, generator):
     got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
     for i in range(3):
         for name, want in torch.func.grad(loss)(parameters, ids[i]).items():
-            close(got[name][i], want, grad=True, name=name, factor=64)
+            close(got[name][i], want, grad=True, name=name, factor=8)
 
 
 # ---- checkpoints ----
@@ -348,7 +326,7 @@ def assert_same(got, want):
         assert got[key].dtype is want[key].dtype and torch.equal(got[key], want[key]), key
 
 
-LAYOUTS = [(name, {}) for name in ("xlstm", "xlstm-tied", "xlstm-mixed")]
+LAYOUTS = [(name, {}) for name in ("xlstm", "xlstm-tied")]
 LAYOUTS += [("large", {"layout": layout}) for layout in ("transformers", "xlstm")]
 LAYOUTS += [("large-fused", {"layout": "xlstm"}), ("large-sigmoid", {"layout": "xlstm"})]
 
@@ -368,36 +346,6 @@ def test_save_and_load(name, options, generator, tmp_path):
     assert_same(torch_ext.xLSTMLM.from_pretrained(tmp_path / "half"), half)
     if name == "xlstm-tied":
         assert again.lm_head.weight is again.token_embedding.weight
-
-
-def test_slstm_layouts(generator, tmp_path):
-    """Weights of either backend under a config of either: what is there counts."""
-    vanilla, ids = make("xlstm-mixed", generator, torch.float32), tokens(generator)
-    config = copy.deepcopy(vanilla.config)
-    config["slstm_block"]["slstm"]["backend"] = "cuda"
-    cuda = torch_ext.xLSTMLM(**config)
-    cuda.load_state_dict(vanilla.state_dict())
-    place = "xlstm_block_stack.blocks.2.xlstm.slstm_cell."
-    assert cuda.state_dict()[place + "_recurrent_kernel_"].shape == (2, 4, 16)
-    assert not torch.equal(
-        cuda.state_dict()[place + "_bias_"], vanilla.state_dict()[place + "_bias_"]
-    )
-    for name, model in (("cuda", cuda), ("vanilla", vanilla)):
-        model.save_pretrained(tmp_path)
-        again = torch_ext.xLSTMLM.from_pretrained(tmp_path)
-        assert again.config == model.config
-        path = tmp_path / "config.json"
-        entries = json.loads(path.read_text())
-        assert entries["slstm_block"]["slstm"]["backend"] == name
-        entries["slstm_block"]["slstm"]["backend"] = "vanilla" if name == "cuda" else "cuda"
-        path.write_text(json.dumps(entries))
-        again = torch_ext.xLSTMLM.from_pretrained(tmp_path)
-        assert again.config["slstm_block"]["slstm"]["backend"] == name
-        assert_same(again, model)
-        torch.testing.assert_close(again(ids), vanilla(ids))
-        entries["slstm_block"]["slstm"] = {"num_heads": 2}  # which would be "cuda"
-        path.write_text(json.dumps(entries))
-        assert_same(torch_ext.xLSTMLM.from_pretrained(tmp_path), model)
 
 
 def test_weight_modes(generator, tmp_path):
@@ -505,20 +453,15 @@ def test_bad_checkpoints(generator, tmp_path):
         load(tmp_path, weight_mode="fused")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"slstm_at": [1]}))
-    with pytest.raises(
-        ValueError, match="slstm_block is None, expected the config of blocks.1, by"
-    ):
+    with pytest.raises(NotImplementedError, match="blocks.1 is an sLSTM block, by slstm_at"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = model.state_dict()
-    weights["xlstm_block_stack.blocks.1.xlstm.slstm_cell._recurrent_kernel_"] = torch.ones(2, 4, 16)
+    weights["xlstm_block_stack.blocks.1.xlstm.slstm_cell._bias_"] = torch.ones(3)
     _checkpoint.write_safetensors(tmp_path / "model.safetensors", weights)
-    with pytest.raises(
-        ValueError, match="has, unexpectedly, xlstm_block_stack.blocks.1.xlstm.slstm"
-    ):
+    with pytest.raises(NotImplementedError, match="xlstm_block_stack.blocks.1 is an sLSTM block"):
         load(tmp_path)
-    del weights["xlstm_block_stack.blocks.1.xlstm.slstm_cell._recurrent_kernel_"]
-    del weights["lm_head.weight"]
+    del weights["xlstm_block_stack.blocks.1.xlstm.slstm_cell._bias_"], weights["lm_head.weight"]
     _checkpoint.write_safetensors(tmp_path / "model.safetensors", weights)
     with pytest.raises(ValueError, match="the checkpoint lacks lm_head.weight"):
         load(tmp_path)
@@ -533,13 +476,6 @@ def test_bad_checkpoints(generator, tmp_path):
         large.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="layout is 'onnx'"):
         large.save_pretrained(tmp_path, "onnx")
-    mixed = make("xlstm-mixed", generator)
-    mixed.save_pretrained(tmp_path / "mixed")
-    weights = mixed.state_dict()
-    weights["xlstm_block_stack.blocks.0.xlstm.slstm_cell._recurrent_kernel_"] = torch.ones(2, 4, 15)
-    _checkpoint.write_safetensors(tmp_path / "mixed" / "model.safetensors", weights)
-    with pytest.raises(ValueError, match=r"_recurrent_kernel_ of shape \(2, 4, 15\), expected"):
-        load(tmp_path / "mixed")
     sigmoid = make("large-sigmoid", generator)
     with pytest.raises(ValueError, match="add_out_norm is False, expected True"):
         sigmoid.save_pretrained(tmp_path)
@@ -676,12 +612,9 @@ def peer():
     return module
 
 
-@pytest.mark.parametrize("slstm_at", [[], [1]])
-def test_as_xlstm(slstm_at, peer, generator, tmp_path):
-    slstm = peer.sLSTMLayerConfig(num_heads=2, backend="vanilla", dtype="float32")
+def test_as_xlstm(peer, generator, tmp_path):
     config = peer.xLSTMLMModelConfig(
         mlstm_block=peer.mLSTMBlockConfig(mlstm=peer.mLSTMLayerConfig(num_heads=2)),
-        slstm_block=peer.sLSTMBlockConfig(slstm=slstm) if slstm_at else None, slstm_at=slstm_at,
         num_blocks=2, embedding_dim=32, vocab_size=50, context_length=22, bias=True,
     )  # fmt: skip
     theirs = peer.xLSTMLMModel(config)
@@ -778,17 +711,8 @@ def test_errors(generator):
             call()
     with pytest.raises(TypeError, match="ids has dtype torch.float32"):
         model(ids.float())
-    for error, options, message in (
-        (ValueError, {"slstm_at": [2]}, r"slstm_at is \[2\], expected numbers of blocks"),
-        (
-            ValueError,
-            {"slstm_at": [1], "slstm_block": {"slstm": {"num_heads": 3}}},
-            "num_heads is 3",
-        ),
-        (TypeError, {"slstm_block": {"layer": {}}}, "xLSTMLM: slstm_block: config has 'layer'"),
-    ):
-        with pytest.raises(error, match=message):
-            torch_ext.xLSTMLM(V, C, 2, **options)
+    with pytest.raises(NotImplementedError, match="blocks.1 is an sLSTM block"):
+        torch_ext.xLSTMLM(V, C, 2, slstm_at=[1])
 
 
 def test_examples():

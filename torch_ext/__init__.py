@@ -5,16 +5,13 @@ from ._library import build_info, cmake_prefix_path  # loads the operators: befo
 from . import _vmap as _vmap
 
 # isort: on
-from . import compat, init
+from . import compat
 from .causal_conv1d import (
     causal_conv1d,
     causal_conv1d_reference,
     causal_conv1d_step,
     causal_conv1d_step_,
 )
-from .elman import elman, elman_reference, elman_step, elman_step_
-from .gru import gru, gru_reference, gru_step, gru_step_
-from .ind_rnn import ind_rnn, ind_rnn_reference, ind_rnn_step, ind_rnn_step_
 from .linear_attention import (
     LinearAttention,
     linear_attention,
@@ -23,7 +20,6 @@ from .linear_attention import (
     linear_attention_step_,
 )
 from .linear_scan import linear_scan, linear_scan_reference, linear_scan_step, linear_scan_step_
-from .lstm import lstm, lstm_reference, lstm_step, lstm_step_
 from .mamba import Mamba, mamba_step, mamba_step_
 from .mamba2 import Mamba2
 from .mamba_lm import MambaBlock, MambaLM
@@ -32,16 +28,12 @@ from .min_lstm import MinLSTM, min_lstm, min_lstm_reference, min_lstm_step, min_
 from .min_rnn import MinRNNBlock, MinRNNLM
 from .mlstm import MLSTM, mlstm, mlstm_reference, mlstm_step, mlstm_step_
 from .retention import Retention, retention, retention_reference, retention_step, retention_step_
-from .rnn import GRU, LSTM, RNN
-from .rnn_cells import GRUCell, IndRNNCell, LSTMCell, RNNCell, SLSTMCell
-from .rnn_layers import SLSTM, IndRNN
 from .selective_scan import (
     selective_scan,
     selective_scan_reference,
     selective_scan_step,
     selective_scan_step_,
 )
-from .slstm import slstm, slstm_reference, slstm_step, slstm_step_
 from .ssd import ssd, ssd_reference, ssd_step, ssd_step_
 from .xlstm import (
     mLSTMBlock,
@@ -51,17 +43,10 @@ from .xlstm import (
     xLSTMLargeLayer,
 )
 from .xlstm_lm import xLSTMLarge, xLSTMLM
-from .xlstm_slstm import sLSTMBlock, sLSTMLayer
 
 __version__ = build_info.version
 
 __all__ = [
-    "GRU",
-    "GRUCell",
-    "IndRNN",
-    "IndRNNCell",
-    "LSTM",
-    "LSTMCell",
     "LinearAttention",
     "MLSTM",
     "Mamba",
@@ -72,11 +57,7 @@ __all__ = [
     "MinLSTM",
     "MinRNNBlock",
     "MinRNNLM",
-    "RNN",
-    "RNNCell",
     "Retention",
-    "SLSTM",
-    "SLSTMCell",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_reference",
@@ -84,19 +65,6 @@ __all__ = [
     "causal_conv1d_step_",
     "cmake_prefix_path",
     "compat",
-    "elman",
-    "elman_reference",
-    "elman_step",
-    "elman_step_",
-    "gru",
-    "gru_reference",
-    "gru_step",
-    "gru_step_",
-    "ind_rnn",
-    "ind_rnn_reference",
-    "ind_rnn_step",
-    "ind_rnn_step_",
-    "init",
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",
@@ -105,10 +73,6 @@ __all__ = [
     "linear_scan_reference",
     "linear_scan_step",
     "linear_scan_step_",
-    "lstm",
-    "lstm_reference",
-    "lstm_step",
-    "lstm_step_",
     "mLSTMBlock",
     "mLSTMLayer",
     "mamba_step",
@@ -133,12 +97,6 @@ __all__ = [
     "selective_scan_reference",
     "selective_scan_step",
     "selective_scan_step_",
-    "sLSTMBlock",
-    "sLSTMLayer",
-    "slstm",
-    "slstm_reference",
-    "slstm_step",
-    "slstm_step_",
     "ssd",
     "ssd_reference",
     "ssd_step",

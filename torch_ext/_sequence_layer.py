@@ -77,7 +77,7 @@ class SequenceLayer(nn.Module):
 
         self._weight_names: list[str] = []
         for layer in range(num_layers):
-            width = input_size if layer == 0 else self.output_size() * self.num_directions
+            width = input_size if layer == 0 else hidden_size * self.num_directions
             for suffix in ["", "_reverse"][: self.num_directions]:
                 for kind, shape in self.parameter_shapes(width).items():
                     name = f"{kind}_l{layer}{suffix}"
@@ -85,10 +85,6 @@ class SequenceLayer(nn.Module):
                     self.register_parameter(name, parameter)
                     self._weight_names.append(name)
         self.reset_parameters()
-
-    def output_size(self) -> int:
-        """Channels of one direction's output."""
-        return self.hidden_size
 
     def parameter_shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
         """Kind and shape of the parameters of one layer and direction; the first two stay first."""

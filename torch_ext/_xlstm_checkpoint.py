@@ -1,8 +1,7 @@
 """Checkpoints of xLSTM language models, in three layouts.
 
 * The package xlstm's ``xLSTMLMModel``: a config with ``mlstm_block``, ``num_blocks`` and so on, on
-  its own or as ``model`` of a training's config, and a ``state_dict``, as their users save them; of
-  sLSTM blocks in the layout of either backend.
+  its own or as ``model`` of a training's config, and a ``state_dict``, as their users save them.
 * Its ``xLSTMLarge``, such as xLSTM-7B: ``config.yaml`` with ``qk_dim_factor`` and so on, and
   ``model.safetensors`` or ``model_0.safetensors``, ...
 * transformers' ``xLSTMForCausalLM``: ``config.json`` with ``model_type`` ``"xlstm"``, and
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from . import _checkpoint
 from ._checkpoint import entry
 from ._xlstm_config import xLSTMLargeConfig, xLSTMLMModelConfig
-from .xlstm_slstm import layout_of_kernel
 
 FILES = ("config.json", "config.yaml", "config.yml")
 
@@ -70,7 +68,7 @@ def read(name: str, folder: Path) -> tuple[str, dict[str, Any], Mapping[str, Ten
     weights = _checkpoint.open_weights(name, folder, own_names=True)
     weights = _without_prefix(weights)
     if kind == "xlstm":
-        arguments = _with_backend(arguments, weights)
+        _refuse_slstm(name, weights)
     if "backbone.embeddings.weight" in weights:
         theirs = {"embedding.weight": "backbone.embeddings.weight"}
         weights = _checkpoint.Renamed(weights, theirs)
@@ -147,20 +145,14 @@ def _without_prefix(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return _checkpoint.Renamed(weights, {key.removeprefix(prefix): key for key in weights})
 
 
-def _with_backend(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``config``, with the backend whose layout the recurrent kernels of ``weights`` have, whatever
-    it says itself: the bias has no shape to tell it by."""
+def _refuse_slstm(name: str, weights: Mapping[str, Tensor]) -> None:
     for key in weights:
-        if re.match(r"xlstm_block_stack\.blocks\.\d+\.xlstm\.slstm_cell\._recurrent_kernel_$", key):
-            backend, block = layout_of_kernel(weights[key]), config.get("slstm_block")
-            if backend is None or not isinstance(block, Mapping):
-                break
-            layer = block.get("slstm")
-            if layer is None or isinstance(layer, Mapping):
-                return config | {
-                    "slstm_block": {**block, "slstm": {**(layer or {}), "backend": backend}}
-                }
-    return config
+        found = re.match(r"xlstm_block_stack\.(blocks\.\d+)\.xlstm\.slstm_cell\.", key)
+        if found:
+            raise NotImplementedError(
+                f"{name}: the checkpoint's xlstm_block_stack.{found[1]} is an sLSTM block, expected "
+                "mLSTM blocks alone: there are no sLSTM blocks yet"
+            )
 
 
 # ---- one matrix for each projection, or fused ones ----
@@ -229,16 +221,16 @@ def block_rows(block: nn.Module) -> dict[str, int]:
 def write_xlstm(folder: Path, model: nn.Module, config: Any, extra: Mapping[str, Any]) -> None:
     """``config`` is a dataclass of the package's fields."""
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    entries = public(dataclasses.asdict(config)) | dict(extra)
+    entries = _public(dataclasses.asdict(config)) | dict(extra)
     large = isinstance(config, xLSTMLargeConfig)
     file = "config.yaml" if large else "config.json"
     _checkpoint.save(folder, entries, tensors, safetensors=True, config_file=file)
 
 
-def public(config: dict[str, Any]) -> dict[str, Any]:
+def _public(config: dict[str, Any]) -> dict[str, Any]:
     """Without what is computed."""
     return {
-        key: public(value) if isinstance(value, dict) else value
+        key: _public(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if not key.startswith("_")
     }

@@ -80,7 +80,7 @@ class FeedForwardConfig(UpProjection):
 
 @dataclass
 class sLSTMLayerConfig:
-    """See :class:`torch_ext.sLSTMLayer`."""
+    """An sLSTM layer, of which there are the options alone."""
 
     hidden_size: int = -1
     num_heads: int = 4
@@ -116,29 +116,15 @@ class sLSTMLayerConfig:
     group_norm_weight: bool = True
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.hidden_size = self.embedding_dim
-
 
 @dataclass
 class sLSTMBlockConfig:
-    """See :class:`torch_ext.sLSTMBlock`."""
+    """An sLSTM block, of which there are the options alone."""
 
     slstm: sLSTMLayerConfig = field(default_factory=sLSTMLayerConfig)
     feedforward: FeedForwardConfig | None = field(default_factory=FeedForwardConfig)
     _num_blocks: int | None = None
     _block_idx: int | None = None
-
-    def __post_init__(self) -> None:
-        if self._num_blocks is not None:
-            self.slstm._num_blocks = self._num_blocks
-        if self._block_idx is not None:
-            self.slstm._block_idx = self._block_idx
-        self.slstm.__post_init__()
-        if self.feedforward is not None:
-            self.feedforward.embedding_dim = self.slstm.embedding_dim
-            self.feedforward._num_blocks = self.slstm._num_blocks
-            self.feedforward.__post_init__()
 
 
 @dataclass
@@ -165,11 +151,6 @@ class xLSTMBlockStackConfig:
             layer.dropout, layer.context_length = self.dropout, self.context_length
             self.mlstm_block._num_blocks = self.num_blocks
             self.mlstm_block.__post_init__()
-        if self.slstm_block is not None:
-            layer = self.slstm_block.slstm
-            layer.embedding_dim, layer.dropout = self.embedding_dim, self.dropout
-            self.slstm_block._num_blocks = self.num_blocks
-            self.slstm_block.__post_init__()
         for place in self.slstm_at:
             if not 0 <= place < self.num_blocks:
                 raise ValueError(

@@ -5,16 +5,17 @@ r"""The blocks of xLSTM: those of the paper, and those of the language model xLS
     x &\leftarrow x + \text{FFN}(\text{norm}(x)) \qquad \text{(xLSTM-7B)}
 
 Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517, section 2.4 and figure
-11 (:class:`mLSTMLayer`, :class:`mLSTMBlock`, and :class:`xLSTMBlockStack` of these and of
-:class:`torch_ext.sLSTMBlock`); Beck et al. 2025, "xLSTM 7B: A Recurrent LLM for Fast and Efficient
-Inference", arXiv:2503.13427, section 3 (:class:`xLSTMLargeLayer`, :class:`xLSTMLargeBlock`).
-Parameters have the names, shapes and initial values of the package xlstm; those of the second kind
-the initial values of transformers' xLSTM, as the package draws none.
+11 (:class:`mLSTMLayer`, :class:`mLSTMBlock`, :class:`xLSTMBlockStack`); Beck et al. 2025, "xLSTM
+7B: A Recurrent LLM for Fast and Efficient Inference", arXiv:2503.13427, section 3
+(:class:`xLSTMLargeLayer`, :class:`xLSTMLargeBlock`). Parameters have the names, shapes and initial
+values of the package xlstm; those of the second kind the initial values of transformers' xLSTM,
+as the package draws none.
 
 All have the same states: a list of tensors for a layer or a block, a list of those for a stack, in
 float32 (float64 in double modules).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._padding import last_inputs, last_step, valid_steps
+from ._sequence_layer import shape_text
 from ._xlstm_config import (
     mLSTMBlockConfig,
     mLSTMLayerConfig,
@@ -31,27 +33,238 @@ from ._xlstm_config import (
     xLSTMBlockStackConfig,
     xLSTMLargeConfig,
 )
-from ._xlstm_parts import (
-    CausalConv1d,
-    HeadwiseLinear,
-    LayerNorm,
-    MultiHeadNorm,
-    RMSNorm,
-    State,
-    check_layer_state,
-    check_sequence,
-    check_step,
-    close_gates,
-    no_state_before_padding,
-    small_init_,
-    soft_cap,
-    wang_init_,
-    zero_bias_,
-)
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .linear_scan import state_dtype
 from .mlstm import mlstm, mlstm_step
-from .xlstm_slstm import sLSTMBlock
+
+# Of one layer or block, in the order that its init_state says.
+State = list[Tensor]
+
+
+# ---- parts ----
+class HeadwiseLinear(nn.Module):
+    """A linear map of each group of channels: ``weight`` ``(groups, out, in)``."""
+
+    def __init__(
+        self,
+        channels: int,
+        blocksize: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        shape = (channels // blocksize, blocksize, blocksize)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups, _, width = self.weight.shape
+        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, [groups, width]), self.weight)
+        y = y.flatten(-2)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)  # autocast rounds y alone
+
+
+class CausalConv1d(nn.Module):
+    """What holds the convolution's parameters, as ``conv.weight`` and ``conv.bias``."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv1d(
+            channels, channels, width, groups=channels, padding=width - 1, **factory
+        )
+
+
+class LayerNorm(nn.LayerNorm):
+    """Without a bias, and with ``1 + weight`` as its scale."""
+
+    def __init__(
+        self, dim: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(dim, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, None, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square in float32, then rounded, then scaled."""
+
+    __constants__ = ["eps", "wide"]
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float,
+        bias: bool,
+        wide: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.wide = wide
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if self.wide:
+            x = x.to(state_dtype(dtype))
+        y = F.rms_norm(x, [x.shape[-1]], None, self.eps).to(dtype) * self.weight
+        bias = self.bias
+        return y if bias is None else y + bias
+
+
+class MultiHeadNorm(nn.Module):
+    """A layer norm of each head: ``(..., H, V)`` to ``(..., H * V)``.
+
+    Args:
+        channels: ``H * V``.
+        eps: added to the variance.
+        residual: the scale is ``1 + weight``, not ``weight``.
+        bias: add one.
+        wide: compute in float32 where ``x`` is of half precision.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    __constants__ = ["eps", "residual", "wide"]
+
+    def __init__(
+        self,
+        channels: int,
+        eps: float,
+        residual: bool,
+        bias: bool,
+        wide: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.residual = residual
+        self.wide = wide
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.residual else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if self.wide:
+            x = x.to(state_dtype(dtype))
+        y = F.layer_norm(x, [x.shape[-1]], None, None, self.eps).to(dtype).flatten(-2)
+        y = y * (1 + self.weight if self.residual else self.weight)
+        bias = self.bias
+        return y if bias is None else y + bias
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``: near 0 as it is, never beyond ``cap``."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def small_init_(weight: Tensor, dim: int) -> None:
+    """Nguyen & Salazar 2019, "Transformers without Tears", arXiv:1910.05895."""
+    nn.init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
+
+
+def wang_init_(weight: Tensor, dim: int, num_blocks: int) -> None:
+    """For what is added to the residual: smaller, the more blocks there are."""
+    nn.init.normal_(weight, std=2 / num_blocks / math.sqrt(dim))
+
+
+def zero_bias_(*modules: nn.Module) -> None:
+    for module in modules:
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_layer_state(name: str, state: State, shapes: list[list[int]], names: list[str]) -> None:
+    """That ``state`` is a list of tensors of these shapes, whose ``names`` errors say."""
+    if not torch.jit.is_scripting():
+        _check_types(name, state, names)
+    for k, shape in enumerate(shapes):
+        if list(state[k].shape) != shape:
+            expected = ", ".join([str(size) for size in shape])
+            raise ValueError(
+                f"{name}: state[{k}] has shape {shape_text(state[k])}, expected {names[k]} of shape "
+                f"({expected})"
+            )
+
+
+@torch.jit.unused
+def _check_types(name: str, state: object, names: list[str]) -> None:
+    many = isinstance(state, list | tuple)
+    if many and len(state) == len(names) and all(isinstance(part, Tensor) for part in state):
+        return
+    came = type(state).__name__
+    if many:
+        came = f"[{', '.join(type(part).__name__ for part in state)}]"
+    raise TypeError(
+        f"{name}: state is {came}, expected a list of {len(names)} tensors ({', '.join(names)}), as "
+        "init_state makes it"
+    )
+
+
+def _check_sequence(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(
+            f"{name}: x has shape {shape_text(x)}, expected (B, T, embedding_dim={dim})"
+        )
+
+
+def _check_step(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 2 or x.shape[1] != dim:
+        raise ValueError(
+            f"{name}.step: x has shape {shape_text(x)}, expected (B, embedding_dim={dim})"
+        )
+
+
+def _no_state_before_padding(name: str, state: State | None, padding: str) -> None:
+    if state is not None and padding == "left":
+        raise ValueError(
+            f"{name}.prefill: state is given, expected None with padding on the left, which would "
+            "stand between the state and the first step"
+        )
+
+
+def _close_gates(i: Tensor, f: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In the padding nothing is written and nothing forgotten."""
+    if valid is None:
+        return i, f
+    return torch.where(valid, i, -1e4), torch.where(valid, f, 1e4)
 
 
 # ---- the paper's ----
@@ -228,11 +441,11 @@ class mLSTMLayer(nn.Module):
             ``(B, T, embedding_dim)`` and the state after the last step, with which the next steps
             of the same sequences give what they would have given in one call.
         """
-        check_sequence("mLSTMLayer", x, self.embedding_dim)
+        _check_sequence("mLSTMLayer", x, self.embedding_dim)
         valid = valid_steps("mLSTMLayer", x, lengths, padding)
         if valid is not None:
             x = torch.where(valid, x, 0.0)
-            no_state_before_padding("mLSTMLayer", state, padding)
+            _no_state_before_padding("mLSTMLayer", state, padding)
         if state is None:
             state = self.init_state(x.shape[0])
         self._check_state(state, x.shape[0])
@@ -242,7 +455,7 @@ class mLSTMLayer(nn.Module):
         weight = self.conv1d.conv.weight.squeeze(1)
         c, conv = causal_conv1d(u, weight, self.conv1d.conv.bias, state[0].to(u.dtype), "silu")
         q, k, v, i, f = self._project(u, c)
-        i, f = close_gates(i, f, valid)
+        i, f = _close_gates(i, f, valid)
         h, (C, n, m) = mlstm(q, k, v, i, f, (state[1], state[2], state[3]), 1.0)
         y = self._finish(h, c, z)
         if valid is not None:
@@ -270,7 +483,7 @@ class mLSTMLayer(nn.Module):
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """``step``, which a subclass may give to another package's."""
-        check_step("mLSTMLayer", x, self.embedding_dim)
+        _check_step("mLSTMLayer", x, self.embedding_dim)
         self._check_state(state, x.shape[0])
         u, z = self.proj_up(x).chunk(2, -1)
         weight = self.conv1d.conv.weight.squeeze(1)
@@ -383,12 +596,12 @@ class mLSTMBlock(nn.Module):
         return self._step(x, state)
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        check_step("mLSTMBlock", x, self.xlstm.embedding_dim)
+        _check_step("mLSTMBlock", x, self.xlstm.embedding_dim)
         y, state = self.xlstm._step(self.xlstm_norm(x), state)
         return x + y, state
 
     def _mask(self, x: Tensor, lengths: Tensor | None, padding: str) -> Tensor:
-        check_sequence("mLSTMBlock", x, self.xlstm.embedding_dim)
+        _check_sequence("mLSTMBlock", x, self.xlstm.embedding_dim)
         valid = valid_steps("mLSTMBlock", x, lengths, padding)
         # Before the norm, whose gradient would be NaN where the padding is.
         return x if valid is None else torch.where(valid, x, 0.0)
@@ -502,33 +715,23 @@ class xLSTMBlockStack(BlockStack):
             * ``embedding_dim`` (128), ``num_blocks`` (1), ``bias`` (False), ``dropout`` (0.0): of
               every block.
             * ``add_post_blocks_norm`` (True): the norm at the end.
-            * ``slstm_at`` (``[]``): the numbers of the blocks that are sLSTM blocks, or ``"all"``.
-            * ``slstm_block``: the config of its :class:`torch_ext.sLSTMBlock`, see there; a mapping
-              will do. ``bias`` is that of mLSTM blocks alone, as in the package xlstm, and
-              ``dropout`` does not go to the feed-forward network, which has its own.
+            * ``slstm_at`` (``[]``): the numbers of the blocks that are sLSTM blocks.
             * ``context_length``: taken and ignored: any length is right.
 
     Raises:
-        ValueError: ``slstm_at`` has a number that no block has, a block has no config, or an option
-            is outside of what its block says.
+        NotImplementedError: a block is an sLSTM block.
 
     Attributes:
-        blocks.{i}: each an :class:`mLSTMBlock` or, by ``slstm_at``, a
-            :class:`torch_ext.sLSTMBlock`.
+        blocks.{i}: each an :class:`mLSTMBlock`.
         post_blocks_norm.weight: ``(embedding_dim,)``, what is added to a scale of 1.
 
     Example:
         >>> stack = torch_ext.xLSTMBlockStack(mlstm_block={}, embedding_dim=16, num_blocks=2)
         >>> y, state = stack.prefill(torch.randn(2, 10, 16))
         >>> y, state = stack.step(torch.randn(2, 16), state)
-        >>> mixed = {"mlstm_block": {}, "slstm_block": {}, "num_blocks": 3, "slstm_at": [1]}
-        >>> stack = torch_ext.xLSTMBlockStack(mixed, embedding_dim=16)
-        >>> [type(block).__name__ for block in stack.blocks]
-        ['mLSTMBlock', 'sLSTMBlock', 'mLSTMBlock']
     """
 
     _block_class = mLSTMBlock
-    _slstm_block_class = sLSTMBlock
 
     def __init__(
         self,
@@ -547,17 +750,14 @@ class xLSTMBlockStack(BlockStack):
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList()
         for k, kind in enumerate(config.block_map):
-            option = "slstm_block" if kind == 1 else "mlstm_block"
-            block, made = getattr(config, option), self._block_class
-            if block is None:
-                raise ValueError(
-                    f"{name}: {option} is None, expected the config of blocks.{k}, by "
-                    f"slstm_at={config.slstm_at}"
-                )
             if kind == 1:
-                made = self._slstm_block_class
-            block._block_idx = k
-            self.blocks.append(made(block, device=device, dtype=dtype))
+                raise NotImplementedError(
+                    f"{name}: blocks.{k} is an sLSTM block, by slstm_at={config.slstm_at} and "
+                    f"mlstm_block={'None' if config.mlstm_block is None else 'given'}; expected "
+                    "mLSTM blocks alone: there are no sLSTM blocks yet"
+                )
+            config.mlstm_block._block_idx = k
+            self.blocks.append(self._block_class(config.mlstm_block, device=device, dtype=dtype))
         if config.add_post_blocks_norm:
             self.post_blocks_norm = LayerNorm(config.embedding_dim, device, dtype)
         else:
@@ -692,16 +892,16 @@ class xLSTMLargeLayer(nn.Module):
         padding: str = "right",
     ) -> tuple[Tensor, State]:
         """``forward`` from a state to a state: see :meth:`mLSTMLayer.prefill`."""
-        check_sequence("xLSTMLargeLayer", x, self.embedding_dim)
+        _check_sequence("xLSTMLargeLayer", x, self.embedding_dim)
         valid = valid_steps("xLSTMLargeLayer", x, lengths, padding)
         if valid is not None:
             x = torch.where(valid, x, 0.0)
-            no_state_before_padding("xLSTMLargeLayer", state, padding)
+            _no_state_before_padding("xLSTMLargeLayer", state, padding)
         if state is None:
             state = self.init_state(x.shape[0])
         self._check_state(state, x.shape[0])
         q, k, v, o, i, f = self._project(x)
-        i, f = close_gates(i, f, valid)
+        i, f = _close_gates(i, f, valid)
         h, (C, n, m) = mlstm(
             q, k, v, i, f, (state[0], state[1], state[2]), None, self.eps, self.input_gate
         )
@@ -727,7 +927,7 @@ class xLSTMLargeLayer(nn.Module):
         return self._step(x, state)
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        check_step("xLSTMLargeLayer", x, self.embedding_dim)
+        _check_step("xLSTMLargeLayer", x, self.embedding_dim)
         self._check_state(state, x.shape[0])
         q, k, v, o, i, f = self._project(x)
         h, (C, n, m) = mlstm_step(
@@ -909,7 +1109,7 @@ class xLSTMLargeBlock(nn.Module):
         return self._step(x, state)
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        check_step("xLSTMLargeBlock", x, self.mlstm_layer.embedding_dim)
+        _check_step("xLSTMLargeBlock", x, self.mlstm_layer.embedding_dim)
         y, state = self.mlstm_layer._step(self.norm_mlstm(x), state)
         x = x + y
         return x + self.ffn(self.norm_ffn(x)), state
@@ -920,7 +1120,7 @@ class xLSTMLargeBlock(nn.Module):
         return self._mask(x, lengths, padding)
 
     def _mask(self, x: Tensor, lengths: Tensor | None, padding: str) -> Tensor:
-        check_sequence("xLSTMLargeBlock", x, self.mlstm_layer.embedding_dim)
+        _check_sequence("xLSTMLargeBlock", x, self.mlstm_layer.embedding_dim)
         valid = valid_steps("xLSTMLargeBlock", x, lengths, padding)
         # Before the norm, whose gradient would be NaN where the padding is.
         return x if valid is None else torch.where(valid, x, 0.0)

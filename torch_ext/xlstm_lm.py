@@ -27,12 +27,17 @@ from ._xlstm_config import (
     mLSTMBlockConfig,
     mLSTMLayerConfig,
     read_config,
-    sLSTMBlockConfig,
     xLSTMLargeConfig,
     xLSTMLMModelConfig,
 )
-from ._xlstm_parts import State, small_init_, soft_cap
-from .xlstm import LargeBlockStack, read_large_config, xLSTMBlockStack
+from .xlstm import (
+    LargeBlockStack,
+    State,
+    read_large_config,
+    small_init_,
+    soft_cap,
+    xLSTMBlockStack,
+)
 
 
 class XLSTMBase(LanguageModel):
@@ -150,10 +155,6 @@ class XLSTMBase(LanguageModel):
         ``model_state_dict`` or ``model``. No package is needed to read them, and no code in them is
         run.
 
-        The recurrent kernels of sLSTM blocks are in the layout of one of the package's backends,
-        ``"cuda"`` or ``"vanilla"``. Their shape says which, and the model has that one, whatever the
-        config says: the bias, in another order with each backend, is taken as its kernel is.
-
         Args:
             folder: path.
             device: where the parameters are put.
@@ -169,6 +170,7 @@ class XLSTMBase(LanguageModel):
         Raises:
             FileNotFoundError: the folder lacks a file.
             ValueError: the files are damaged, or describe another model.
+            NotImplementedError: a block is an sLSTM block.
 
         Example:
             >>> import tempfile
@@ -220,10 +222,7 @@ class xLSTMLM(XLSTMBase):
         add_post_blocks_norm: False leaves out the norm after the blocks.
         tie_weights: ``lm_head.weight`` is ``token_embedding.weight``, one parameter.
         add_embedding_dropout: ``dropout`` acts on the embedding as well.
-        slstm_at: numbers of the blocks that are sLSTM blocks, or ``"all"``.
-        slstm_block: fields of their :class:`torch_ext.sLSTMBlock`, such as ``{"slstm":
-            {"num_heads": 4}, "feedforward": {"proj_factor": 1.3}}``. If omitted those that it has by
-            default, with ``num_heads`` and ``conv1d_kernel_size`` as above.
+        slstm_at: numbers of the blocks that are sLSTM blocks.
         activation_checkpointing: ``forward`` keeps the blocks' inputs alone for the backward and
             computes the rest again (see :mod:`torch.utils.checkpoint`). An attribute of
             ``xlstm_block_stack``, which can be changed at any time.
@@ -231,11 +230,11 @@ class xLSTMLM(XLSTMBase):
         dtype: of the parameters.
 
     Raises:
-        ValueError: an argument is outside of the above.
+        NotImplementedError: ``slstm_at`` is not empty.
 
     Attributes:
-        xlstm_block_stack: ``blocks.{i}``, each a :class:`torch_ext.mLSTMBlock` or, by ``slstm_at``,
-            a :class:`torch_ext.sLSTMBlock`, and ``post_blocks_norm``.
+        xlstm_block_stack: ``blocks.{i}``, each an :class:`torch_ext.mLSTMBlock`, and
+            ``post_blocks_norm``.
         token_embedding.weight: ``(vocab_size, embedding_dim)``, drawn from
             N(0, 2 / (5 embedding_dim)), as is:
         lm_head.weight: ``(vocab_size, embedding_dim)``.
@@ -247,9 +246,6 @@ class xLSTMLM(XLSTMBase):
         >>> model(prompt).shape
         torch.Size([1, 8, 256])
         >>> model.generate(prompt, max_new_tokens=4).shape
-        torch.Size([1, 12])
-        >>> mixed = torch_ext.xLSTMLM(256, 16, num_blocks=3, slstm_at=[1])
-        >>> mixed.generate(prompt, max_new_tokens=4).shape
         torch.Size([1, 12])
     """
 
@@ -269,10 +265,9 @@ class xLSTMLM(XLSTMBase):
         add_post_blocks_norm: bool = True,
         tie_weights: bool = False,
         add_embedding_dropout: bool = False,
-        slstm_at: Sequence[int] | str = (),
+        slstm_at: Sequence[int] = (),
         round_proj_up_dim_up: bool = True,
         round_proj_up_to_multiple_of: int = 64,
-        slstm_block: Mapping[str, Any] | None = None,
         *,
         activation_checkpointing: bool = False,
         device: torch.device | str | None = None,
@@ -286,20 +281,14 @@ class xLSTMLM(XLSTMBase):
             qkv_proj_blocksize=qkv_proj_blocksize,
             num_heads=num_heads,
         )
-        if slstm_block is None and len(slstm_at) > 0:
-            own = {"num_heads": num_heads, "conv1d_kernel_size": conv1d_kernel_size}
-            slstm_block = {"slstm": own}
-        if slstm_block is not None:
-            slstm_block = read_config(sLSTMBlockConfig, "xLSTMLM: slstm_block", slstm_block)
         config = xLSTMLMModelConfig(
             mlstm_block=mLSTMBlockConfig(mlstm=layer),
-            slstm_block=slstm_block,
             num_blocks=num_blocks,
             embedding_dim=embedding_dim,
             add_post_blocks_norm=add_post_blocks_norm,
             bias=bias,
             dropout=dropout,
-            slstm_at=slstm_at if slstm_at == "all" else list(slstm_at),
+            slstm_at=list(slstm_at),
             vocab_size=vocab_size,
             tie_weights=tie_weights,
             add_embedding_dropout=add_embedding_dropout,
@@ -331,10 +320,7 @@ class xLSTMLM(XLSTMBase):
         self.token_embedding = nn.Embedding(config.vocab_size, config.embedding_dim, **factory)
         self.emb_dropout = nn.Dropout(config.dropout if config.add_embedding_dropout else 0.0)
         self.lm_head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False, **factory)
-        layer = mLSTMLayerConfig() if config.mlstm_block is None else config.mlstm_block.mlstm
-        slstm_block = config.slstm_block
-        if slstm_block is not None:
-            slstm_block = _xlstm_checkpoint.public(dataclasses.asdict(slstm_block))
+        layer = config.mlstm_block.mlstm
         self.config = {
             "vocab_size": config.vocab_size,
             "embedding_dim": config.embedding_dim,
@@ -351,7 +337,6 @@ class xLSTMLM(XLSTMBase):
             "slstm_at": list(config.slstm_at),
             "round_proj_up_dim_up": layer.round_proj_up_dim_up,
             "round_proj_up_to_multiple_of": layer.round_proj_up_to_multiple_of,
-            "slstm_block": slstm_block,
             "activation_checkpointing": activation_checkpointing,
         }
         self._reset_vocabulary()

@@ -5,7 +5,6 @@
 #pragma once
 #include "dual.h"
 #include "silu.h"
-#include "softplus.h"
 
 namespace torch_ext {
 
@@ -29,6 +28,21 @@ TORCH_EXT_HD T out_of_octaves(Complex<T> sum) {
   return fused(sum.re, T(kOctave), sum.im * T(kHalfTurn));
 }
 
+template <class T>
+inline constexpr bool kDouble = 100 < kExpLimit<T>;
+
+// The same number in every lane.
+template <class T>
+TORCH_EXT_HD T number(double x) {
+  if constexpr (requires(T dual) { dual.d; }) {
+    return T{number<typename T::Scalar>(x), {}};
+  } else if constexpr (requires { typename T::Scalar; }) {
+    return T(typename T::Scalar(x));
+  } else {
+    return T(x);
+  }
+}
+
 // 2^x, but never infinite: constant from exp's limit on.
 template <class T>
 inline constexpr double kExp2Limit = kDouble<T> ? 1009 : 115;
@@ -46,6 +60,19 @@ template <class T, int N>
 TORCH_EXT_HD Dual<T, N> exp2(Dual<T, N> x) {
   const T power = exp2(x.v), slope = power * kOctave * (1 - nonnegative(x.v - kExp2Limit<T>));
   return Dual<T, N>::make(power, [&](int i) { return slope * x.d[i]; });
+}
+
+// log(1 + e^x); x itself beyond 20, as torch and mamba_ssm have it. log(1 + e) = 2 artanh(e / (2 + e)), by its series in
+// s = e / (2 + e) <= 1/3: the first term left out is below the last place.
+template <class T>
+TORCH_EXT_HD T softplus(T x) {
+  constexpr int kTerms = kDouble<T> ? 17 : 8;
+  const T e = exp(at_most(x, 0) - at_least(x, 0)); // e^-|x|
+  const T s = e * reciprocal(2 + e), square = s * s;
+  T sum = number<T>(2. / (2 * kTerms - 1));
+  TORCH_EXT_UNROLL(17)
+  for (int i = kTerms - 2; i >= 0; --i) sum = fused(sum, square, number<T>(2. / (2 * i + 1)));
+  return fused(nonnegative(20 - x) * s, sum, at_least(x, 0));
 }
 
 // The step from one token to the next, as a channel sees it.

@@ -21,8 +21,6 @@ struct TensorLane {
 
   friend TensorLane exp(const TensorLane& x) { return {at::exp(at::clamp_max(x.v, 80))}; }
   friend TensorLane sigmoid(const TensorLane& x) { return {at::sigmoid(x.v)}; }
-  friend TensorLane softplus(const TensorLane& x) { return {at::softplus(x.v)}; }
-  friend TensorLane tanh(const TensorLane& x) { return {at::tanh(x.v)}; }
   friend TensorLane fused(const TensorLane& x, const TensorLane& y, const TensorLane& z) {
     return {x.v * y.v + z.v};
   }

@@ -12,7 +12,6 @@
 #include <thread>
 
 #include "../cells/all.h"
-#include "team.h"
 
 namespace torch_ext::cpu {
 
@@ -441,192 +440,14 @@ bool project(DType dtype, const Projection& p, Parallel parallel) {
   return true;
 }
 
-namespace {
-
-constexpr int64_t kWorthMeeting =
-    2500; // vector multiply-adds per step and thread, or nobody else is asked to join
-
-// Rows by falling length. `parts` threads take every parts-th one each: row i of part c lies at starts[c] + i.
-struct GatedRows {
-  std::vector<GatedPlan::Row> rows;
-  std::vector<int64_t> starts;
-  int64_t longest = 0, tokens = 0;
-
-  GatedRows(const GatedProblem& p, const int64_t* state_rows) {
-    for (int64_t s = 0; s < p.num_sequences; ++s) {
-      if (state_rows && state_rows[s] < 0) continue;
-      const int64_t first = p.cu_seqlens ? p.cu_seqlens[s] : s * p.num_steps,
-                    length = p.cu_seqlens ? p.cu_seqlens[s + 1] - first : p.num_steps;
-      rows.push_back({s, length, first, state_rows ? state_rows[s] : s});
-      longest = std::max(longest, length);
-      tokens += length;
-    }
-    std::stable_sort(
-        rows.begin(), rows.end(), [](const auto& x, const auto& y) { return x.length > y.length; });
-  }
-  void deal(int64_t parts) {
-    std::vector<GatedPlan::Row> dealt;
-    for (int64_t c = 0; c < parts; ++c) {
-      starts.push_back(int64_t(dealt.size()));
-      for (size_t i = size_t(c); i < rows.size(); i += size_t(parts)) dealt.push_back(rows[i]);
-    }
-    starts.push_back(int64_t(dealt.size()));
-    rows = std::move(dealt);
-  }
-};
-
-// What forward and backward do alike: `backward` packs the transposes.
-template <class Problem, class Kernel>
-void run_gated(
-    const Problem& p, DType dtype, const int64_t* state_rows, bool backward,
-    Kernel GatedKernels::*kernel,
-    int64_t (*GatedKernels::*scratch_size)(const Problem&, const GatedPlan&), Parallel parallel) {
-  const KernelTable& t = table();
-  const GatedKernels& kernels = t.gated[p.cell][dtype == DType::f64];
-  const GatedSizes sizes = kGatedSizes[p.cell];
-  const int64_t number = dtype == DType::f64 ? 8 : 4, lanes = t.vector_bytes / number;
-  GatedRows rows(p, state_rows);
-  GatedPlan plan;
-  plan.kept = gated_kept(p, sizes.gates, sizes.states, sizes.from_h);
-
-  const int64_t num_rows = int64_t(rows.rows.size()),
-                products =
-                    sizes.from_h * p.width * p.h_width + (p.projection ? p.width * p.h_width : 0),
-                // the cell costs what some products of every unit would
-      step = num_rows * p.num_heads * (products + 60 * p.width) / lanes,
-                bytes = p.num_heads * products * (p.R_dtype == DType::bf16 ? 2 : number);
-  int64_t threads = parallel.run ? std::max(parallel.threads, 1) : 1;
-  threads = std::min(threads, 1 + step * std::max<int64_t>(rows.longest, 1) / 50000);
-  // Nobody waits for others where threads have heads, or rows, or units without a product, of their own.
-  enum { kAlone, kHeads, kRows, kUnits, kTeam } how = kAlone;
-  if (threads > 1) {
-    if (sizes.from_h == 0)
-      how = kUnits;
-    else if (p.num_heads % threads == 0 || p.num_heads >= 4 * threads)
-      how = kHeads;
-    else if (num_rows >= threads && (bytes <= l2_bytes() / 2 || num_rows >= 12 * threads))
-      how = kRows;
-    else
-      how = kTeam;
-  }
-  if (how == kTeam) {
-    threads = std::min(threads, 1 + step / kWorthMeeting);
-    if (threads == 1) how = kAlone;
-  }
-  plan.split_rows = how == kRows;
-  if (how == kRows) rows.deal(threads);
-  plan.rows = rows.rows.data();
-  plan.num_rows = num_rows;
-
-  // As many vectors of units together as there are registers for their sums, but so that every thread has some.
-  std::vector<std::unique_ptr<void, Free>> memory;
-  const auto panel = [&](const void* matrix, DType packed, int64_t first_gate, int64_t gates,
-                         int64_t outputs, int64_t inputs) {
-    GatedPanel to;
-    to.gates = std::max<int64_t>(gates, 1), to.inputs = inputs, to.outputs = outputs;
-    const int64_t all = (outputs + lanes - 1) / lanes;
-    // threads own the same units of both products
-    to.vectors = backward || sizes.from_h <= 1 || matrix == p.projection ? 4 : 2;
-    if (lanes * number < 64 && num_rows > 1 && to.vectors == 2) to.vectors = 1;
-    while (to.vectors > 1 &&
-           (to.vectors > all ||
-            (how == kTeam && p.num_heads * ((all + to.vectors - 1) / to.vectors) < 4 * threads)))
-      to.vectors /= 2;
-    to.blocks = (all + to.vectors - 1) / to.vectors;
-    to.packed = packed;
-    if (!matrix || gates == 0) return to;
-    if (!backward && rows.longest * num_rows <= 16) {
-      to.data = const_cast<void*>(matrix), to.given = matrix, to.first_gate = first_gate;
-      return to;
-    }
-    const int64_t each = packed == DType::bf16 ? 2 : 1,
-                  bytes_each = packed == DType::bf16 ? 2 : number;
-    to.size = (inputs + each - 1) / each * each * to.gates * to.vectors * lanes;
-    memory.push_back(allocate(p.num_heads * to.blocks * to.size * bytes_each));
-    to.data = memory.back().get();
-    const auto pack = t.gated_pack[int(packed)];
-    run_items(
-        p.num_heads * to.blocks, p.num_heads * inputs * outputs * gates / 4, parallel,
-        [&](int64_t begin, int64_t end) {
-          pack(to, matrix, first_gate, p.num_heads, backward, begin, end);
-        });
-    return to;
-  };
-  const DType numbers = dtype == DType::f64 ? DType::f64 : DType::f32;
-  const int64_t out = backward ? p.h_width : p.width, in = backward ? p.width : p.h_width;
-  plan.first = panel(p.R, p.R_dtype, 0, sizes.from_h - sizes.two_products, out, in);
-  if (sizes.two_products) plan.second = panel(p.R, p.R_dtype, sizes.from_h - 1, 1, out, in);
-  if (p.projection) plan.projection = panel(p.projection, numbers, 0, 1, in, out);
-
-  plan.scratch_row = (kernels.*scratch_size)(p, plan);
-  const auto scratch = allocate(std::max<int64_t>(num_rows, 1) * plan.scratch_row * number);
-  plan.scratch = scratch.get();
-
-  struct Call {
-    const Problem& p;
-    const GatedPlan& plan;
-    const GatedRows& rows;
-    Kernel kernel;
-    DType dtype;
-  } call{p, plan, rows, kernels.*kernel, dtype};
-  const auto run = [&](int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*)) {
-    parallel.run(items, grain, body, &call);
-  };
-  const auto range = [](int64_t begin, int64_t end, void* ctx) {
-    const Call& c = *static_cast<const Call*>(ctx);
-    c.kernel(c.p, c.plan, c.dtype, begin, end);
-  };
-  // What a call without a team is given a part of.
-  const int64_t units = sizes.from_h == 0 ? p.num_heads * plan.first.blocks : p.num_heads;
-  switch (how) {
-    case kAlone:
-      return range(0, units, &call);
-    case kHeads:
-      return run(p.num_heads, (p.num_heads + threads - 1) / threads, range);
-    case kUnits:
-      return run(units, (units + threads - 1) / threads, range);
-    case kRows:
-      return run(threads, 1, [](int64_t begin, int64_t end, void* ctx) {
-        const Call& c = *static_cast<const Call*>(ctx);
-        for (int64_t part = begin; part < end; ++part)
-          c.kernel(
-              c.p, c.plan, c.dtype, c.rows.starts[size_t(part)], c.rows.starts[size_t(part) + 1]);
-      });
-    case kTeam: {
-      Team team(threads);
-      plan.team = &team;
-      return run(threads, 1, range);
-    }
-  }
-}
-
-} // namespace
-
-bool gated_forward(DType dtype, const GatedForward& p, Parallel parallel) {
-  if (!table().gated[p.cell][dtype == DType::f64].forward) return false;
-  run_gated(
-      p, dtype, p.state_rows, false, &GatedKernels::forward, &GatedKernels::forward_scratch,
-      parallel);
-  return true;
-}
-bool gated_backward(DType dtype, const GatedBackward& p, Parallel parallel) {
-  if (!table().gated[p.cell][dtype == DType::f64].backward) return false;
-  run_gated(
-      p, dtype, nullptr, true, &GatedKernels::backward, &GatedKernels::backward_scratch, parallel);
-  return true;
-}
-int64_t gated_kept_size(const GatedProblem& p) {
-  const GatedSizes sizes = kGatedSizes[p.cell];
-  return gated_kept(p, sizes.gates, sizes.states, sizes.from_h).size;
-}
-
 bool diagonal_forward(int cell, DType dtype, const DiagonalForward& problem, Parallel parallel) {
   const KernelTable& t = table();
   const ForwardKernel kernel = t.forward[cell][int(dtype)];
   if (!kernel) return false;
   void* out[] = {problem.h};
-  const Plan plan = plan_of(problem, dtype, kDiagonalInputs[cell], 1, out, t, parallel.threads);
-  run(kernel, problem, plan, kDiagonalInputs[cell] + 1, parallel);
+  const Plan plan =
+      plan_of(problem, dtype, DiagonalCells::inputs[cell], 1, out, t, parallel.threads);
+  run(kernel, problem, plan, DiagonalCells::inputs[cell] + 1, parallel);
   return true;
 }
 
@@ -635,9 +456,9 @@ bool diagonal_backward(int cell, DType dtype, const DiagonalBackward& problem, P
   const BackwardKernel kernel = t.backward[cell][int(dtype)];
   if (!kernel) return false;
   const Plan plan = plan_of(
-      problem, dtype, kDiagonalInputs[cell] + 2, kDiagonalInputs[cell], problem.grad_inputs, t,
-      parallel.threads);
-  run(kernel, problem, plan, 2 * kDiagonalInputs[cell] + 2, parallel);
+      problem, dtype, DiagonalCells::inputs[cell] + 2, DiagonalCells::inputs[cell],
+      problem.grad_inputs, t, parallel.threads);
+  run(kernel, problem, plan, 2 * DiagonalCells::inputs[cell] + 2, parallel);
   return true;
 }
 

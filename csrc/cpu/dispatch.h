@@ -32,12 +32,6 @@ bool selective_scan_backward(DType dtype, const SelectiveScanBackward& problem, 
 bool matrix_memory_forward(DType dtype, const MatrixMemoryForward& problem, Parallel parallel);
 bool matrix_memory_backward(DType dtype, const MatrixMemoryBackward& problem, Parallel parallel);
 
-// dtype: that of the arrays over time. False when there is no kernel.
-bool gated_forward(DType dtype, const GatedForward& problem, Parallel parallel);
-bool gated_backward(DType dtype, const GatedBackward& problem, Parallel parallel);
-// Numbers of a token that are kept for the backward.
-int64_t gated_kept_size(const GatedProblem& problem);
-
 // For a few rows of x, as long as W is larger than what they make of it. False when there is no kernel for the dtype.
 bool project(DType dtype, const Projection& problem, Parallel parallel);
 

@@ -2,7 +2,6 @@
 // the diagonal family.
 #include "causal_conv1d_isa.h"
 #include "diagonal.h"
-#include "gated_isa.h"
 #include "matrix_memory_isa.h"
 #include "projection_isa.h"
 #include "selective_scan_isa.h"
@@ -61,8 +60,7 @@ void exponentials(float* to, const float* x, int64_t n) {
 }
 void multiply_adds(float* x, int64_t repeats) {
   V s[kMultiplyAdds], scale = M::load(x);
-  for (int k = 0; k < kMultiplyAdds; ++k)
-    s[k] = M::load(x + k * V::kLanes); // none is another's copy
+  for (int k = 0; k < kMultiplyAdds; ++k) s[k] = M::load(x + k * V::kLanes); // none is another's copy
   for (int64_t r = 0; r < repeats; ++r)
 #pragma GCC unroll 16
     for (int k = 0; k < kMultiplyAdds; ++k) s[k] = fused(s[k], scale, scale);
@@ -90,7 +88,6 @@ constexpr KernelTable make_table() {
   list_projections(t);
   list_selective_scan(t);
   list_matrix_memory(t);
-  list_gated(t, GatedCells{});
   return t;
 }
 

@@ -5,7 +5,6 @@
 
 #include "../core/causal_conv1d_problem.h"
 #include "../core/diagonal_problem.h"
-#include "../core/gated_problem.h"
 #include "../core/matrix_memory_problem.h"
 #include "../core/selective_scan_problem.h"
 
@@ -142,54 +141,6 @@ struct MatrixMemoryKernels {
   MatrixMemoryBackwardKernel backward = nullptr, reduce = nullptr; // over items; over rows
 };
 
-// How a gated recurrence is run. A matrix is packed in blocks of `vectors` vectors of a head's outputs, all gates of them
-// side by side: block, input, gate, vector, lane.
-class Team;
-struct GatedPanel {
-  int64_t gates = 0, inputs = 0, outputs = 0; // of a head
-  int64_t vectors = 0, blocks = 0;            // of a block; blocks of a head
-  int64_t size = 0;                           // elements of a block
-  DType packed = DType::f32;                  // how they lie: f32, f64, bf16
-  void* data = nullptr;                       // null: no such matrix
-  // Not packed: the matrix as it is given, of which `first_gate` is the first gate. For so few tokens that packing would
-  // cost more than it saves.
-  const void* given = nullptr;
-  int64_t first_gate = 0;
-};
-struct GatedPlan {
-  // Sequences by falling length, all that a kernel needs of each.
-  struct Row {
-    int64_t sequence, length, first; // first: its first token in time, seen as tokens end to end
-    int64_t state;                   // the row of its state
-  };
-  const Row* rows = nullptr;
-  int64_t num_rows = 0;
-  bool split_rows =
-      false; // a call's begin .. end are rows; else heads, or blocks of units where there is no product
-  GatedKept kept;
-  // Forward: R, or all gates of it but the last and the last one alone, where the cell has two products; the projection.
-  // Backward: their transposes.
-  GatedPanel first, second, projection;
-  void* scratch = nullptr;
-  int64_t scratch_row = 0; // numbers of a row
-  Team* team = nullptr; // null: everyone for himself; else units are shared out among all who come
-};
-using GatedForwardKernel =
-    void (*)(const GatedForward&, const GatedPlan&, DType, int64_t begin, int64_t end);
-using GatedBackwardKernel =
-    void (*)(const GatedBackward&, const GatedPlan&, DType, int64_t begin, int64_t end);
-struct GatedKernels {
-  GatedForwardKernel forward = nullptr;
-  GatedBackwardKernel backward = nullptr;
-  // Numbers of scratch memory that a row needs.
-  int64_t (*forward_scratch)(const GatedForward&, const GatedPlan&) = nullptr;
-  int64_t (*backward_scratch)(const GatedBackward&, const GatedPlan&) = nullptr;
-};
-inline constexpr int kMaxGatedCells = 8;
-using GatedPack = void (*)(
-    const GatedPanel&, const void* matrix, int64_t first_gate, int64_t heads, bool transposed,
-    int64_t begin, int64_t end); // over blocks
-
 // y = x W^T + bias: x (rows, inputs) and W (outputs, inputs) with inputs side by side, y (rows, outputs) contiguous.
 struct Projection {
   int64_t rows = 0, inputs = 0, outputs = 0, x_row = 0, weight_row = 0;
@@ -214,11 +165,7 @@ struct KernelTable {
   SelectiveScanKernels selective_scan[int(DType::count)] = {};
   MatrixMemoryKernels matrix_memory[int(DType::count)] = {};
   ProjectionKernelPointer projection[int(DType::count)] = {};
-  GatedKernels gated[kMaxGatedCells][2] =
-      {}; // by the cell's place in GatedCells; of float, of double
-  GatedPack gated_pack[int(DType::count)] = {};
 };
-inline constexpr int kMultiplyAdds =
-    12; // sums that 16 registers hold, enough to hide their latency
+inline constexpr int kMultiplyAdds = 12; // sums that 16 registers hold, enough to hide their latency
 
 } // namespace torch_ext::cpu

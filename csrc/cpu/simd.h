@@ -214,39 +214,6 @@ TORCH_EXT_HD Vec<float> silu_derivative(Vec<float> x) {
   return s * fused(bounded, power * s, Vec<float>(1.f));
 }
 
-// (e^2x - 1) / (e^2x + 1), from e^2x - 1 = (t - 1) + t p for e^2x = t (1 + p): exact where x is small. At most 4 ULP.
-TORCH_EXT_HD Vec<float> tanh(Vec<float> x) {
-  using V = Vec<float>;
-  x = at_least(at_most(x, 9.5), -9.5); // beyond, the nearest float is 1
-#if defined(__AVX512F__)
-  const V shifted = fused(x, V(2 * 46.16624130844683f), V(12582912.f));
-  const V r = fused(shifted - V(12582912.f), V(-0.021660849392498290f), x + x);
-  const __m512i n = (__m512i)shifted.v;
-  const __m512i power = _mm512_permutex2var_epi32(
-      _mm512_loadu_si512(kPowersOf32nds), n, _mm512_loadu_si512(kPowersOf32nds + 16));
-  const V t = V::Raw(_mm512_add_epi32(power, _mm512_slli_epi32(n, 18)));
-  const V p = r * fused(r, fused(r, V(1.f / 6), V(0.5f)), V(1.f));
-#else
-  const V shifted = fused(x, V(2 * 1.4426950408889634f), V(12582912.f)),
-          m = shifted - V(12582912.f);
-#if defined(__FP_FAST_FMAF)
-  const V r = fused(m, V(-0.69314718055994531f), x + x);
-#else
-  const V r = ((x + x) - m * V(0.693359375f)) - m * V(-2.12194440e-4f);
-#endif
-  const V t = (V::Raw)(((V::Int)shifted.v << 23) + (V::Int)V(1.f).v);
-  V q = V(1.f / 5040);
-  q = fused(q, r, V(1.f / 720));
-  q = fused(q, r, V(1.f / 120));
-  q = fused(q, r, V(1.f / 24));
-  q = fused(q, r, V(1.f / 6));
-  q = fused(q, r, V(0.5f));
-  const V p = r * fused(q, r, V(1.f));
-#endif
-  const V e = fused(t, p, t - V(1.f));
-  return e * reciprocal(e + V(2.f));
-}
-
 // e^x, saturated at e^700; below -708 it stops near 2^-1022. Error: at most 2 ULP. Taylor's series of degree 13 on
 // |x - n log(2)| <= log(2) / 2, whose remainder there is 4e-18.
 TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
@@ -259,22 +226,6 @@ TORCH_EXT_HD Vec<double> exp(Vec<double> x) {
 #pragma GCC unroll 13
   for (int i = 1; i < 14; ++i) p = fused(p, f, V(kInverseFactorial[i]));
   return p * V((V::Raw)((V::Int)shifted.v << 52));
-}
-
-TORCH_EXT_HD Vec<double> tanh(Vec<double> x) {
-  using V = Vec<double>;
-  x = at_least(at_most(x, 20), -20);
-  constexpr double kMagic = 6755399441055744.; // 1.5 * 2^52
-  const V shifted = fused(x, V(2 * 1.4426950408889634), V(kMagic)), n = shifted - V(kMagic);
-  const V f =
-      fused(n, V(-1.90821492927058770002e-10), fused(n, V(-0.693147180369123816490), x + x));
-  V p = V(kInverseFactorial[0]);
-#pragma GCC unroll 13
-  for (int i = 1; i < 13; ++i) p = fused(p, f, V(kInverseFactorial[i]));
-  p = p * f; // e^f - 1
-  const V t = (V::Raw)(((V::Int)shifted.v << 52) + (V::Int)V(1.).v);
-  const V e = fused(t, p, t - V(1.));
-  return e * reciprocal(e + V(2.));
 }
 
 // 2^x, saturated at 2^115 (2^1009 in double), 0 or near it below -126 (-1022). Error: at most 2 ULP for |x| <= 30.

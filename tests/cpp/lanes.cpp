@@ -1,6 +1,5 @@
 #include "lanes.h"
 
-#include "cells/tanh.h"
 #include "cpu/simd.h"
 
 #define TORCH_EXT_JOIN_(x, y) x##y
@@ -14,10 +13,6 @@ namespace {
 template <class T>
 TORCH_EXT_HD T sigmoid_of_cells(T x) { // which finds what a cell finds
   return sigmoid(x);
-}
-template <class T>
-TORCH_EXT_HD T tanh_of_cells(T x) {
-  return tanh(x);
 }
 
 } // namespace
@@ -45,10 +40,6 @@ void map_sigmoid(const S* from, S* to, int64_t n) {
   map(from, to, n, [](Vec<S> x) { return sigmoid_of_cells(x); });
 }
 template <class S>
-void map_tanh(const S* from, S* to, int64_t n) {
-  map(from, to, n, [](Vec<S> x) { return tanh_of_cells(x); });
-}
-template <class S>
 void from_16(const uint16_t* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; i += Stored<float>::kLanes) {
     Stored<float>::store(to + i, Stored<S>::load(reinterpret_cast<const S*>(from + i)));
@@ -73,11 +64,9 @@ extern const Lanes TORCH_EXT_JOIN(lanes_, TORCH_EXT_ISA) = {
     map_exp<float>,
     map_reciprocal<float>,
     map_sigmoid<float>,
-    map_tanh<float>,
     map_exp<double>,
     map_reciprocal<double>,
     map_sigmoid<double>,
-    map_tanh<double>,
     from_16<BFloat16>,
     to_16<BFloat16>,
     from_16<Half>,

@@ -11,8 +11,8 @@ inline constexpr int64_t kMapStep = 16;
 
 struct Lanes {
   const char* name;
-  Map<float> exp, reciprocal, sigmoid, tanh;
-  Map<double> exp_double, reciprocal_double, sigmoid_double, tanh_double;
+  Map<float> exp, reciprocal, sigmoid;
+  Map<double> exp_double, reciprocal_double, sigmoid_double;
   void (*from_bfloat16)(const uint16_t* from, float* to, int64_t n);
   void (*to_bfloat16)(const float* from, uint16_t* to, int64_t n);
   void (*from_half)(const uint16_t* from, float* to, int64_t n);

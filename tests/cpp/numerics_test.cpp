@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cells/numerics.h"
-#include "cells/tanh.h"
 #include "cpu/dispatch.h"
 #include "lanes.h"
 #include "random.h"
@@ -65,7 +64,6 @@ Worst<S> worst_error(Map<S> f, Exact exact, S low, S high, int64_t n) {
 
 long double exact_exp(long double x) { return expl(x); }
 long double exact_reciprocal(long double x) { return 1 / x; }
-long double exact_tanh(long double x) { return tanhl(x); }
 long double exact_sigmoid(long double x) { return 1 / (1 + expl(-x)); }
 
 template <class S, S f(S)>
@@ -77,11 +75,9 @@ const Lanes kScalar = {
     scalar_map<float, torch_ext::exp>,
     scalar_map<float, torch_ext::reciprocal>,
     scalar_map<float, torch_ext::sigmoid<float>>,
-    scalar_map<float, torch_ext::tanh>,
     scalar_map<double, torch_ext::exp>,
     scalar_map<double, torch_ext::reciprocal>,
     scalar_map<double, torch_ext::sigmoid<double>>,
-    scalar_map<double, torch_ext::tanh>,
     nullptr,
     nullptr,
     nullptr,
@@ -163,37 +159,6 @@ TEST_P(Numerics, Sigmoid) {
   }
   EXPECT_EQ(apply(lanes().sigmoid, 0.f), 0.5f);
   EXPECT_TRUE(isnan(apply(lanes().sigmoid, NAN)));
-}
-
-TEST_P(Numerics, Tanh) {
-  for (const double high : {1e-30, 1e-12, 1e-4, 0.01, 0.3, 1., 9.4, 25., 1e4}) {
-    EXPECT_ULPS(lanes().tanh, exact_tanh, float(-high), float(high), 4);
-    EXPECT_ULPS(lanes().tanh_double, exact_tanh, -high, high, 4);
-  }
-  Random random;
-  for (int i = 0; i < 20000; ++i) { // all sizes, both signs
-    const double x = ldexp(random.uniform(1, 2), int(random.integer(-120, 20))) * (i % 2 ? 1 : -1);
-    const float y = float(x);
-    const long double want = tanhl(x), want_of_float = tanhl(y);
-    EXPECT_LE(fabsl(apply(lanes().tanh_double, x) - want), 4 * ulp<double>(fabsl(want))) << x;
-    EXPECT_LE(fabsl(apply(lanes().tanh, y) - want_of_float), 4 * ulp<float>(fabsl(want_of_float)))
-        << y;
-  }
-  for (const double x : {0., -0.}) {
-    EXPECT_EQ(apply(lanes().tanh, float(x)), 0.f);
-    EXPECT_EQ(apply(lanes().tanh_double, x), 0.);
-  }
-  for (const double x : {20., 1e4, 1e30, HUGE_VAL}) {
-    for (const double sign : {1., -1.}) {
-      // At most 4 ULP off, but never beyond 1: a state that is multiplied by it must not grow.
-      EXPECT_NEAR(apply(lanes().tanh, float(sign * x)), sign, 4 * 6e-8) << sign * x;
-      EXPECT_NEAR(apply(lanes().tanh_double, sign * x), sign, 4 * 1.2e-16) << sign * x;
-      EXPECT_LE(fabsf(apply(lanes().tanh, float(sign * x))), 1.f) << sign * x;
-      EXPECT_LE(fabs(apply(lanes().tanh_double, sign * x)), 1.) << sign * x;
-    }
-  }
-  EXPECT_TRUE(isnan(apply(lanes().tanh, NAN)));
-  EXPECT_TRUE(isnan(apply(lanes().tanh_double, NAN)));
 }
 
 struct Format {

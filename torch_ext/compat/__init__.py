@@ -2,23 +2,14 @@
 
 ``torch_ext.compat.minGRU_pytorch`` stands for ``minGRU_pytorch``, ``.mamba_ssm`` for ``mamba_ssm``
 (Mamba-1 and Mamba-2), ``.causal_conv1d`` for ``causal_conv1d``, ``.mlstm_kernels`` for
-``mlstm_kernels``, ``.xlstm`` for ``xlstm``. Code that cannot be changed finds ours after
-:func:`install`; transformers' models use ours after :func:`patch_transformers`. ``.haste`` and
-``.flashrnn`` convert the weights and states of these two.
+``mlstm_kernels``, ``.xlstm`` for ``xlstm`` (mLSTM). Code that cannot be changed finds ours after
+:func:`install`; transformers' models use ours after :func:`patch_transformers`.
 """
 
 import importlib.util
 import sys
 
-from . import (
-    causal_conv1d,
-    flashrnn,
-    haste,
-    mamba_ssm,
-    minGRU_pytorch,
-    mlstm_kernels,
-    xlstm,
-)
+from . import causal_conv1d, mamba_ssm, minGRU_pytorch, mlstm_kernels, xlstm
 from ._stand_in import Package
 from ._transformers import TransformersPatch, patch_transformers
 
@@ -95,8 +86,6 @@ _PACKAGES = {
 __all__ = [
     "TransformersPatch",
     "causal_conv1d",
-    "flashrnn",
-    "haste",
     "install",
     "mamba_ssm",
     "minGRU_pytorch",

@@ -15,16 +15,14 @@ from .._xlstm_config import (
     xLSTMBlockStackConfig,
     xLSTMLMModelConfig,
 )
-from .._xlstm_parts import State
+from ..xlstm import State
 from ..xlstm import mLSTMBlock as _mLSTMBlock
 from ..xlstm import mLSTMLayer as _mLSTMLayer
 from ..xlstm import xLSTMBlockStack as _xLSTMBlockStack
 from ..xlstm_lm import xLSTMLM as _xLSTMLM
-from ..xlstm_slstm import sLSTMBlock as _sLSTMBlock
-from ..xlstm_slstm import sLSTMLayer as _sLSTMLayer
 
 # Of a block, and of a stack of them.
-BlockState = dict[str, Tensor | tuple[Tensor, ...]]
+BlockState = dict[str, tuple[Tensor, ...]]
 StackState = dict[str, BlockState]
 
 
@@ -129,141 +127,14 @@ class mLSTMBlock(_mLSTMBlock):
         return x + y, after
 
 
-class sLSTMLayer(_sLSTMLayer):
-    """The package's ``sLSTMLayer``: parameters as :class:`torch_ext.sLSTMLayer`.
-
-    Args:
-        config: an :class:`sLSTMLayerConfig`, which is copied.
-
-    Example:
-        >>> from torch_ext.compat.xlstm import sLSTMLayer, sLSTMLayerConfig
-        >>> layer = sLSTMLayer(sLSTMLayerConfig(embedding_dim=16, num_heads=2, backend="vanilla"))
-        >>> y, state = layer(torch.randn(2, 10, 16), return_last_state=True)
-        >>> y, state = layer.step(torch.randn(2, 1, 16), **state)
-        >>> state["slstm_state"].shape
-        torch.Size([4, 2, 16])
-    """
-
-    config_class = sLSTMLayerConfig
-
-    def forward(
-        self,
-        x: Tensor,
-        conv_state: Tensor | tuple[Tensor, ...] | None = None,
-        slstm_state: Tensor | None = None,
-        return_last_state: bool = False,
-        lengths: Tensor | None = None,
-        padding: str = "right",
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, BlockState]:
-        """Runs all steps.
-
-        Args:
-            x: ``(B, T, embedding_dim)``.
-            conv_state: as in ``step``.
-            slstm_state: as in ``step``.
-            return_last_state: return the states after the last step as well.
-            lengths: see :meth:`torch_ext.sLSTMLayer.forward`.
-            padding: see there.
-            kwargs: ignored.
-
-        Returns:
-            ``(B, T, embedding_dim)``, and with ``return_last_state`` both states by their names,
-            which ``step`` takes. (The peer's convolution state is another one than its ``step``
-            takes.)
-        """
-        state: State | None = None
-        if conv_state is not None or slstm_state is not None:
-            state = self._from_peer(x.shape[0], conv_state, slstm_state)
-        y, after = self.prefill(x, state, lengths, padding)
-        return (y, self._to_peer(after, None)) if return_last_state else y
-
-    def step(
-        self,
-        x: Tensor,
-        conv_state: Tensor | tuple[Tensor, ...] | None = None,
-        slstm_state: Tensor | None = None,
-    ) -> tuple[Tensor, BlockState]:
-        """One step.
-
-        Args:
-            x: ``(B, 1, embedding_dim)``.
-            conv_state: the last inputs of the convolution, ``(B, conv1d_kernel_size,
-                embedding_dim)``, one more than it needs, or without that one, alone or in a tuple.
-                Zeros if omitted.
-            slstm_state: h, c, n and m, ``(4, B, embedding_dim)``. Zeros if omitted.
-
-        Returns:
-            ``(B, 1, embedding_dim)``, and both states by their names, for the next step: new
-            tensors, float32 whatever the parameters are. Without a convolution there is no
-            ``"conv_state"``.
-        """
-        state = self._from_peer(x.shape[0], conv_state, slstm_state)
-        y, after = self._step(_one_step("sLSTMLayer.step", x), state)
-        return y.unsqueeze(1), self._to_peer(after, state)
-
-    def _from_peer(
-        self,
-        batch_size: int,
-        conv_state: Tensor | tuple[Tensor, ...] | None,
-        slstm_state: Tensor | None,
-    ) -> State:
-        state = self.init_state(batch_size)
-        if conv_state is not None and self.d_conv > 0:
-            conv = conv_state if isinstance(conv_state, Tensor) else conv_state[0]
-            first = 1 if conv.shape[1] == self.d_conv else 0
-            state[0] = conv[:, first:].transpose(1, 2).to(state[0])
-        if slstm_state is not None:
-            expected = (4, batch_size, self.embedding_dim)
-            if tuple(slstm_state.shape) != expected:
-                raise ValueError(
-                    f"sLSTMLayer: slstm_state has shape {shape_text(slstm_state)}, expected {expected}"
-                )
-            heads = [self.num_heads, self.embedding_dim // self.num_heads]
-            state[1:] = [part.unflatten(1, heads).to(state[1]) for part in slstm_state.unbind()]
-        return state
-
-    def _to_peer(self, state: State, before: State | None) -> BlockState:
-        after: BlockState = {"slstm_state": torch.stack([part.flatten(1) for part in state[1:]])}
-        if self.d_conv > 0:
-            conv = state[0]
-            oldest = conv.new_zeros(*conv.shape[:2], 1)  # nothing depends on it
-            if before is not None and self.d_conv > 1:
-                oldest = before[0][:, :, :1]
-            after["conv_state"] = (torch.cat([oldest, conv], 2).transpose(1, 2),)
-        return after
-
-
-class sLSTMBlock(_sLSTMBlock):
-    """The package's ``sLSTMBlock``: parameters as :class:`torch_ext.sLSTMBlock`.
-
-    Args:
-        config: an :class:`sLSTMBlockConfig`, which is copied.
-    """
-
-    config_class = sLSTMBlockConfig
-    _layer_class = sLSTMLayer
-
-    def forward(
-        self, x: Tensor, lengths: Tensor | None = None, padding: str = "right", **kwargs: Any
-    ) -> Tensor:
-        """Runs all steps: see :meth:`torch_ext.sLSTMBlock.forward`. Others are ignored."""
-        x = self._mask(x, lengths, padding)
-        x = x + self.xlstm(self.xlstm_norm(x), lengths=lengths, padding=padding)
-        return self._mask(self._feed_forward(x), lengths, padding)
-
-    def step(self, x: Tensor, **state: Any) -> tuple[Tensor, BlockState]:
-        """One step: ``x`` ``(B, 1, embedding_dim)`` and, by their names, the states of
-        :meth:`sLSTMLayer.step`."""
-        y, after = self.xlstm.step(self.xlstm_norm(x), **state)
-        return self._feed_forward(x + y), after
-
-
 class xLSTMBlockStack(_xLSTMBlockStack):
     """The package's ``xLSTMBlockStack``: parameters as :class:`torch_ext.xLSTMBlockStack`.
 
     Args:
         config: an :class:`xLSTMBlockStackConfig`, which is copied.
+
+    Raises:
+        NotImplementedError: a block is an sLSTM block.
 
     Example:
         >>> from torch_ext.compat.xlstm import (
@@ -274,15 +145,10 @@ class xLSTMBlockStack(_xLSTMBlockStack):
         >>> stack = xLSTMBlockStack(config)
         >>> stack(torch.randn(2, 10, 16)).shape
         torch.Size([2, 10, 16])
-        >>> from torch_ext.compat.xlstm import sLSTMBlockConfig
-        >>> config = xLSTMBlockStackConfig(block, sLSTMBlockConfig(), num_blocks=2, slstm_at=[1])
-        >>> type(xLSTMBlockStack(config).blocks[1]).__name__
-        'sLSTMBlock'
     """
 
     config_class = xLSTMBlockStackConfig
     _block_class = mLSTMBlock
-    _slstm_block_class = sLSTMBlock
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, padding: str = "right", **kwargs: Any
@@ -307,6 +173,9 @@ class xLSTMLMModel(_xLSTMLM):
     Args:
         config: an :class:`xLSTMLMModelConfig`, which is copied.
         kwargs: ignored.
+
+    Raises:
+        NotImplementedError: a block is an sLSTM block.
 
     Example:
         >>> from torch_ext.compat.xlstm import (
@@ -369,3 +238,26 @@ class xLSTMLMModel(_xLSTMLM):
                     decays = self.config.weight_decay_on_embedding
                 groups[0 if decays else 1][name] = p
         return groups
+
+
+class sLSTMLayer(nn.Module):
+    """The package's ``sLSTMLayer``, which there is not yet.
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    config_class = sLSTMLayerConfig
+
+    def __init__(self, config: sLSTMLayerConfig) -> None:
+        raise NotImplementedError(f"{type(self).__name__}: there are no sLSTM blocks yet")
+
+
+class sLSTMBlock(sLSTMLayer):
+    """The package's ``sLSTMBlock``, which there is not yet.
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    config_class = sLSTMBlockConfig

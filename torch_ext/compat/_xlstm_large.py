@@ -12,7 +12,7 @@ from .. import xlstm as _xlstm
 from .._sequence_layer import shape_text
 from .._xlstm_checkpoint import convert
 from .._xlstm_config import read_config, xLSTMLargeConfig
-from .._xlstm_parts import soft_cap as _soft_cap
+from ..xlstm import soft_cap as _soft_cap
 from ..xlstm_lm import xLSTMLarge as _xLSTMLarge
 from ._common import needs_grad
 

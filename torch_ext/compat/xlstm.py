@@ -1,11 +1,9 @@
-"""The package xlstm (``import xlstm``) on our operators.
+"""The package xlstm (``import xlstm``) on our operators, as far as mLSTM goes.
 
-sLSTM and mLSTM layers and blocks, ``xLSTMBlockStack``, ``xLSTMLMModel`` and their configs, and
-``xLSTMLarge`` (xLSTM-7B), with the peer's constructors, arguments, states and parameter names, so
-that each one's ``state_dict`` loads in the other. Beyond the peer, any length is right, without a
-mask of ``context_length`` squared; states are float32; gradients are those of the forward. The
-recurrent kernels of sLSTM blocks and their biases are in the layout of the config's ``backend``, and
-``load_state_dict`` takes both.
+``xLSTMBlockStack``, ``xLSTMLMModel`` and their configs, and ``xLSTMLarge`` (xLSTM-7B), with the
+peer's constructors, arguments, states and parameter names, so that each one's ``state_dict`` loads
+in the other. Beyond the peer, any length is right, without a mask of ``context_length`` squared;
+states are float32; gradients are those of the forward. sLSTM blocks raise a NotImplementedError.
 
 What the package has in ``xlstm.xlstm_large`` under names that it has twice is here
 ``xLSTMLargeBlock``, ``xLSTMLargeLayer`` and ``xLSTMLargeLayerConfig``; after

@@ -38,8 +38,8 @@ TORCH_EXT_API at::Tensor min_gru_step_(
     const at::Tensor& gate, const at::Tensor& candidate, at::Tensor& state,
     const OptionalTensor& state_indices = {}, std::string_view activation = "identity");
 
-// f = sigmoid(forget_gate), i = sigmoid(input_gate), both divided by f + i if `normalize`; h[t] = f h[t-1] + i
-// act(candidate).
+// f = sigmoid(forget_gate), i = sigmoid(input_gate), both divided by f + i if `normalize`;
+// h[t] = f h[t-1] + i act(candidate).
 TORCH_EXT_API TensorPair min_lstm(
     const at::Tensor& forget_gate, const at::Tensor& input_gate, const at::Tensor& candidate,
     const OptionalTensor& initial_state = {}, std::string_view activation = "identity",
@@ -67,9 +67,9 @@ TORCH_EXT_API at::Tensor causal_conv1d_step_(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, at::Tensor& state,
     const OptionalTensor& state_indices = {}, std::optional<std::string_view> activation = {});
 
-// d = softplus(delta + delta_bias) or delta + delta_bias; h[t] = exp(d[t] A) h[t-1] + d[t] B[t] u[t]; y[t] = (sum over the
-// states of C[t] h[t] + D u[t]) silu(z[t]). u, delta, z (B, T, D); A (D, N), real or complex; B, C (B, T, N), (B, T, G, N)
-// or (D, N); D, delta_bias (D,); states (B, D, N). A step takes B, C as (B, N) or (B, G, N).
+// d = softplus(delta + delta_bias) or delta + delta_bias; h[t] = exp(d[t] A) h[t-1] + d[t] B[t] u[t];
+// y[t] = (sum over the states of C[t] h[t] + D u[t]) silu(z[t]). u, delta, z (B, T, D); A (D, N), real or complex; B, C
+// (B, T, N), (B, T, G, N) or (D, N); D, delta_bias (D,); states (B, D, N). A step takes B, C as (B, N) or (B, G, N).
 TORCH_EXT_API TensorPair selective_scan(
     const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& C, const OptionalTensor& D = {}, const OptionalTensor& z = {},
@@ -155,9 +155,9 @@ TORCH_EXT_API at::Tensor retention_step_(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& decay,
     at::Tensor& state, const OptionalTensor& state_indices = {}, std::optional<double> scale = {});
 
-// Mamba-2's scan. d = softplus(dt + dt_bias) or dt + dt_bias; S[t] = exp(d[t] A) S[t-1] + d[t] x[t] B[t]^T; y[t] = (S[t]
-// C[t] + D x[t]) silu(z[t]). x, z (B, T, H, P); dt (B, T, H); A, dt_bias (H,); D (H,) or (H, P); B, C (B, T, G, N); states
-// (B, H, P, N). A step takes them without T.
+// Mamba-2's scan. d = softplus(dt + dt_bias) or dt + dt_bias; S[t] = exp(d[t] A) S[t-1] + d[t] x[t] B[t]^T;
+// y[t] = (S[t] C[t] + D x[t]) silu(z[t]). x, z (B, T, H, P); dt (B, T, H); A, dt_bias (H,); D (H,) or (H, P); B, C (B, T, G,
+// N); states (B, H, P, N). A step takes them without T.
 TORCH_EXT_API TensorPair
 ssd(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& C, const OptionalTensor& D = {}, const OptionalTensor& z = {},
@@ -173,97 +173,5 @@ TORCH_EXT_API at::Tensor ssd_step_(
     const at::Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
     const OptionalTensor& dt_bias, at::Tensor& state, const OptionalTensor& state_indices = {},
     bool dt_softplus = false);
-
-// What all gated recurrences below offer besides their own arguments, as described for torch_ext.lstm in Python: packed
-// sequences, resets, masks and zoneout's updates, layer norm of R h and, for lstm alone, of c. A step heeds recurrent_mask,
-// the updates and the norms, and refuses the others.
-struct GatedOptions {
-  OptionalTensor cu_seqlens;
-  bool reverse = false;
-  OptionalTensor reset, recurrent_mask, h_update, c_update;
-  OptionalTensor norm_weight, cell_norm_weight, cell_norm_bias;
-  double norm_eps = 1e-5;
-  std::optional<double> gradient_clip;
-};
-
-// Gates i, f, z, o of x + R h[t-1] + bias; m[t] = max(i, log_f + m[t-1]), log_f = log sigmoid(f) or, with forget_gate "exp",
-// f; c[t] = e^(log_f + m[t-1] - m[t]) c[t-1] + e^(i - m[t]) tanh(z), n[t] likewise with 1 for tanh(z), and at least 1 with
-// normalizer "at_least_one"; h[t] = sigmoid(o) c[t] / n[t]. x (B, T, 4, H, K), R (4, H, K, K), bias (4, H, K), states (B, H,
-// K).
-using SLSTMState = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>; // h, c, n, m
-TORCH_EXT_API std::tuple<at::Tensor, SLSTMState> slstm(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias = {},
-    const std::optional<SLSTMState>& initial_state = {}, std::string_view forget_gate = "sigmoid",
-    std::string_view normalizer = "sum", const GatedOptions& options = {});
-TORCH_EXT_API std::tuple<at::Tensor, SLSTMState> slstm_step(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, const SLSTMState& state,
-    const OptionalTensor& state_indices = {}, std::string_view forget_gate = "sigmoid",
-    std::string_view normalizer = "sum", const GatedOptions& options = {});
-TORCH_EXT_API at::Tensor slstm_step_(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, SLSTMState& state,
-    const OptionalTensor& state_indices = {}, std::string_view forget_gate = "sigmoid",
-    std::string_view normalizer = "sum", const GatedOptions& options = {});
-
-// Gates i, f, g, o of x + R h[t-1] + bias; c[t] = sigmoid(f) c[t-1] + sigmoid(i) tanh(g), h[t] = sigmoid(o) tanh(c[t]),
-// through `projection` (H, P, K) where there is one. `coupled`: gates f, g, o, and 1 - sigmoid(f) for sigmoid(i). peephole
-// (3, H, K): i and f see c[t-1], o sees c[t]. x (B, T, 4, H, K), R (4, H, K, P), c (B, H, K), h (B, H, P).
-TORCH_EXT_API std::tuple<at::Tensor, TensorPair> lstm(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias = {},
-    const std::optional<TensorPair>& initial_state = {}, bool coupled = false,
-    const OptionalTensor& peephole = {}, const OptionalTensor& projection = {},
-    const GatedOptions& options = {});
-TORCH_EXT_API std::tuple<at::Tensor, TensorPair> lstm_step(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, const TensorPair& state,
-    const OptionalTensor& state_indices = {}, bool coupled = false,
-    const OptionalTensor& peephole = {}, const OptionalTensor& projection = {},
-    const GatedOptions& options = {});
-TORCH_EXT_API at::Tensor lstm_step_(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, TensorPair& state,
-    const OptionalTensor& state_indices = {}, bool coupled = false,
-    const OptionalTensor& peephole = {}, const OptionalTensor& projection = {},
-    const GatedOptions& options = {});
-
-// Gates r, z, n: n = tanh(x_n + r (R_n h[t-1] + bias_n)), or R_n (r h[t-1]) without reset_after; h[t] = (1 - z) n + z
-// h[t-1]. x (B, T, 3, H, K), R (3, H, K, K), bias (3, H, K), h (B, H, K).
-TORCH_EXT_API TensorPair
-gru(const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias = {},
-    const OptionalTensor& initial_state = {}, bool reset_after = true,
-    const GatedOptions& options = {});
-TORCH_EXT_API TensorPair gru_step(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, const at::Tensor& state,
-    const OptionalTensor& state_indices = {}, bool reset_after = true,
-    const GatedOptions& options = {});
-TORCH_EXT_API at::Tensor gru_step_(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, at::Tensor& state,
-    const OptionalTensor& state_indices = {}, bool reset_after = true,
-    const GatedOptions& options = {});
-
-// h[t] = tanh(x + R h[t-1] + bias), or relu. x (B, T, 1, H, K), R (1, H, K, K), bias (1, H, K), h (B, H, K).
-TORCH_EXT_API TensorPair elman(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias = {},
-    const OptionalTensor& initial_state = {}, std::string_view nonlinearity = "tanh",
-    const GatedOptions& options = {});
-TORCH_EXT_API TensorPair elman_step(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, const at::Tensor& state,
-    const OptionalTensor& state_indices = {}, std::string_view nonlinearity = "tanh",
-    const GatedOptions& options = {});
-TORCH_EXT_API at::Tensor elman_step_(
-    const at::Tensor& x, const at::Tensor& R, const OptionalTensor& bias, at::Tensor& state,
-    const OptionalTensor& state_indices = {}, std::string_view nonlinearity = "tanh",
-    const GatedOptions& options = {});
-
-// h[t] = relu(x + u h[t-1] + bias), or tanh. x (B, T, D), u and bias (D,), h (B, D). Without norms.
-TORCH_EXT_API TensorPair ind_rnn(
-    const at::Tensor& x, const at::Tensor& u, const OptionalTensor& bias = {},
-    const OptionalTensor& initial_state = {}, std::string_view nonlinearity = "relu",
-    const GatedOptions& options = {});
-TORCH_EXT_API TensorPair ind_rnn_step(
-    const at::Tensor& x, const at::Tensor& u, const OptionalTensor& bias, const at::Tensor& state,
-    const OptionalTensor& state_indices = {}, std::string_view nonlinearity = "relu",
-    const GatedOptions& options = {});
-TORCH_EXT_API at::Tensor ind_rnn_step_(
-    const at::Tensor& x, const at::Tensor& u, const OptionalTensor& bias, at::Tensor& state,
-    const OptionalTensor& state_indices = {}, std::string_view nonlinearity = "relu",
-    const GatedOptions& options = {});
 
 } // namespace torch_ext
