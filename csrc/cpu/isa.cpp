@@ -60,7 +60,8 @@ void exponentials(float* to, const float* x, int64_t n) {
 }
 void multiply_adds(float* x, int64_t repeats) {
   V s[kMultiplyAdds], scale = M::load(x);
-  for (int k = 0; k < kMultiplyAdds; ++k) s[k] = M::load(x + k * V::kLanes); // none is another's copy
+  for (int k = 0; k < kMultiplyAdds; ++k)
+    s[k] = M::load(x + k * V::kLanes); // none is another's copy
   for (int64_t r = 0; r < repeats; ++r)
 #pragma GCC unroll 16
     for (int k = 0; k < kMultiplyAdds; ++k) s[k] = fused(s[k], scale, scale);

@@ -166,6 +166,7 @@ struct KernelTable {
   MatrixMemoryKernels matrix_memory[int(DType::count)] = {};
   ProjectionKernelPointer projection[int(DType::count)] = {};
 };
-inline constexpr int kMultiplyAdds = 12; // sums that 16 registers hold, enough to hide their latency
+inline constexpr int kMultiplyAdds =
+    12; // sums that 16 registers hold, enough to hide their latency
 
 } // namespace torch_ext::cpu
