@@ -15,7 +15,6 @@
 
 #include "cells/all.h"
 #include "core/gated_problem.h"
-#include "cpu/dispatch.h"
 #include "diagonal_problems.h"
 
 namespace torch_ext::test {
@@ -381,7 +380,7 @@ inline GatedResult run(const GatedCase& p, const GatedCalls& calls, GatedWanted 
     f.final_state[i] = unit_state<void*>(g);
     final_state.push_back(g);
   }
-  const int64_t size = cpu::gated_kept_size(f);
+  const int64_t size = gated_kept(f, n.gates, n.states, n.from_h).size;
   Array kept(wide, p.tokens() * size, true);
   if (wanted.backward) f.kept = kept.data();
   calls.first(p.dtype, f);
