@@ -6,6 +6,8 @@
 namespace torch_ext::cuda {
 namespace {
 
+static_assert(kGatedWidest == kGatedUnits);
+
 // Weights per gate that a thread keeps: with four gates half of its registers.
 template <class A>
 inline constexpr int kGatedHeld = sizeof(A) == 4 ? 32 : 0;
@@ -28,16 +30,20 @@ struct GatedDriver {
   static int shared_bytes(const GatedProblem& p, int vectors) {
     return vectors * kGatedRows * Block::padded_of(p.width) * int(sizeof(A));
   }
+  static int forward_bytes(const GatedProblem& p) {
+    return Block::kFromH ? shared_bytes(p, 2 + Cell::two_products) : 0;
+  }
+  static int backward_bytes(const GatedProblem& p) { return shared_bytes(p, 2 * Block::kFromH); }
+
   static void run(DType dtype, const GatedForward& p, cudaStream_t stream) {
-    const int bytes = Block::kFromH ? shared_bytes(p, 2 + Cell::two_products) : 0;
     launch(
-        gated_forward_kernel<Cell, A, kGatedHeld<A>>, dim3(unsigned(blocks(p))), threads(p), bytes,
-        stream, p, dtype, layout(p));
+        gated_forward_kernel<Cell, A, kGatedHeld<A>>, dim3(unsigned(blocks(p))), threads(p),
+        forward_bytes(p), stream, p, dtype, layout(p));
   }
   static void run(DType dtype, const GatedBackward& p, cudaStream_t stream) {
     launch(
         gated_backward_kernel<Cell, A, kGatedHeld<A>>, dim3(unsigned(blocks(p))), threads(p),
-        shared_bytes(p, 2 * Block::kFromH), stream, p, dtype, layout(p));
+        backward_bytes(p), stream, p, dtype, layout(p));
   }
 };
 
@@ -65,7 +71,7 @@ void run_gated(DType dtype, const Problem& p, void* stream) {
 
 bool gated_supported(const GatedProblem& p) {
   return !p.norm_weight && !p.cell_norm_weight && !p.projection &&
-         (p.width <= kGatedUnits || kGatedSizes[p.cell].from_h == 0);
+         (p.width <= kGatedWidest || kGatedSizes[p.cell].from_h == 0);
 }
 void gated(DType dtype, const GatedForward& p, void* stream) { run_gated(dtype, p, stream); }
 void gated(DType dtype, const GatedBackward& p, void* stream) { run_gated(dtype, p, stream); }

@@ -27,7 +27,8 @@ static_assert(kGatedRows == 2, "sums are exchanged between two lanes");
 // The arrays' dtype: a branch that is the same for all threads, and one load or store of many instructions.
 template <class A>
 TORCH_EXT_DEVICE A gated_load(const void* data, int64_t at, DType dtype) {
-  if constexpr (sizeof(A) == 8) return load_global(static_cast<const double*>(data) + at);
+  if constexpr (sizeof(A) == 8)
+    return load_global(static_cast<const double*>(data) + at);
   else {
     if (dtype == DType::bf16) return to_float(load_global(static_cast<const BFloat16*>(data) + at));
     if (dtype == DType::f16) return to_float(load_global(static_cast<const Half*>(data) + at));
@@ -36,11 +37,15 @@ TORCH_EXT_DEVICE A gated_load(const void* data, int64_t at, DType dtype) {
 }
 template <class A>
 TORCH_EXT_DEVICE void gated_store(void* data, int64_t at, A x, DType dtype) {
-  if constexpr (sizeof(A) == 8) store_global(static_cast<double*>(data) + at, x);
+  if constexpr (sizeof(A) == 8)
+    store_global(static_cast<double*>(data) + at, x);
   else {
-    if (dtype == DType::bf16) store_global(static_cast<BFloat16*>(data) + at, to_bfloat16(x));
-    else if (dtype == DType::f16) store_global(static_cast<Half*>(data) + at, to_half(x));
-    else store_global(static_cast<float*>(data) + at, x);
+    if (dtype == DType::bf16)
+      store_global(static_cast<BFloat16*>(data) + at, to_bfloat16(x));
+    else if (dtype == DType::f16)
+      store_global(static_cast<Half*>(data) + at, to_half(x));
+    else
+      store_global(static_cast<float*>(data) + at, x);
   }
 }
 
@@ -61,24 +66,24 @@ struct GatedBlock {
   const GatedProblem& p;
   const DType dtype;
   const Cell cell;
-  int64_t head, unit;
-  int slice; // which chunks, and the row of which the thread has the cell
+  int head, unit;
+  int slice;  // which chunks, and the row of which the thread has the cell
   bool there; // such a unit and such a row
   int padded; // units, in whole chunks for every lane
   int64_t first = 0, length = 0, sequence = 0, state_row = 0; // of the row
-  int64_t steps = 0; // of the block's longest row
+  int64_t steps = 0;                                          // of the block's longest row
 
   TORCH_EXT_DEVICE GatedBlock(const GatedProblem& problem, DType data, const int64_t* state_rows)
       : p(problem), dtype(data), cell(problem.flags) {
-    const int64_t tiles = kFromH ? 1 : (p.width + kGatedUnits - 1) / kGatedUnits;
-    const int64_t part = blockIdx.x % (p.num_heads * tiles),
-                  group = blockIdx.x / (p.num_heads * tiles);
+    const int tiles = kFromH ? 1 : int((p.width + kGatedUnits - 1) / kGatedUnits),
+              parts = int(p.num_heads) * tiles, part = int(blockIdx.x) % parts,
+              group = int(blockIdx.x) / parts;
     head = part / tiles;
     unit = part % tiles * kGatedUnits + int(threadIdx.x) / kGatedRows;
     slice = int(threadIdx.x) % kGatedRows;
     padded = padded_of(p.width);
     for (int r = 0; r < kGatedRows; ++r) {
-      const int64_t s = group * kGatedRows + r;
+      const int64_t s = int64_t(group) * kGatedRows + r;
       if (s >= p.num_sequences) break;
       const int64_t row = state_rows ? load_global(state_rows + s) : s;
       const int64_t begin = p.cu_seqlens ? load_global(p.cu_seqlens + s) : s * p.num_steps,
@@ -130,8 +135,7 @@ struct GatedBlock {
   }
   TORCH_EXT_DEVICE void write_state(const UnitState<void*>& s, A x) const {
     if (s.data)
-      store_global(
-          static_cast<A*>(s.data) + state_row * s.row + head * s.head + unit * s.unit, x);
+      store_global(static_cast<A*>(s.data) + state_row * s.row + head * s.head + unit * s.unit, x);
   }
   TORCH_EXT_DEVICE A masked(A h) const {
     return p.mask.data ? h * read_state(p.mask, sequence) : h;
@@ -151,16 +155,17 @@ struct GatedBlock {
   // ---- products ----
 
   // R of gate g, output o, input i; 0 beyond the head.
-  TORCH_EXT_DEVICE A weight(int g, int64_t o, int64_t i) const {
+  TORCH_EXT_DEVICE A weight(int g, int o, int i) const {
     if (o >= p.width || i >= p.width) return A(0);
     const int64_t at = ((g * p.num_heads + head) * p.width + o) * p.width + i;
     if constexpr (sizeof(A) == 4) {
-      if (p.R_dtype == DType::bf16) return to_float(load_global(static_cast<const BFloat16*>(p.R) + at));
+      if (p.R_dtype == DType::bf16)
+        return to_float(load_global(static_cast<const BFloat16*>(p.R) + at));
     }
     return load_global(static_cast<const A*>(p.R) + at);
   }
   // The thread's inputs: chunk c of them.
-  TORCH_EXT_DEVICE int64_t input(int c) const { return (c * kGatedRows + slice) * kChunk; }
+  TORCH_EXT_DEVICE int input(int c) const { return (c * kGatedRows + slice) * kChunk; }
 
   struct Held {
     A w[kFromH ? kFromH : 1][kHeld ? kHeld : 1];
@@ -186,7 +191,7 @@ struct GatedBlock {
       for (int g = kBegin; g < kEnd; ++g) {
 #pragma unroll
         for (int r = 0; r < kGatedRows; ++r) {
-          const Chunk x = (vector(g, r) + int(input(c))).template view<Chunk>().load(0);
+          const Chunk x = (vector(g, r) + input(c)).template view<Chunk>().load(0);
 #pragma unroll
           for (int e = 0; e < kChunk; ++e) {
             A& to = sum[kSums == 1 ? 0 : g - kBegin][r];
@@ -227,7 +232,8 @@ __global__ void __launch_bounds__(kGatedThreads)
   const typename Block::Weights w = b.weights();
   A bias[kFromH ? kFromH : 1], state[kStates];
 #pragma unroll
-  for (int i = 0; i < kFromH; ++i) bias[i] = p.bias && b.unit < p.width ? b.parameter(p.bias, i) : A(0);
+  for (int i = 0; i < kFromH; ++i)
+    bias[i] = p.bias && b.unit < p.width ? b.parameter(p.bias, i) : A(0);
 #pragma unroll
   for (int i = 0; i < kStates; ++i) {
     state[i] = b.there ? b.read_state(p.initial_state[i], b.state_row) : A(0);
@@ -235,7 +241,8 @@ __global__ void __launch_bounds__(kGatedThreads)
   }
   const auto shown = [&](int64_t t, A h) { // to the products of step t
     if constexpr (kFromH > 0)
-      if (b.unit < b.padded) b.row(int(t & 1), 0, kVectors, b.slice).store(int(b.unit), b.there ? b.masked(h) : A(0));
+      if (b.unit < b.padded)
+        b.row(int(t & 1), 0, kVectors, b.slice).store(b.unit, b.there ? b.masked(h) : A(0));
   };
   if (b.there && b.resets(0))
 #pragma unroll
@@ -259,9 +266,8 @@ __global__ void __launch_bounds__(kGatedThreads)
       for (int i = 0; i < kFirst; ++i)
 #pragma unroll
         for (int r = 0; r < kGatedRows; ++r) sum[i][r] = A(0);
-      b.template multiply<false, 0, kFirst>(held, sum, [&](int, int r) {
-        return b.row(int(t & 1), 0, kVectors, r);
-      });
+      b.template multiply<false, 0, kFirst>(
+          held, sum, [&](int, int r) { return b.row(int(t & 1), 0, kVectors, r); });
 #pragma unroll
       for (int i = 0; i < kFirst; ++i) {
         A& to = gate[h_gate[i]];
@@ -272,14 +278,14 @@ __global__ void __launch_bounds__(kGatedThreads)
       const A h = b.there ? b.masked(state[0]) : A(0);
       if (b.unit < b.padded)
         b.row(operand_buffer, 0, kVectors, b.slice)
-            .store(int(b.unit), live ? b.cell.operand(to_fields<Cell::template Gates, A>(gate), h) : A(0));
+            .store(
+                b.unit, live ? b.cell.operand(to_fields<Cell::template Gates, A>(gate), h) : A(0));
       block_sync();
       A sum[1][kGatedRows];
 #pragma unroll
       for (int r = 0; r < kGatedRows; ++r) sum[0][r] = A(0);
-      b.template multiply<false, kFirst, kFromH>(held, sum, [&](int, int r) {
-        return b.row(operand_buffer, 0, kVectors, r);
-      });
+      b.template multiply<false, kFirst, kFromH>(
+          held, sum, [&](int, int r) { return b.row(operand_buffer, 0, kVectors, r); });
       A& to = gate[h_gate[kFirst]];
       to = to + (b.exchanged(sum[0]) + bias[kFirst]);
     }
@@ -294,7 +300,8 @@ __global__ void __launch_bounds__(kGatedThreads)
       if (p.kept) {
         A* const kept = static_cast<A*>(p.kept);
 #pragma unroll
-        for (int i = 0; i < kGates; ++i) store_global(kept + b.kept_at(layout, at.token, i), gate[i]);
+        for (int i = 0; i < kGates; ++i)
+          store_global(kept + b.kept_at(layout, at.token, i), gate[i]);
 #pragma unroll
         for (int i = 0; i < kStates; ++i)
           store_global(kept + b.kept_at(layout, at.token, layout.states + i), state[i]);
@@ -370,11 +377,12 @@ __global__ void __launch_bounds__(kGatedThreads)
   if constexpr (requires { Cell::enter(typename Block::State{}, typename Block::State{}); }) {
     if (b.there && b.length > 0)
       to_array<Cell::template State, A>(
-          Cell::enter(before(b.place(b.length - 1).token).after, to_fields<Cell::template State, A>(d)), d);
+          Cell::enter(
+              before(b.place(b.length - 1).token).after, to_fields<Cell::template State, A>(d)),
+          d);
   }
   const auto show = [&](int64_t t, int i, A x) { // gradient i of R h at step t
-    if (b.unit < b.padded)
-      b.row(int(t & 1), i, kFromH, b.slice).store(int(b.unit), b.there ? x : A(0));
+    if (b.unit < b.padded) b.row(int(t & 1), i, kFromH, b.slice).store(b.unit, b.there ? x : A(0));
   };
   if constexpr (kFromH > 0) {
 #pragma unroll
@@ -387,9 +395,8 @@ __global__ void __launch_bounds__(kGatedThreads)
       A sum[1][kGatedRows];
 #pragma unroll
       for (int r = 0; r < kGatedRows; ++r) sum[0][r] = A(0);
-      b.template multiply<true, 0, kFirst>(held, sum, [&](int g, int r) {
-        return b.row(int((t + 1) & 1), g, kFromH, r);
-      });
+      b.template multiply<true, 0, kFirst>(
+          held, sum, [&](int g, int r) { return b.row(int((t + 1) & 1), g, kFromH, r); });
       return b.exchanged(sum[0]);
     }
     return A(0);
@@ -403,7 +410,9 @@ __global__ void __launch_bounds__(kGatedThreads)
   const auto put = [&](void* data, int64_t token, int64_t which, int64_t count, A x) {
     if (data)
       store_global(
-          static_cast<A*>(data) + ((token * count + which) * p.num_heads + b.head) * p.width + b.unit, x);
+          static_cast<A*>(data) + ((token * count + which) * p.num_heads + b.head) * p.width +
+              b.unit,
+          x);
   };
 
   for (int64_t t = b.steps - 1; t >= 0; --t) {
@@ -468,9 +477,8 @@ __global__ void __launch_bounds__(kGatedThreads)
       A sum[1][kGatedRows];
 #pragma unroll
       for (int r = 0; r < kGatedRows; ++r) sum[0][r] = A(0);
-      b.template multiply<true, kFirst, kFromH>(held, sum, [&](int g, int r) {
-        return b.row(int(t & 1), g, kFromH, r);
-      });
+      b.template multiply<true, kFirst, kFromH>(
+          held, sum, [&](int g, int r) { return b.row(int(t & 1), g, kFromH, r); });
       const A of_operand = b.exchanged(sum[0]);
       if (live) {
         A g[kGates];
@@ -516,7 +524,9 @@ __global__ void __launch_bounds__(kGatedThreads)
       d[0] = d[0] + through_R(of_first);
       if constexpr (requires { Cell::leave(typename Block::State{}, typename Block::State{}); })
         to_array<Cell::template State, A>(
-            Cell::leave(to_fields<Cell::template State, A>(s), to_fields<Cell::template State, A>(d)), d);
+            Cell::leave(
+                to_fields<Cell::template State, A>(s), to_fields<Cell::template State, A>(d)),
+            d);
     }
   }
 #pragma unroll

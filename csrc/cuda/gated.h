@@ -4,7 +4,9 @@
 
 namespace torch_ext::cuda {
 
-// Heads of up to 128 units, without norms and projection. What is not supported goes step by step through torch's operators.
+inline constexpr int64_t kGatedWidest = 128; // units of a head
+
+// Heads of up to so many units, or any width where there is no product, without norms and projection.
 bool gated_supported(const GatedProblem& problem);
 
 // stream: a cudaStream_t. Pointers are device pointers; reset, updates and masks have any strides.

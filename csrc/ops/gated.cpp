@@ -1,10 +1,13 @@
 // torch_ext::gated, the operator behind every gated recurrence: checks, Meta, CPU kernels, derivatives of every order and
 // mode, steps in place. The kernels: csrc/cpu/gated.h. Its members, which state their cells, are slstm.cpp, lstm.cpp,
-// gru.cpp and elman.cpp. On CUDA it is, so far, the composite at the end of this file, step by step.
+// gru.cpp and elman.cpp. On CUDA what csrc/cuda/gated.h has no kernels for is the composite of this file, step by step.
 //
 // The operator's last output is what the backward needs of every token: empty unless `keep` asks for it, as the autograd
-// kernel does when it records on the CPU. A backward without it makes it first.
+// kernel does when it records and there are kernels. A backward without it makes it first.
 #include "gated.h"
+#ifdef TORCH_EXT_CUDA
+#include "../cuda/gated.h"
+#endif
 
 namespace torch_ext {
 namespace {
@@ -441,8 +444,48 @@ struct Described {
   Opt h_update, c_update;
 };
 
-Outputs forward_cpu(const Gated& g, bool keep) {
+struct OnCpu {
+  explicit OnCpu(const Opt&) {}
+  void operator()(DType dtype, const GatedForward& p) const {
+    cpu::gated_forward(dtype, p, torch_threads());
+  }
+  void operator()(DType dtype, const GatedBackward& p) const {
+    cpu::gated_backward(dtype, p, torch_threads());
+  }
+};
+// Has CUDA kernels for the call, of which nothing is known to be right but x's device?
+bool has_cuda_kernels(const Gated& g) {
+#ifdef TORCH_EXT_CUDA
+  if (g.x->dim() < 4 || defined(g.norm_weight) || defined(g.cell_norm_weight) ||
+      defined(g.projection))
+    return false;
+  GatedProblem p; // what the kernels ask for besides
+  p.cell = g.cell;
+  const SymInt width = g.x->sym_size(-1);
+  p.width =
+      width.sym_le(cuda::kGatedWidest).guard_bool(__FILE__, __LINE__) ? 1 : cuda::kGatedWidest + 1;
+  return cuda::gated_supported(p);
+#else
+  (void)g;
+  return false;
+#endif
+}
+#ifdef TORCH_EXT_CUDA
+struct OnCuda {
+  c10::cuda::OptionalCUDAGuard guard;
+  explicit OnCuda(const Opt& x) { guard.set_device(x->device()); }
+  template <class Problem>
+  void operator()(DType dtype, const Problem& p) const {
+    cuda::gated(dtype, p, c10::cuda::getCurrentCUDAStream().stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+#endif
+
+template <class Driver>
+Outputs forward(const Gated& g, bool keep) {
   Outputs out = empty_outputs(g, keep);
+  const Driver run(g.x);
   auto& [y, h, c, n, m, kept] = out;
   GatedForward p;
   Described described;
@@ -451,7 +494,7 @@ Outputs forward_cpu(const Gated& g, bool keep) {
   const std::array<Tensor, 4> states{h, c, n, m};
   for (size_t i = 0; i < 4; ++i) p.final_state[i] = unit_state<void*>(states[i]);
   if (keep && kept.numel()) p.kept = kept.mutable_data_ptr();
-  cpu::gated_forward(kernel_dtype(g.x->scalar_type()), p, torch_threads());
+  run(kernel_dtype(g.x->scalar_type()), p);
   return out;
 }
 
@@ -476,8 +519,10 @@ Tensor sum_of_products(const Tensor& a, const Tensor& b) {
       .permute({1, 0, 2, 3});
 }
 
-Gradients backward_cpu(const Upstream& u, const Gated& g, const Tensor& made) {
+template <class Driver>
+Gradients backward(const Upstream& u, const Gated& g, const Tensor& made) {
   Gradients grads = empty_gradients(u, g, made);
+  const Driver run(g.x);
   auto& [gx, gR, g_bias, g_weights, g_projection, g_norm, g_cell_norm, g_cell_bias, gh, gc, gn, gm] =
       grads;
   const GatedSizes sizes = sizes_of(g);
@@ -524,7 +569,7 @@ Gradients backward_cpu(const Upstream& u, const Gated& g, const Tensor& made) {
   p.grad_bias = pointer(s_bias), p.grad_weights = pointer(s_weights);
   p.grad_norm_weight = pointer(s_norm), p.grad_cell_norm_weight = pointer(s_cell_norm);
   p.grad_cell_norm_bias = pointer(s_cell_bias);
-  cpu::gated_backward(kernel_dtype(g.x->scalar_type()), p, torch_threads());
+  run(kernel_dtype(g.x->scalar_type()), p);
 
   const auto sum = [](const Tensor& to, const Tensor& each) {
     if (each.defined()) to.copy_(each.sum(0));
@@ -550,8 +595,10 @@ Gradients backward_cpu(const Upstream& u, const Gated& g, const Tensor& made) {
   return grads;
 }
 
-Tensor step_cpu(const Gated& g, const Opt& state_indices) {
+template <class Driver>
+Tensor step_(const Gated& g, const Opt& state_indices) {
   check(g, /*step=*/true, state_indices);
+  const Driver run(g.x);
   const auto states = states_of(g);
   for (const Opt& s : states)
     if (defined(s)) check_no_overlap(kName, *s);
@@ -568,7 +615,7 @@ Tensor step_cpu(const Gated& g, const Opt& state_indices) {
   }
   p.h = over_units<void*>(y, false, true);
   for (size_t i = 0; i < 4; ++i) p.final_state[i] = unit_state<void*>(states[i]);
-  cpu::gated_forward(kernel_dtype(g.x->scalar_type()), p, torch_threads());
+  run(kernel_dtype(g.x->scalar_type()), p);
   return y;
 }
 
@@ -974,6 +1021,9 @@ variable_list composite_backward(const Upstream& u, const Gated& g) {
 }
 
 Outputs forward_cuda(const Gated& g, bool keep) {
+#ifdef TORCH_EXT_CUDA
+  if (has_cuda_kernels(g)) return forward<OnCuda>(g, keep);
+#endif
   const Outputs out = empty_outputs(g, keep);
   const variable_list made = composite_forward(g);
   const variable_list to = as_list(out);
@@ -982,6 +1032,9 @@ Outputs forward_cuda(const Gated& g, bool keep) {
   return out;
 }
 Gradients backward_cuda(const Upstream& u, const Gated& g, const Tensor& kept) {
+#ifdef TORCH_EXT_CUDA
+  if (has_cuda_kernels(g)) return backward<OnCuda>(u, g, kept);
+#endif
   const Gradients grads = empty_gradients(u, g, kept);
   const variable_list made = composite_backward(u, g);
   size_t i = 0;
@@ -991,6 +1044,9 @@ Gradients backward_cuda(const Upstream& u, const Gated& g, const Tensor& kept) {
   return grads;
 }
 Tensor step_cuda(const Gated& g, const Opt& state_indices) {
+#ifdef TORCH_EXT_CUDA
+  if (has_cuda_kernels(g)) return step_<OnCuda>(g, state_indices);
+#endif
   check(g, /*step=*/true, state_indices);
   Gated one = g;
   const auto with_time = [](const Opt& t) { return defined(t) ? Opt(t->unsqueeze(1)) : Opt(); };
@@ -1069,7 +1125,7 @@ struct Nodes<std::index_sequence<I...>> {
       save_options(ctx, g);
       const Outputs out = [&] {
         BelowAutograd guard;
-        return Calls::call(g, /*keep=*/!g.x->is_cuda());
+        return Calls::call(g, /*keep=*/!g.x->is_cuda() || has_cuda_kernels(g));
       }();
       variable_list all;
       push(all, g);
@@ -1252,9 +1308,9 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
       tags);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
-  m.impl("gated", &All::forward<forward_cpu>);
-  m.impl("gated_backward", &All::backward<backward_cpu>);
-  m.impl("gated_step_", &All::step_<step_cpu>);
+  m.impl("gated", &All::forward<forward<OnCpu>>);
+  m.impl("gated_backward", &All::backward<backward<OnCpu>>);
+  m.impl("gated_step_", &All::step_<step_<OnCpu>>);
 }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
   m.impl("gated", &All::forward<forward_cuda>);

@@ -79,7 +79,8 @@ TEST_P(GatedCuda, WideHeads) {
   Random random;
   for (int cell = 0; cell < GatedCells::size; ++cell)
     for (const int64_t width : {70, 128}) {
-      const auto [p, want] = draw(random, cell, {2, 2, 1, cell == kIndRnn ? width + 200 : width, 7});
+      const auto [p, want] =
+          draw(random, cell, {2, 2, 1, cell == kIndRnn ? width + 200 : width, 7});
       SCOPED_TRACE(p.text());
       ASSERT_NO_FATAL_FAILURE(check(p, run(p), want));
     }
