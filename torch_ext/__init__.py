@@ -13,6 +13,7 @@ from .causal_conv1d import (
     causal_conv1d_step_,
 )
 from .conv_rnn import ConvGRU, ConvLSTM
+from .echo_state import EchoStateNetwork
 from .elman import elman, elman_reference, elman_step, elman_step_
 from .gru import gru, gru_reference, gru_step, gru_step_
 from .ind_rnn import ind_rnn, ind_rnn_reference, ind_rnn_step, ind_rnn_step_
@@ -59,6 +60,7 @@ __version__ = build_info.version
 __all__ = [
     "ConvGRU",
     "ConvLSTM",
+    "EchoStateNetwork",
     "GRU",
     "GRUCell",
     "IndRNN",
