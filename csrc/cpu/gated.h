@@ -379,6 +379,8 @@ struct GatedRun {
       int64_t o = 0;
       for (; o + 4 <= outputs; o += 4) some_outputs.template operator()<4>(o);
       for (; o < outputs; ++o) some_outputs.template operator()<1>(o);
+      for (; o % kLanes != 0; ++o) // zeros beyond the last unit, as a packed matrix yields
+        for (int64_t r = 0; r < rows; ++r) out[r * plan.scratch_row + g * out_gate + o] = A(0);
     }
   }
 
