@@ -694,11 +694,94 @@ def test_recall_needs_a_folder(recalling, tmp_path):
         recalling.main(["--out", str(tmp_path / "file")])
 
 
+# --------------------------------------------------------------------------------------------------
+# parity.py
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parity():
+    return load("parity.py")
+
+
+def test_parity_is_what_recurrent_gates_can_and_parallel_ones_cannot(tmp_path, parity, capsys):
+    out = tmp_path / "deep" / "out"
+    assert parity.main(["--quick", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("slstm", "lstm"):
+        assert re.search(rf"^{name} solves it: \S+ % right at length 80\.$", printed, re.MULTILINE)
+    assert re.search(r"^min_lstm DOES NOT SOLVE it: ", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == {"parity.png", "parity.json"}
+    assert_readable_picture(out / "parity.png")
+    report = json.loads((out / "parity.json").read_text())
+    assert list(report["results"]) == ["slstm", "lstm", "min_lstm"]
+    for name, result in report["results"].items():
+        assert list(result["by_length"])[-1] == "80" and result["parameters"] > 1000
+        solved = result["by_length"]["80"] >= report["solved_from"]
+        assert solved == (name != "min_lstm")
+    assert abs(report["results"]["min_lstm"]["by_length"]["80"] - 0.5) < 0.1
+
+
+def test_parity_asks_for_parity(parity):
+    args = parity.parse(["--length", "9", "--times", "3"])
+    assert parity.lengths(args) == [1, 2, 4, 6, 9, 11, 13, 15, 18, 20, 22, 24, 27]
+    bits, answers = parity.draw_bits(40, 9, torch.Generator().manual_seed(0))
+    for row in range(40):
+        ones = 0
+        for bit, answer in zip(bits[row].tolist(), answers[row].tolist(), strict=True):
+            ones += bit
+            assert answer == ones % 2
+
+    class Oracle(torch.nn.Module):
+        def forward(self, bits):
+            return torch.nn.functional.one_hot(bits.cumsum(1) % 2, 2).float()
+
+    assert parity.accuracy(Oracle(), 27, args) == 1
+    torch.manual_seed(0)
+    assert parity.accuracy(parity.Network("lstm", args), 27, args) == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "name", ["slstm", "lstm", "gru", "rnn", "nn.LSTM", "mlstm", "min_lstm", "min_gru", "mamba"]
+)
+def test_parity_has_these_layers(name, parity):
+    args = parity.parse(["--dim", "8", "--hidden", "12", "--blocks", "2"])
+    network = parity.Network(name, args)
+    logits = network(torch.randint(2, (3, 5)))
+    assert logits.shape == (3, 5, 2)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "0"], "--length: 0 is not at least 1"),
+        (["--times", "1"], "--times: 1 time is no longer than what is trained on"),
+        (["--lr", "-1"], "--lr: -1.0 is not positive"),
+        (["--hidden", "7"], "--hidden: 7 is odd, mlstm has 2 heads"),
+        (["--layers", "lstm", "lstm"], "--layers: lstm is named twice"),
+    ],
+)
+def test_parity_refuses(arguments, message, parity, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parity.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_parity_needs_a_folder(parity, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(parity.UserError, match="file cannot be made"):
+        parity.main(["--out", str(tmp_path / "file")])
+
+
 SCRIPTS = {
     "forecast_temperature.py": ["--layer", "abacus"],
     "char_lm.py": ["--layer", "abacus"],
     "mamba_generate.py": ["folder", "prompt", "--dtype", "abacus"],
     "recall.py": ["--layers", "abacus"],
+    "parity.py": ["--layers", "abacus"],
 }
 
 

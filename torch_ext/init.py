@@ -32,7 +32,7 @@ def orthogonal_recurrent_(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is no recurrent layer or cell.
-        ValueError: it is an IndRNN.
+        ValueError: it has no recurrent matrices, as IndRNN.
 
     Example:
         >>> rnn = torch_ext.init.orthogonal_recurrent_(torch_ext.GRU(3, 8, num_heads=2))
@@ -44,7 +44,8 @@ def orthogonal_recurrent_(module: nn.Module, gain: float = 1.0) -> nn.Module:
     for weight in _parameters(module, "weight_hh"):
         if weight.dim() != 2:
             raise ValueError(
-                "orthogonal_recurrent_: module is IndRNN, expected one with recurrent matrices"
+                f"orthogonal_recurrent_: module is {type(module).__name__}, expected one with "
+                "recurrent matrices"
             )
         for block in weight.split(module.hidden_size // getattr(module, "num_heads", 1)):
             nn.init.orthogonal_(block, gain)
