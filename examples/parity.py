@@ -170,7 +170,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]], args: argparse.Namespac
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.6, 5.8), layout="constrained")
     colours = [
         "#0b62b8",
         "#1f9e77",
